@@ -1,0 +1,1 @@
+"""Prune language models to 2:4 sparsity, export them and serve them."""

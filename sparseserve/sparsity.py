@@ -1,0 +1,275 @@
+"""Sparsity patterns: which weights may stay, whether a tensor obeys, and how 2:4 is packed.
+
+This module owns the idea of a pattern. A weight is ``[out_features, in_features]``; groups run
+along ``in_features``, the axis a matrix product sums over, because that is the axis on which
+sparse tensor cores skip zeros (NVIDIA Ampere architecture whitepaper, "2:4 structured sparsity").
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparseserve.errors import ArtifactError, RecipeError
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """The first place where a tensor breaks a pattern."""
+
+    row: int
+    column: int
+    found: int
+    allowed: int
+
+    def __str__(self) -> str:
+        """Say where and by how much."""
+        return (
+            f"row {self.row}, columns from {self.column}: {self.found} non-zeros, "
+            f"at most {self.allowed} allowed"
+        )
+
+
+class SparsityPattern(ABC):
+    """A constraint on the places of the non-zeros of a ``[out, in]`` weight."""
+
+    @staticmethod
+    def parse(text: str) -> SparsityPattern:
+        """Read ``"2:4"`` (keep 2 of every 4) or ``"50%"`` (zero half of every row).
+
+        Raises:
+            RecipeError: ``text`` is neither, or its numbers are out of range.
+        """
+        if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
+            return NMPattern(keep=int(match[1]), group=int(match[2]))
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text.strip()):
+            return UnstructuredPattern(sparsity=float(match[1]) / 100)
+        raise RecipeError(f"pattern '{text}' is not N:M (such as 2:4) or a percentage (such as 50%)")
+
+    @property
+    @abstractmethod
+    def density(self) -> float:
+        """Share of weights that may stay, in (0, 1)."""
+
+    @property
+    @abstractmethod
+    def column_multiple(self) -> int:
+        """``in_features`` must be a multiple of this."""
+
+    @property
+    @abstractmethod
+    def selection_columns(self) -> int | None:
+        """Width of the column blocks a left-to-right sweep selects in; None for any width."""
+
+    @property
+    @abstractmethod
+    def rows_are_independent(self) -> bool:
+        """Whether rows taken from several valid tensors make a valid tensor."""
+
+    @abstractmethod
+    def best_mask(self, scores: Tensor) -> Tensor:
+        """Return the boolean mask ``[out, in]`` that keeps the largest sum of ``scores``.
+
+        Ties go to the lower column, so the result does not depend on the machine.
+        """
+
+    @abstractmethod
+    def first_violation(self, weight: Tensor) -> Violation | None:
+        """Return the first place where ``weight`` has too many non-zeros, or None."""
+
+    def project(self, weight: Tensor) -> Tensor:
+        """Return the nearest tensor to ``weight``, in the Frobenius norm, that obeys."""
+        return weight.where(self.best_mask(weight.abs()), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class NMPattern(SparsityPattern):
+    """At most ``keep`` non-zeros in every ``group`` consecutive inputs."""
+
+    keep: int = 2
+    group: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not 0 < self.keep < self.group:
+            raise RecipeError(f"pattern {self}: N must be at least 1 and less than M")
+
+    def __str__(self) -> str:
+        """Write the pattern as ``parse`` reads it."""
+        return f"{self.keep}:{self.group}"
+
+    @property
+    def density(self) -> float:
+        """Share of weights that may stay."""
+        return self.keep / self.group
+
+    @property
+    def column_multiple(self) -> int:
+        """Groups may not be cut."""
+        return self.group
+
+    @property
+    def selection_columns(self) -> int:
+        """One group at a time."""
+        return self.group
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Groups never cross rows."""
+        return True
+
+    def _groups(self, weight: Tensor) -> Tensor:
+        rows, columns = weight.shape
+        if columns % self.group:
+            raise RecipeError(f"{columns} input features are not a multiple of {self.group}")
+        return weight.reshape(rows, columns // self.group, self.group)
+
+    def best_mask(self, scores: Tensor) -> Tensor:
+        """Keep the ``keep`` largest scores of each group."""
+        groups = self._groups(scores)
+        order = groups.argsort(dim=-1, descending=True, stable=True)
+        mask = torch.zeros_like(groups, dtype=torch.bool)
+        mask.scatter_(-1, order[..., : self.keep], True)
+        return mask.reshape(scores.shape)
+
+    def first_violation(self, weight: Tensor) -> Violation | None:
+        """Find the first group with more than ``keep`` non-zeros, in row-major order."""
+        counts = (self._groups(weight) != 0).sum(dim=-1)
+        flat = (counts > self.keep).flatten()
+        if not bool(flat.any()):
+            return None
+        row, group = divmod(int(flat.to(torch.uint8).argmax()), counts.shape[1])
+        return Violation(row, group * self.group, int(counts[row, group]), self.keep)
+
+
+@dataclass(frozen=True, slots=True)
+class UnstructuredPattern(SparsityPattern):
+    """A share ``sparsity`` of zeros, anywhere in each row or anywhere in the matrix."""
+
+    sparsity: float
+    scope: Literal["row", "matrix"] = "row"
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if not 0 < self.sparsity < 1:
+            raise RecipeError(
+                f"sparsity {self.sparsity * 100:g}% must lie strictly between 0% and 100%"
+            )
+
+    def __str__(self) -> str:
+        """Write the pattern as ``parse`` reads it."""
+        return f"{self.sparsity * 100:g}%"
+
+    @property
+    def density(self) -> float:
+        """Share of weights that may stay."""
+        return 1 - self.sparsity
+
+    @property
+    def column_multiple(self) -> int:
+        """Any width will do."""
+        return 1
+
+    @property
+    def selection_columns(self) -> None:
+        """Any block width will do."""
+        return None
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """A budget for the whole matrix ties the rows together."""
+        return self.scope == "row"
+
+    def kept(self, count: int) -> int:
+        """Return how many of ``count`` weights may stay."""
+        return count - round(count * self.sparsity)
+
+    def best_mask(self, scores: Tensor) -> Tensor:
+        """Keep the largest scores of each row, or of the matrix."""
+        table = scores if self.scope == "row" else scores.reshape(1, -1)
+        order = table.argsort(dim=-1, descending=True, stable=True)
+        mask = torch.zeros_like(table, dtype=torch.bool)
+        mask.scatter_(-1, order[:, : self.kept(table.shape[1])], True)
+        return mask.reshape(scores.shape)
+
+    def first_violation(self, weight: Tensor) -> Violation | None:
+        """Find the first row (or the matrix) with too many non-zeros."""
+        table = weight if self.scope == "row" else weight.reshape(1, -1)
+        counts = (table != 0).sum(dim=-1)
+        allowed = self.kept(table.shape[1])
+        flat = counts > allowed
+        if not bool(flat.any()):
+            return None
+        row = int(flat.to(torch.uint8).argmax())
+        return Violation(row, 0, int(counts[row]), allowed)
+
+
+TWO_FOUR = NMPattern(keep=2, group=4)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed24:
+    """A 2:4 weight without its zeros (docs/format.md).
+
+    ``values`` is ``[out, in / 2]`` in the weight's dtype; ``indices`` is uint8
+    ``[out, ceil(in / 8)]``, one half byte ``first | second << 2`` a group of four.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+    def __post_init__(self) -> None:
+        """Check that the two tensors can belong together."""
+        rows, kept = self.values.shape
+        expected = (rows, (kept // 2 + 1) // 2)
+        if kept % 2 or tuple(self.indices.shape) != expected or self.indices.dtype != torch.uint8:
+            raise ArtifactError(
+                f"packed values {tuple(self.values.shape)} need uint8 indices {expected}, "
+                f"not {self.indices.dtype} {tuple(self.indices.shape)}"
+            )
+
+
+def pack24(weight: Tensor) -> Packed24:
+    """Pack a 2:4 ``weight`` ``[out, in]``; every weight has exactly one encoding.
+
+    Raises:
+        ArtifactError: ``weight`` is not 2:4; the message names the first group that is not.
+    """
+    if violation := TWO_FOUR.first_violation(weight):
+        raise ArtifactError(f"weight is not 2:4 at {violation}")
+    rows, columns = weight.shape
+    nonzero = weight != 0
+    # Non-zeros first, then the lowest free positions; the two chosen are put in ascending order.
+    chosen = TWO_FOUR.best_mask(nonzero.to(torch.uint8))
+    positions = chosen.reshape(rows, -1, 4).nonzero()[:, 2].reshape(rows, -1, 2)
+    values = (weight.masked_select(chosen) + 0.0).to(weight.dtype).reshape(rows, columns // 2)
+    nibbles = (positions[..., 0] | positions[..., 1] << 2).to(torch.uint8)
+    if nibbles.shape[1] % 2:
+        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
+    return Packed24(values, nibbles[:, 0::2] | nibbles[:, 1::2] << 4)
+
+
+def unpack24(packed: Packed24) -> Tensor:
+    """Return the dense ``[out, in]`` weight, with +0.0 at every pruned place.
+
+    Raises:
+        ArtifactError: the positions of a group do not ascend, or padding bits are set.
+    """
+    rows, kept = packed.values.shape
+    groups = kept // 2
+    nibbles = torch.stack((packed.indices & 15, packed.indices >> 4), dim=-1).reshape(rows, -1)
+    first, second = nibbles[:, :groups] & 3, nibbles[:, :groups] >> 2
+    if not bool((first < second).all()):
+        row, group = (first >= second).nonzero()[0].tolist()
+        raise ArtifactError(f"indices at row {row}, group {group} do not ascend")
+    if bool(nibbles[:, groups:].any()):
+        raise ArtifactError("the padding half byte of the last group is not zero")
+    dense = packed.values.new_zeros(rows, groups, 4)
+    positions = torch.stack((first, second), dim=-1).to(torch.int64)
+    dense.scatter_(-1, positions, packed.values.reshape(rows, groups, 2))
+    return dense.reshape(rows, groups * 4)
