@@ -1,0 +1,1 @@
+"""Measurements, one question per script, and the public inputs they need."""
