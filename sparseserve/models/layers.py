@@ -1,0 +1,222 @@
+"""Running the decoder layers of a model one at a time, outside the model.
+
+The model itself runs only to record how it calls its layers (:func:`capture_layer_calls`); after
+that each layer, or a copy of it on another device, turns the hidden states ``[1, T, hidden]`` of
+one window of ``T`` tokens into those of the next layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparseserve.errors import NumericalError, UnsupportedModelError
+from sparseserve.models.hooks import (
+    ForwardStopped,
+    as_batch,
+    hidden_output,
+    hooks,
+    run_model,
+)
+from sparseserve.models.layer_call import LayerCall
+from sparseserve.models.structure import ModelStructure, Operator, OperatorGroup
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What the decoder layers need to run: the first layer's input and each layer's call.
+
+    Attributes:
+        hidden: Hidden states ``[1, T, hidden]`` entering the first layer, one for each window.
+        calls: The other arguments, one call for each layer.
+    """
+
+    hidden: tuple[Tensor, ...]
+    calls: tuple[LayerCall, ...]
+
+
+def capture_layer_calls(
+    model: nn.Module, structure: ModelStructure, windows: Sequence[Tensor]
+) -> LayerInputs:
+    """Record how ``model`` calls its layers, and the hidden states of ``windows`` entering them.
+
+    The layers themselves run for two windows only, which shows that their other arguments do not
+    depend on the tokens; for the rest the pass ends at the first layer.
+
+    Args:
+        model: The model, in evaluation mode.
+        structure: What :func:`~sparseserve.models.structure.trace_structure` found in it.
+        windows: Token ids ``[T]`` of one common length.
+
+    Raises:
+        UnsupportedModelError: A layer argument depends on the tokens or cannot be replayed.
+        NumericalError: The hidden states entering the first layer are NaN or infinite.
+    """
+    if not windows or len({window.shape for window in windows}) != 1:
+        raise ValueError("windows of one common length are needed, at least one")
+    names = [layer.name for layer in structure.layers]
+    recorded = _record(model, names, windows[0])
+    calls = tuple(call for _, call in recorded)
+    # One window alone says nothing about other tokens: its reverse stands in for the second.
+    second = windows[1] if len(windows) > 1 else windows[0].flip(-1)
+    probe = _record(model, names, second)
+    _refuse_token_dependence(calls, [call for _, call in probe])
+
+    first_layer = names[:1]
+    hidden = [recorded[0][0]]
+    if len(windows) > 1:
+        hidden.append(probe[0][0])
+    hidden += [_record(model, first_layer, window)[0][0] for window in windows[2:]]
+    for number, states in enumerate(hidden):
+        _require_finite(states, f"{names[0]}: the hidden states entering it (window {number})")
+    return LayerInputs(tuple(hidden), calls)
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
+    """Return the hidden states ``[1, T, hidden]`` leaving ``layer``.
+
+    Raises:
+        NumericalError: They are NaN or infinite.
+    """
+    with torch.no_grad():
+        output = hidden_output(call.apply(layer, hidden))
+    if output is None:
+        raise UnsupportedModelError(f"{call.layer} does not return hidden states")
+    _require_finite(output, f"{call.layer}: its output")
+    return output
+
+
+def group_input(layer: nn.Module, hidden: Tensor, call: LayerCall, group: OperatorGroup) -> Tensor:
+    """Return the input ``[T, in_features]`` that the operators of ``group`` share.
+
+    The layer stops as soon as the input is known, so the operators of the group do not run.
+
+    Raises:
+        NumericalError: The input is NaN or infinite.
+    """
+    found: list[Tensor] = []
+
+    def record(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        found.append(_operator_input(args, kwargs, group))
+        raise ForwardStopped
+
+    operator = layer.get_submodule(group.operators[0].name)
+    with hooks([operator.register_forward_pre_hook(record, with_kwargs=True)]), torch.no_grad():
+        call.apply(layer, hidden)
+    return _finite_input(found, call, group)
+
+
+def layer_inputs(
+    layer: nn.Module, hidden: Tensor, call: LayerCall, groups: Sequence[OperatorGroup]
+) -> tuple[list[Tensor], Tensor]:
+    """Run ``layer`` once and return the input of each of ``groups`` and its output.
+
+    Returns:
+        The inputs ``[T, in_features]`` in the order of ``groups``, and the hidden states
+        ``[1, T, hidden]`` leaving the layer.
+
+    Raises:
+        NumericalError: An input or the output is NaN or infinite.
+    """
+    found: list[list[Tensor]] = [[] for _ in groups]
+
+    def hook(group: OperatorGroup, inputs: list[Tensor]) -> RemovableHandle:
+        def record(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            # The copy stays right when the layer later writes into the tensor in place.
+            inputs.append(_operator_input(args, kwargs, group).clone())
+
+        operator = layer.get_submodule(group.operators[0].name)
+        return operator.register_forward_pre_hook(record, with_kwargs=True)
+
+    with hooks([hook(group, inputs) for group, inputs in zip(groups, found, strict=True)]):
+        output = run_layer(layer, hidden, call)
+    pairs = zip(groups, found, strict=True)
+    return [_finite_input(inputs, call, group) for group, inputs in pairs], output
+
+
+def layer_weight(layer: nn.Module, operator: Operator) -> Tensor:
+    """Return the weight ``[out, in]`` of ``operator`` in its stored dtype; the memory is shared."""
+    weight = layer.get_submodule(operator.name).get_parameter("weight").detach()
+    return weight.T if operator.transposed else weight
+
+
+def set_layer_weight(layer: nn.Module, operator: Operator, weight: Tensor) -> None:
+    """Write ``weight`` ``[out, in]`` into ``operator``, cast to the dtype it is stored in."""
+    stored = layer_weight(layer, operator)
+    if weight.shape != stored.shape:
+        raise ValueError(
+            f"{operator.name} takes a weight of {tuple(stored.shape)}, got {tuple(weight.shape)}"
+        )
+    stored.copy_(weight.detach())
+
+
+def copy_layer(
+    layer: nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Return an independent copy of ``layer`` on ``device`` with floating tensors as ``dtype``.
+
+    Either left out stays as the layer has it.
+    """
+    duplicate = copy.deepcopy(layer).to(device=device, dtype=dtype)
+    return duplicate.eval().requires_grad_(False)
+
+
+def _record(
+    model: nn.Module, layer_names: Sequence[str], window: Tensor
+) -> list[tuple[Tensor, LayerCall]]:
+    """Run ``model`` until the last of ``layer_names`` is called and return what each received."""
+    recorded: list[tuple[Tensor, LayerCall]] = []
+
+    def hook(name: str) -> RemovableHandle:
+        def record(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            hidden, call = LayerCall.from_model(name, args, kwargs)
+            # Only the first layer's input is needed; keeping all of them would keep the whole pass.
+            recorded.append((hidden.new_empty(0) if recorded else hidden.clone(), call))
+            if len(recorded) == len(layer_names):
+                raise ForwardStopped
+
+        return model.get_submodule(name).register_forward_pre_hook(record, with_kwargs=True)
+
+    with hooks([hook(name) for name in layer_names]):
+        run_model(model, as_batch(window))
+    return recorded
+
+
+def _refuse_token_dependence(calls: Sequence[LayerCall], probe: Sequence[LayerCall]) -> None:
+    for call, other in zip(calls, probe, strict=True):
+        name = call.first_difference(other)
+        if name is not None:
+            raise UnsupportedModelError(
+                f"{call.layer}: argument {name} depends on the tokens, so the layer cannot run "
+                "apart from the model; such models are not supported"
+            )
+
+
+def _operator_input(
+    args: tuple[object, ...], kwargs: dict[str, object], group: OperatorGroup
+) -> Tensor:
+    value = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(value, Tensor)
+    return value.detach().reshape(-1, group.in_features)
+
+
+def _finite_input(found: Sequence[Tensor], call: LayerCall, group: OperatorGroup) -> Tensor:
+    name = group.operators[0].name
+    if len(found) != 1:
+        raise ValueError(f"{call.layer}: {name} was called {len(found)} times, not once")
+    _require_finite(found[0], f"{call.layer}: the input of {name}")
+    return found[0]
+
+
+def _require_finite(tensor: Tensor, what: str) -> None:
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        raise NumericalError(
+            f"{what} has {int((~finite).sum())} NaN or infinite values of {tensor.numel()}; "
+            "try --dtype float32 or bfloat16, or check the checkpoint"
+        )

@@ -1,0 +1,158 @@
+"""From what the user calls a model to a folder that is known to hold a dense causal LM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sparseserve.errors import UnsupportedModelError
+
+# Top level of the repository only; "consolidated" files repeat the weights in another layout.
+_WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+_UNWANTED_FILES = ("*/*", "consolidated*")
+
+
+def find_model_folder(source: str | Path) -> Path:
+    """Return the local folder of ``source``, downloading it when it is a hub name.
+
+    Raises:
+        UnsupportedModelError: ``source`` is neither a folder nor a model the hub gives out.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UnsupportedModelError(
+            f"model '{source}' is a file: give the folder that holds its config.json"
+        )
+    try:
+        # Falls back to the local cache when the hub cannot be reached.
+        folder = snapshot_download(
+            str(source),
+            allow_patterns=list(_WANTED_FILES),
+            ignore_patterns=list(_UNWANTED_FILES),
+        )
+    except (OSError, HFValidationError) as error:
+        raise UnsupportedModelError(
+            f"no such model '{source}': there is no folder of that name, and the hub gives "
+            f"none ({first_line(error)})"
+        ) from error
+    return Path(folder)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Make sure that ``folder`` describes a dense causal LM and holds whole safetensors shards.
+
+    Only the configuration and the headers of the shards are read.
+
+    Raises:
+        UnsupportedModelError: Something else lies there, or part of it is missing or cut short.
+    """
+    _check_settings(folder)
+    _check_architecture(folder)
+    for shard in _shards(folder):
+        _check_shard(shard)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a message of another library, without its final stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .:") if lines else type(error).__name__
+
+
+def _check_settings(folder: Path) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UnsupportedModelError(
+            f"{folder} has no config.json: give a folder saved by transformers' save_pretrained"
+        )
+    settings = _read_json_object(path)
+    quantization = settings.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method == "sparseserve":
+        raise UnsupportedModelError(
+            f"{folder} is already a packed24 checkpoint: prune the dense model it was made from"
+        )
+    raise UnsupportedModelError(
+        f"{folder} is quantised ({method or 'unknown method'}): only dense models can be pruned, "
+        "give the original"
+    )
+
+
+def _check_architecture(folder: Path) -> None:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{folder} needs Python code of its own, which is never run: only architectures "
+                "that are part of transformers can be pruned"
+            ) from error
+        raise UnsupportedModelError(
+            f"{folder}/config.json is not understood: {first_line(error)}"
+        ) from error
+    names: list[str] = config.architectures or []
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if config.is_encoder_decoder or not causal.intersection(names):
+        found = ", ".join(names) or f"no architecture, model type {config.model_type}"
+        raise UnsupportedModelError(
+            f"{folder} is not a causal language model: its config.json names {found}; "
+            "a decoder with a language head, such as LlamaForCausalLM, is needed"
+        )
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if index.is_file():
+        weight_map = _read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UnsupportedModelError(f"{index} has no weight_map: download it again")
+        return [folder / Path(str(name)).name for name in sorted(set(weight_map.values()))]
+    if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+        raise UnsupportedModelError(
+            f"{folder} holds its weights as {pickles[0].name} only, which can run code when read: "
+            "convert them to safetensors (load and save_pretrained in transformers)"
+        )
+    raise UnsupportedModelError(f"{folder} has no weights: model.safetensors is missing")
+
+
+def _check_shard(path: Path) -> None:
+    if not path.is_file():
+        raise UnsupportedModelError(
+            f"{path} is missing, though model.safetensors.index.json names it: download it again"
+        )
+    try:
+        with safe_open(path, framework="pt"):  # checks that the header covers the file exactly
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UnsupportedModelError(
+            f"{path} is cut short or damaged ({path.stat().st_size} bytes; {first_line(error)}): "
+            "download it again"
+        ) from error
+
+
+def _read_json_object(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"{path} is not readable JSON: {first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UnsupportedModelError(f"{path} is not a JSON object")
+    return content

@@ -1,0 +1,179 @@
+"""What of a model can be pruned: its decoder layers and the linear operators that share inputs.
+
+Nothing here knows an architecture by name. The model runs twice on one short window: the first
+pass finds the list of decoder layers, the second sees which linear operators of a layer consume
+the very same tensor and in what order the data reaches them. Whatever does not fit this picture
+is refused with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparseserve.errors import UnsupportedModelError
+from sparseserve.models.hooks import TensorIdentity, as_batch, hooks, run_model
+from sparseserve.models.layer_list import find_decoder_layers, linear_modules
+from sparseserve.models.refusals import refuse_foreign_weights, refuse_shared_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """A linear operator of a layer.
+
+    Attributes:
+        name: Relative to its layer, such as ``self_attn.q_proj``.
+        out_features: Rows of the weight as pruning sees it.
+        in_features: Columns of the weight as pruning sees it.
+        transposed: Whether the module stores the weight as ``[in, out]``, as GPT-2's Conv1D does.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorGroup:
+    """Operators that consume the very same input tensor, in the order they run."""
+
+    operators: tuple[Operator, ...]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the shared input."""
+        return self.operators[0].in_features
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStructure:
+    """A decoder layer: its full name and its groups, in the order the data reaches them."""
+
+    name: str
+    groups: tuple[OperatorGroup, ...]
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """All operators of the layer, group by group."""
+        return tuple(operator for group in self.groups for operator in group.operators)
+
+    def full_name(self, operator: Operator) -> str:
+        """Return the name of ``operator`` in the model."""
+        return f"{self.name}.{operator.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStructure:
+    """The decoder layers of a model, in the order they run."""
+
+    layers: tuple[LayerStructure, ...]
+
+
+def trace_structure(model: nn.Module, input_ids: Tensor) -> ModelStructure:
+    """Find the decoder layers and their operators by running ``model`` on ``input_ids``.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        input_ids: Token ids ``[T]`` or ``[1, T]``; a dozen are enough.
+
+    Raises:
+        UnsupportedModelError: There is no list of decoder layers chained one after the other, or
+            a layer holds weights that cannot be pruned as linear operators: shared with another
+            module, used more than once, not reached, or seeing only some of the tokens.
+    """
+    tokens = as_batch(input_ids)
+    layers = find_decoder_layers(model, tokens)
+    refuse_foreign_weights(layers)
+    refuse_shared_weights(model, layers)
+    watches = [_LayerWatch(name, layer, tokens.shape[1]) for name, layer in layers]
+    with hooks([handle for watch in watches for handle in watch.handles()]):
+        run_model(model, tokens)
+    return ModelStructure(tuple(watch.structure() for watch in watches))
+
+
+class _LayerWatch:
+    """The calls of the linear operators of one layer during a forward pass."""
+
+    def __init__(self, name: str, layer: nn.Module, tokens: int) -> None:
+        self._name = name
+        self._layer = layer
+        self._tokens = tokens
+        self._running = False
+        self._called: set[str] = set()
+        self._inputs: list[TensorIdentity] = []
+        self._groups: list[list[Operator]] = []
+
+    def handles(self) -> Iterator[RemovableHandle]:
+        """Register the hooks on the layer and on every linear operator in it."""
+        yield self._layer.register_forward_pre_hook(lambda _, args: self._enter())
+        yield self._layer.register_forward_hook(lambda _, args, output: self._leave())
+        for name, module in linear_modules(self._layer):
+            yield module.register_forward_pre_hook(
+                lambda module, args, kwargs, name=name: self._call(name, module, args, kwargs),
+                with_kwargs=True,
+            )
+
+    def structure(self) -> LayerStructure:
+        """Return the groups seen, once every operator has been called."""
+        missed = [name for name, _ in linear_modules(self._layer) if name not in self._called]
+        if missed:
+            raise UnsupportedModelError(
+                f"{self._name}: {missed[0]} is not called as a linear operator when the layer runs "
+                f"({len(missed)} of {len(missed) + len(self._called)} are not); mixtures of "
+                "experts, whose operators each see only some tokens, are not supported"
+            )
+        groups = tuple(OperatorGroup(tuple(operators)) for operators in self._groups)
+        return LayerStructure(self._name, groups)
+
+    def _enter(self) -> None:
+        self._running = True
+
+    def _leave(self) -> None:
+        self._running = False
+        self._inputs.clear()  # frees the activations of this layer
+
+    def _call(
+        self, name: str, module: nn.Module, args: Sequence[object], kwargs: dict[str, object]
+    ) -> None:
+        operator = operator_of(name, module)
+        value = args[0] if args else next(iter(kwargs.values()), None)
+        if not self._running:
+            raise self._refusal(name, "is called from outside its layer")
+        if name in self._called:
+            raise self._refusal(name, "is called more than once when the layer runs")
+        if not isinstance(value, Tensor):
+            raise self._refusal(name, "is called on something else than a tensor")
+        rows = value.numel() // operator.in_features
+        if rows != self._tokens:
+            raise self._refusal(
+                name,
+                f"sees {rows} rows for {self._tokens} tokens; mixtures of experts and operators "
+                "that work per head are not supported",
+            )
+        self._called.add(name)
+        self._add(operator, value)
+
+    def _add(self, operator: Operator, value: Tensor) -> None:
+        for identity, operators in zip(self._inputs, self._groups, strict=True):
+            if identity.is_same(value):
+                operators.append(operator)
+                return
+        self._inputs.append(TensorIdentity(value))
+        self._groups.append([operator])
+
+    def _refusal(self, name: str, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self._name}: {name} {reason}")
+
+
+def operator_of(name: str, module: nn.Module) -> Operator:
+    """Describe the linear ``module`` under ``name``."""
+    weight = module.get_parameter("weight")
+    transposed = not isinstance(module, nn.Linear)
+    rows, columns = weight.shape
+    if transposed:
+        rows, columns = columns, rows
+    return Operator(name, out_features=rows, in_features=columns, transposed=transposed)

@@ -1,0 +1,110 @@
+"""Tiny seeded models of real architectures, for tests, smoke runs and third parties' own tests.
+
+They are built from their configuration and never downloaded. Every ``in_features`` is a multiple
+of 8 and every head is 32 wide, so the models can be packed as 2:4 and served.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+_SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
+_BYTES = 256
+# The next multiple of 8 after 256 bytes and the special tokens.
+TINY_VOCABULARY = 264
+
+_COMMON: dict[str, object] = {
+    "vocab_size": TINY_VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": _BYTES,
+    "bos_token_id": _BYTES + 1,
+    "eos_token_id": _BYTES + 2,
+    # Large enough for every layer to change the hidden states by about their own size.
+    "initializer_range": 0.1,
+}
+_GATED = {**_COMMON, "num_key_value_heads": 1, "intermediate_size": 128}
+# Windows shorter than the tests' sequences, so that local attention differs from global.
+_ALTERNATING = {
+    **_GATED,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+    "sliding_window": 8,
+}
+
+# Settings of each family's configuration, by the name transformers gives the family.
+TINY_FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {**_GATED, "tie_word_embeddings": False},
+    "opt": {**_COMMON, "ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.1},
+    "qwen2": {**_GATED, "tie_word_embeddings": True},
+    "qwen3": {**_GATED, "head_dim": 32},
+    "mistral": {**_GATED, "head_dim": 32, "sliding_window": 8},
+    "gemma2": {
+        **_ALTERNATING,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma3_text": {
+        **_ALTERNATING,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    },
+    "phi3": {**_GATED},
+    "gpt2": {**_COMMON, "n_inner": 128},
+    "gpt_neox": {**_COMMON, "intermediate_size": 128},
+}
+
+
+def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """Return a random float32 model of a ``family`` of :data:`TINY_FAMILIES`, ready to run.
+
+    Biases and norm weights are drawn too, so that a test sees when one is dropped.
+    """
+    config = AutoConfig.for_model(family, **TINY_FAMILIES[family])
+    # The generator is forked: building a model does not disturb the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval().requires_grad_(False)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer: one token for each byte, and the special tokens after them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: token for token, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
+    pad, start, end = _SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=start,
+        eos_token=end,
+        clean_up_tokenization_spaces=False,
+        chat_template="{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
+    )
+
+
+def save_tiny_model(
+    family: str, path: Path, seed: int = 0, *, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Save :func:`tiny_model` and its tokenizer under ``path`` and return it."""
+    tiny_model(family, seed).to(dtype).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
