@@ -75,10 +75,11 @@ def evaluation_windows(
     sequence_length: int,
     samples: int | None = None,
 ) -> list[Tensor]:
-    """Return the first ``samples`` consecutive windows, int64 ``[sequence_length]`` each, or all.
+    """Cut ``source`` into consecutive windows, int64 ``[sequence_length]`` each, from its start.
 
-    Windows do not overlap and start at the start of the text, as in published perplexities, so
-    other programs can evaluate the same ones; tokens after the last whole window are left out.
+    These are the windows of published perplexities: none overlap, and the tokens after the last
+    whole one are left out. Of the N windows there are, ``samples`` takes those numbered
+    ``i * N // samples``, spread over the whole text so that a few stand for all; None takes all.
 
     Raises:
         RecipeError: a number is not positive.
@@ -94,7 +95,8 @@ def evaluation_windows(
                 f"{stream.name} has {available} windows of {sequence_length} tokens, "
                 f"{samples} are asked for: give more text or --samples {available}"
             )
-    return stream.windows(range(0, (samples or available) * body, body), body)
+    count = samples or available
+    return stream.windows([index * available // count * body for index in range(count)], body)
 
 
 @dataclass(frozen=True, slots=True)
