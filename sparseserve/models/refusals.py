@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -24,12 +24,21 @@ def refuse_foreign_weights(layers: _Layers) -> None:
         linears = list(linear_modules(layer))
         for name, module in linears:
             _refuse_odd_weight(layer_name, name, module)
+        loose = list(_loose_matrices(layer))
+        for name, matrices in loose:
+            if matrices.ndim >= 3:
+                raise UnsupportedModelError(
+                    f"{layer_name}: {name} {list(matrices.shape)} stacks the matrices of "
+                    f"{len(matrices)} experts or heads; mixtures of experts are not supported"
+                )
+        # A router or a small mixing matrix may stay dense; the bulk of a layer may not.
         smallest = min((module.get_parameter("weight").numel() for _, module in linears), default=0)
-        for owner_name, owner in layer.named_modules():
-            for name, parameter in owner.named_parameters(recurse=False):
-                full_name = f"{owner_name}.{name}".lstrip(".")
-                if not is_linear(owner) and not isinstance(owner, _KNOWN_HOLDERS):
-                    _refuse_loose_matrix(layer_name, full_name, parameter, smallest)
+        for name, matrix in loose:
+            if matrix.numel() >= smallest:
+                raise UnsupportedModelError(
+                    f"{layer_name}: {name} {list(matrix.shape)} is a matrix outside any linear "
+                    "operator (nn.Linear or Conv1D) and would be left dense"
+                )
 
 
 def refuse_shared_weights(model: nn.Module, layers: _Layers) -> None:
@@ -72,18 +81,13 @@ def _refuse_odd_weight(layer: str, name: str, module: nn.Module) -> None:
         )
 
 
-def _refuse_loose_matrix(layer: str, name: str, parameter: Tensor, smallest: int) -> None:
-    shape = list(parameter.shape)
-    if parameter.ndim >= 3:
-        raise UnsupportedModelError(
-            f"{layer}: {name} {shape} stacks the matrices of {shape[0]} experts or heads; "
-            "mixtures of experts are not supported"
-        )
-    if parameter.ndim == 2 and parameter.numel() >= smallest:
-        raise UnsupportedModelError(
-            f"{layer}: {name} {shape} is a matrix outside any linear operator "
-            "(nn.Linear or Conv1D) and would be left dense"
-        )
+def _loose_matrices(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for owner_name, owner in layer.named_modules():
+        if is_linear(owner) or isinstance(owner, _KNOWN_HOLDERS):
+            continue
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.ndim >= 2:
+                yield f"{owner_name}.{name}".lstrip("."), parameter
 
 
 def _kind(model: nn.Module, parameter_name: str) -> str:

@@ -1,0 +1,428 @@
+"""Layers run one at a time do what they do inside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparseserve.errors import NumericalError, UnsupportedModelError
+from sparseserve.models import (
+    LayerCall,
+    ModelStructure,
+    OperatorGroup,
+    capture_layer_calls,
+    copy_layer,
+    group_input,
+    layer_inputs,
+    layer_weight,
+    run_layer,
+    set_layer_weight,
+    trace_structure,
+)
+from sparseserve.testing import TINY_FAMILIES, TINY_VOCABULARY, tiny_model
+
+LENGTH = 24  # three times the local attention window of the tiny models
+WIDTH = 16
+CPU = torch.device("cpu")
+
+
+def windows(count: int, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (LENGTH,), generator=generator) for _ in range(count)]
+
+
+def modules_of(model: nn.Module, structure: ModelStructure) -> list[nn.Module]:
+    return [model.get_submodule(layer.name) for layer in structure.layers]
+
+
+def seen_in_the_model(
+    model: nn.Module, names: Sequence[str], window: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The inputs and outputs of the named modules in one undisturbed run of the whole model."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
+        def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            seen[name] = (args[0].clone(), first.clone())
+
+        return model.get_submodule(name).register_forward_hook(record)
+
+    handles = [watch(name) for name in names]
+    with torch.no_grad():
+        model(window[None])
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+class Scaled(nn.Module):
+    """A layer of one linear operator that multiplies by an argument of the model's choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor, scale: object) -> Tensor:
+        factor = scale if isinstance(scale, (Tensor, float)) else 1.0
+        output: Tensor = hidden + self.linear(hidden) * factor
+        return output
+
+
+class ScaledChain(nn.Module):
+    """Two layers that receive whatever :meth:`scale` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(TINY_VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList([Scaled(), Scaled()])
+        self.eval().requires_grad_(False)
+
+    def scale(self, tokens: Tensor) -> object:
+        return torch.ones(tokens.shape[1], 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden, scale=self.scale(tokens))
+        output: Tensor = hidden
+        return output
+
+
+@pytest.fixture(params=TINY_FAMILIES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny_model(request.param)
+
+
+def test_a_chain_of_layers_gives_the_hidden_states_of_the_model(model: PreTrainedModel) -> None:
+    structure = trace_structure(model, windows(1)[0])
+    names = [layer.name for layer in structure.layers]
+    texts = windows(4)  # the last two play no part in capturing the calls
+    captured = capture_layer_calls(model, structure, texts)
+
+    for window, hidden in zip(texts, captured.hidden, strict=True):
+        expected = seen_in_the_model(model, names, window)
+        layers = zip(names, modules_of(model, structure), captured.calls, strict=True)
+        states = hidden
+        for name, layer, call in layers:
+            torch.testing.assert_close(states, expected[name][0], rtol=0, atol=1e-6)
+            states = run_layer(layer, states, call)
+            torch.testing.assert_close(states, expected[name][1], rtol=0, atol=1e-6)
+
+
+def test_calls_captured_from_some_windows_serve_all_others(model: PreTrainedModel) -> None:
+    structure = trace_structure(model, windows(1)[0])
+    calls = capture_layer_calls(model, structure, windows(1)).calls
+    others = windows(2, seed=9)
+    last = structure.layers[-1].name
+
+    entering = capture_layer_calls(model, structure, others).hidden
+    for window, hidden in zip(others, entering, strict=True):
+        states = hidden
+        for layer, call in zip(modules_of(model, structure), calls, strict=True):
+            states = run_layer(layer, states, call)
+        expected = seen_in_the_model(model, [last], window)[last][1]
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-6)
+
+
+def test_group_inputs_are_what_the_operators_see_in_the_model(model: PreTrainedModel) -> None:
+    structure = trace_structure(model, windows(1)[0])
+    captured = capture_layer_calls(model, structure, windows(3))
+    layer, call, found = structure.layers[0], captured.calls[0], captured.hidden[2]
+    module = model.get_submodule(layer.name)
+    seen = seen_in_the_model(
+        model, [layer.full_name(operator) for operator in layer.operators], windows(3)[2]
+    )
+
+    at_once, output = layer_inputs(module, found, call, layer.groups)
+
+    assert torch.equal(output, run_layer(module, found, call))
+    for group, inputs in zip(layer.groups, at_once, strict=True):
+        assert inputs.shape == (LENGTH, group.in_features)
+        assert torch.equal(inputs, group_input(module, found, call, group))
+        for operator in group.operators:
+            expected = seen[layer.full_name(operator)][0].reshape(LENGTH, -1)
+            torch.testing.assert_close(inputs, expected, rtol=0, atol=1e-6)
+
+
+def test_an_operator_is_a_product_with_its_layer_weight(model: PreTrainedModel) -> None:
+    structure = trace_structure(model, windows(1)[0])
+    captured = capture_layer_calls(model, structure, windows(2))
+    layer = structure.layers[0]
+    module = model.get_submodule(layer.name)
+    inputs, _ = layer_inputs(module, captured.hidden[0], captured.calls[0], layer.groups)
+
+    for group, x in zip(layer.groups, inputs, strict=True):
+        for operator in group.operators:
+            linear = module.get_submodule(operator.name)
+            weight = layer_weight(module, operator)
+            assert weight.shape == (operator.out_features, operator.in_features)
+            bias = torch.zeros(operator.out_features) if linear.bias is None else linear.bias
+            torch.testing.assert_close(linear(x), x @ weight.T + bias)
+
+
+def test_a_new_weight_changes_the_operator_as_a_plain_product_says(model: PreTrainedModel) -> None:
+    structure = trace_structure(model, windows(1)[0])
+    captured = capture_layer_calls(model, structure, windows(2))
+    layer = structure.layers[0]
+    module = copy_layer(model.get_submodule(layer.name), dtype=torch.float64)
+    hidden, call = captured.hidden[0].double(), captured.calls[0].to(CPU, torch.float64)
+    generator = torch.Generator().manual_seed(5)
+
+    for group in layer.groups:
+        x = group_input(module, hidden, call, group)
+        for operator in group.operators:
+            linear = module.get_submodule(operator.name)
+            before = linear(x)
+            weight = layer_weight(module, operator)
+            change = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            set_layer_weight(module, operator, weight + change)
+            torch.testing.assert_close(linear(x) - before, x @ change.T)
+
+
+def test_writing_a_weight_back_changes_nothing(model: PreTrainedModel) -> None:
+    structure = trace_structure(model, windows(1)[0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    for layer, module in zip(structure.layers, modules_of(model, structure), strict=True):
+        for operator in layer.operators:
+            set_layer_weight(module, operator, layer_weight(module, operator).clone())
+
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_copy_runs_in_another_dtype_and_leaves_the_model_alone(model: PreTrainedModel) -> None:
+    structure = trace_structure(model, windows(1)[0])
+    captured = capture_layer_calls(model, structure, windows(2))
+    layer, module = structure.layers[0], modules_of(model, structure)[0]
+    hidden, call = captured.hidden[0], captured.calls[0]
+    expected = run_layer(module, hidden, call)
+
+    double = copy_layer(module, CPU, torch.float64)
+    output = run_layer(double, hidden.double(), call.to(CPU, torch.float64))
+    for operator in layer.operators:
+        set_layer_weight(double, operator, torch.zeros_like(layer_weight(double, operator)))
+
+    assert output.dtype == torch.float64
+    torch.testing.assert_close(output.float(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(run_layer(module, hidden, call), expected)
+
+
+def test_moving_a_call_casts_floating_tensors_only() -> None:
+    model = tiny_model("gemma2")
+    structure = trace_structure(model, windows(1)[0])
+    call = capture_layer_calls(model, structure, windows(2)).calls[0]
+
+    moved = call.to(CPU, torch.bfloat16)
+
+    def dtypes(value: object) -> list[torch.dtype]:
+        tensors = value if isinstance(value, tuple) else (value,)
+        return [tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)]
+
+    assert dtypes(moved.kwargs["position_embeddings"]) == [torch.bfloat16, torch.bfloat16]
+    assert dtypes(moved.kwargs["attention_mask"]) == [torch.bool]
+    assert dtypes(moved.kwargs["position_ids"]) == [torch.int64]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_local_and_global_attention_layers_have_calls_of_their_own(family: str) -> None:
+    model = tiny_model(family)
+    structure = trace_structure(model, windows(1)[0])
+
+    calls = capture_layer_calls(model, structure, windows(2)).calls
+
+    local = calls[0]
+    alike = [local.first_difference(call) is None for call in calls]
+    kinds = TINY_FAMILIES[family]["layer_types"]
+    assert isinstance(kinds, list)
+    assert alike == [kind == "sliding_attention" for kind in kinds]
+    assert all(call.kwargs["past_key_values"] is None for call in calls)
+
+
+def test_capturing_runs_the_layers_for_two_windows_only() -> None:
+    model = tiny_model("llama")
+    structure = trace_structure(model, windows(1)[0])
+    layers = modules_of(model, structure)
+    entered: list[int] = []
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *_, index=index: entered.append(index))
+
+    capture_layer_calls(model, structure, windows(6))
+
+    assert entered == [0, 0]  # not even the last layer's body, whose call is all that is needed
+
+
+def test_windows_of_different_lengths_are_a_programming_error() -> None:
+    model = tiny_model("llama")
+    structure = trace_structure(model, windows(1)[0])
+
+    with pytest.raises(ValueError, match="one common length"):
+        capture_layer_calls(model, structure, [torch.arange(8), torch.arange(9)])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_layer_argument_that_depends_on_the_tokens_is_refused(count: int) -> None:
+    class ByToken(ScaledChain):
+        def scale(self, tokens: Tensor) -> object:
+            return tokens[0, :, None].float()
+
+    model = ByToken()
+    structure = trace_structure(model, windows(1)[0])
+
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers\.0: argument scale depends on the tokens"
+    ):
+        capture_layer_calls(model, structure, windows(count))
+
+
+def test_a_layer_argument_that_cannot_be_replayed_is_refused() -> None:
+    class Cache:
+        pass
+
+    class Caching(ScaledChain):
+        def scale(self, tokens: Tensor) -> object:
+            return (Cache(),)
+
+    model = Caching()
+    structure = trace_structure(model, windows(1)[0])
+
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0: argument scale is a Cache"):
+        capture_layer_calls(model, structure, windows(2))
+
+
+def test_nested_arguments_are_compared_and_moved() -> None:
+    call = LayerCall("layer", (1, [torch.ones(2)]), {"pair": ({"a": torch.zeros(1)}, None)})
+    same = LayerCall("layer", (1, [torch.ones(2)]), {"pair": ({"a": torch.zeros(1)}, None)})
+    other = LayerCall("layer", (1, [torch.ones(2)]), {"pair": ({"a": torch.ones(1)}, None)})
+    fewer = LayerCall("layer", (1, [torch.ones(2)]), {})
+
+    assert call.first_difference(same) is None
+    assert call.first_difference(other) == "pair"
+    assert call.first_difference(fewer) == fewer.first_difference(call) == "pair"
+    halved = call.to(CPU, torch.float16)
+    assert halved.first_difference(call) == "2"
+    assert halved.to(CPU, torch.float32).first_difference(call) is None
+
+
+def test_hidden_states_given_by_keyword_are_replayed_by_keyword() -> None:
+    class ByKeyword(ScaledChain):
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = self.embedding(tokens)
+            for layer in self.layers:
+                hidden = layer(hidden=hidden, scale=0.5)
+            output: Tensor = hidden
+            return output
+
+    model = ByKeyword()
+    structure = trace_structure(model, windows(1)[0])
+    captured = capture_layer_calls(model, structure, windows(2))
+    hidden = captured.hidden[1]
+    for layer, call in zip(modules_of(model, structure), captured.calls, strict=True):
+        hidden = run_layer(layer, hidden, call)
+
+    assert torch.equal(hidden, model(windows(2)[1][None]))
+
+
+def test_a_layer_that_works_in_place_leaves_its_caller_s_tensors_alone() -> None:
+    class InPlace(Scaled):
+        def forward(self, hidden: Tensor, scale: object) -> Tensor:
+            output = super().forward(hidden, scale)
+            return hidden.copy_(output)
+
+    model = ScaledChain()
+    model.layers = nn.ModuleList([InPlace(), InPlace()])
+    model.eval().requires_grad_(False)
+    window = windows(1)[0]
+    structure = trace_structure(model, window)
+    captured = capture_layer_calls(model, structure, [window, window.flip(0)])
+    hidden, layer = captured.hidden[0], structure.layers[0]
+
+    assert torch.equal(hidden, model.embedding(window[None]))
+    before = hidden.clone()
+    inputs, _ = layer_inputs(model.layers[0], hidden, captured.calls[0], layer.groups)
+    assert torch.equal(hidden, before)
+    assert torch.equal(inputs[0], before[0])
+
+
+def test_a_weight_of_another_shape_is_a_programming_error() -> None:
+    model = tiny_model("gpt2")
+    layer = trace_structure(model, windows(1)[0]).layers[0]
+    operator = layer.operators[0]
+    stored = torch.zeros(operator.in_features, operator.out_features)
+
+    with pytest.raises(ValueError, match=r"attn\.c_attn takes a weight of \(192, 64\)"):
+        set_layer_weight(model.get_submodule(layer.name), operator, stored)
+
+
+def test_a_weight_is_cast_to_the_dtype_it_is_stored_in() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    layer = trace_structure(model, windows(1)[0]).layers[0]
+    module, operator = model.get_submodule(layer.name), layer.operators[0]
+    weight = torch.full((operator.out_features, operator.in_features), 1 / 3)
+
+    set_layer_weight(module, operator, weight)
+
+    assert torch.equal(layer_weight(module, operator), weight.bfloat16())
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any(part._forward_pre_hooks or part._forward_hooks for part in module.modules())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_named_by_layer(poison: float) -> None:
+    model = tiny_model("llama")
+    structure = trace_structure(model, windows(1)[0])
+    captured = capture_layer_calls(model, structure, windows(2))
+    layer = structure.layers[1]
+    module, call, hidden = model.get_submodule(layer.name), captured.calls[1], captured.hidden[0]
+    queries: OperatorGroup = layer.groups[0]
+
+    layer_weight(module, layer.operators[-1])[0, 0] = poison
+    with pytest.raises(NumericalError, match=r"model\.layers\.1: its output has \d+ NaN"):
+        run_layer(module, hidden, call)
+
+    bad = hidden.clone()
+    bad[0, 3, 5] = poison
+    message = r"model\.layers\.1: the input of self_attn\.q_proj has \d+ NaN"
+    with pytest.raises(NumericalError, match=message):
+        group_input(module, bad, call, queries)
+    assert not _hooked(module)
+
+
+def test_an_embedding_that_is_not_finite_is_named_with_its_window() -> None:
+    model = tiny_model("llama")
+    texts = [torch.zeros(8, dtype=torch.long), torch.ones(8, dtype=torch.long)]
+    texts.append(torch.full((8,), 7))
+    structure = trace_structure(model, texts[0])
+    model.get_submodule("model.embed_tokens").weight[7] = float("nan")
+
+    with pytest.raises(NumericalError, match=r"model\.layers\.0: .* entering it \(window 2\)"):
+        capture_layer_calls(model, structure, texts)
+
+
+def test_group_input_leaves_no_hook_behind_and_runs_nothing_after_the_group() -> None:
+    model = tiny_model("llama")
+    structure = trace_structure(model, windows(1)[0])
+    captured = capture_layer_calls(model, structure, windows(2))
+    layer = structure.layers[0]
+    module = copy_layer(model.get_submodule(layer.name))
+    ran: list[str] = []
+    counters = [
+        module.get_submodule(operator.name).register_forward_hook(
+            lambda *_, name=operator.name: ran.append(name)
+        )
+        for operator in layer.operators
+    ]
+
+    group_input(module, captured.hidden[0], captured.calls[0], layer.groups[1])
+
+    assert ran == ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    for counter in counters:
+        counter.remove()
+    assert not _hooked(module)
