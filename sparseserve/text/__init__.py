@@ -1,7 +1,12 @@
 """Reading text and cutting token windows from it."""
 
 from sparseserve.text.sources import TextFile, TextSource, read_text
-from sparseserve.text.windows import calibration_windows, evaluation_windows, fit_sequence_length
+from sparseserve.text.windows import (
+    calibration_windows,
+    evaluation_windows,
+    fit_sequence_length,
+    position_limit,
+)
 
 __all__ = [
     "TextFile",
@@ -9,5 +14,6 @@ __all__ = [
     "calibration_windows",
     "evaluation_windows",
     "fit_sequence_length",
+    "position_limit",
     "read_text",
 ]

@@ -50,14 +50,15 @@ def read_text(
     A folder gives its ``.txt``, ``.md`` and ``.jsonl`` files, at any depth, sorted by path. Each
     line of a ``.jsonl`` file is an object with its text under ``"text"``. Anything that is no path
     is a dataset: ``name``, ``name:config`` or ``name:config:split`` (split ``train`` by default),
-    read as a stream and cut after DATASET_CHARACTERS, so that large corpora need not be downloaded.
+    read as a stream and cut after DATASET_CHARACTERS, so that large corpora need not be downloaded;
+    ``name`` may be a local dataset folder when a config follows it.
 
     Raises:
         CalibrationError: nothing is there, it is empty, or it is not UTF-8 text.
     """
     if source is None:
         return _packaged_text(packaged)
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         return _read_folder(path)
     if path.exists():
@@ -131,6 +132,8 @@ def _json_document(place: str, line: str) -> str:
 
 
 def _looks_like_a_path(source: str) -> bool:
+    if Path(source.partition(":")[0]).is_dir():  # a dataset saved on this machine
+        return False
     return source.startswith(("/", "./", "../", "~")) or source.endswith(TEXT_SUFFIXES)
 
 

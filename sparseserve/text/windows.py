@@ -16,7 +16,7 @@ from sparseserve.errors import CalibrationError, RecipeError
 from sparseserve.text.sources import DOCUMENT_SEPARATOR, TextSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 PIECE_CHARACTERS = 1_000_000
 
@@ -36,6 +36,12 @@ def fit_sequence_length(requested: int | None, *, limit: int | None, default: in
             f"--sequence-length {requested} is longer than the model takes: at most {limit}"
         )
     return requested
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """Return the longest sequence a model of this ``config`` takes, or None if it does not say."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
 
 
 def calibration_windows(

@@ -1,0 +1,88 @@
+"""``sparseserve evaluate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sparseserve.measurement import Backend, EvaluationReport
+
+
+@click.command("evaluate")
+@click.argument("model")
+@click.option("--text", help="Text file, folder or dataset name; default: packaged text.")
+@click.option("--samples", type=int, help="Windows, spread over the text; default: all.")
+@click.option("--sequence-length", type=int, help="Tokens per window; default: at most 1024.")
+@click.option(
+    "--backend",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="What runs the model.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Floating type to compute in; auto is that of the checkpoint.",
+)
+@click.option("--device", help="Where transformers runs: cpu or cuda; default: cuda if any.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def evaluate_command(
+    *,
+    model: str,
+    text: str | None,
+    samples: int | None,
+    sequence_length: int | None,
+    backend: Backend,
+    dtype: str,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Measure the perplexity of MODEL, a dense or packed folder or a hub name.
+
+    Text that a checkpoint was calibrated with is refused.
+    """
+    from dataclasses import asdict
+
+    from sparseserve.cli.console import quiet_libraries
+    from sparseserve.measurement import EvaluationSpec, evaluate
+    from sparseserve.recipe import DTYPES
+    from sparseserve.workflow import torch_device
+
+    quiet_libraries()
+    spec = EvaluationSpec(
+        text=text,
+        samples=samples,
+        sequence_length=sequence_length,
+        backend=backend,
+        dtype=DTYPES.get(dtype),
+        device=torch_device(device),
+    )
+    report = evaluate(model, spec, track=_track)
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+    else:
+        click.echo(_summary(report))
+
+
+def _track(windows: list[Tensor]) -> Iterable[Tensor]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(windows, description="evaluating", console=Console(stderr=True))
+
+
+def _summary(report: EvaluationReport) -> str:
+    return (
+        f"perplexity {report.perplexity:.4f} over {report.tokens:,} tokens "
+        f"({report.windows} windows of {report.sequence_length} from {report.text}; "
+        f"{report.backend}, {report.dtype}, {report.seconds:.0f} s)"
+    )
