@@ -55,8 +55,7 @@ class MissingExtraError(SparseServeError):
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         """Name the missing ``package`` and the pip command that brings it."""
         super().__init__(
-            f"{purpose} needs {package}, which is not installed: "
-            f"pip install 'sparseserve[{extra}]'"
+            f"{purpose} needs {package}, which is not installed: pip install 'sparseserve[{extra}]'"
         )
 
 

@@ -7,6 +7,7 @@ sparse tensor cores skip zeros (NVIDIA Ampere architecture whitepaper, "2:4 stru
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class SparsityPattern(ABC):
 
     @staticmethod
     def parse(text: str) -> SparsityPattern:
-        """Read ``"2:4"`` (keep 2 of every 4) or ``"50%"`` (zero half of every row).
+        """Read ``"2:4"`` (keep 2 of every 4) or ``"50%"`` (zero half of the matrix).
 
         Raises:
             RecipeError: ``text`` is neither, or its numbers are out of range.
@@ -49,7 +50,9 @@ class SparsityPattern(ABC):
             return NMPattern(keep=int(match[1]), group=int(match[2]))
         if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text.strip()):
             return UnstructuredPattern(sparsity=float(match[1]) / 100)
-        raise RecipeError(f"pattern '{text}' is not N:M (such as 2:4) or a percentage (such as 50%)")
+        raise RecipeError(
+            f"pattern '{text}' is not N:M (such as 2:4) or a percentage (such as 50%)"
+        )
 
     @property
     @abstractmethod
@@ -70,6 +73,11 @@ class SparsityPattern(ABC):
     @abstractmethod
     def rows_are_independent(self) -> bool:
         """Whether rows taken from several valid tensors make a valid tensor."""
+
+    @property
+    def per_row(self) -> SparsityPattern:
+        """A pattern that implies this one and binds every row alone."""
+        return self
 
     @abstractmethod
     def best_mask(self, scores: Tensor) -> Tensor:
@@ -152,7 +160,7 @@ class UnstructuredPattern(SparsityPattern):
     """A share ``sparsity`` of zeros, anywhere in each row or anywhere in the matrix."""
 
     sparsity: float
-    scope: Literal["row", "matrix"] = "row"
+    scope: Literal["row", "matrix"] = "matrix"
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -185,9 +193,16 @@ class UnstructuredPattern(SparsityPattern):
         """A budget for the whole matrix ties the rows together."""
         return self.scope == "row"
 
+    @property
+    def per_row(self) -> SparsityPattern:
+        """The same share in every row, hence in the matrix."""
+        return UnstructuredPattern(self.sparsity, scope="row")
+
     def kept(self, count: int) -> int:
         """Return how many of ``count`` weights may stay."""
-        return count - round(count * self.sparsity)
+        # The margin undoes the rounding of a share such as 0.7; flooring keeps a tensor that is
+        # pruned block by block within the budget of the whole.
+        return math.floor(count * self.density + 1e-9 * count)
 
     def best_mask(self, scores: Tensor) -> Tensor:
         """Keep the largest scores of each row, or of the matrix."""

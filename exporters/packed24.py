@@ -1,0 +1,78 @@
+"""``packed24``: 2:4 weights as values and 2-bit indices, 9/16 of the 16-bit size.
+
+The format is specified in docs/format.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from sparseserve.artifact import Artifact, write_manifest
+from sparseserve.checkpoint import DEFAULT_SHARD_BYTES, write_checkpoint, write_json
+from sparseserve.errors import ArtifactError
+from sparseserve.exporters.dense import dense_tensors
+from sparseserve.exporters.side_files import copy_side_files, model_config
+from sparseserve.sparsity import TWO_FOUR, pack24
+
+FORMAT_VERSION = 1
+
+
+def export_packed24(
+    artifact: Artifact, folder: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> Artifact:
+    """Write ``artifact``, of any format, to the new ``folder`` in packed form.
+
+    Raises:
+        ArtifactError: The pattern is not 2:4, the artifact is damaged, or the disk is full.
+    """
+    require_two_four(artifact.manifest.pattern)
+    write_checkpoint(folder, _packed_tensors(artifact), shard_bytes=shard_bytes)
+    copy_side_files(artifact.path, folder)
+    config = model_config(artifact.path)
+    config["quantization_config"] = {
+        "quant_method": "sparseserve",
+        "version": FORMAT_VERSION,
+        "format": "packed24",
+        "pattern": str(TWO_FOUR),
+        "modules": list(artifact.manifest.pruned),
+    }
+    write_json(folder / "config.json", config)
+    return write_manifest(folder, replace(artifact.manifest, format="packed24", files={}))
+
+
+def require_two_four(pattern: str) -> None:
+    """Refuse a pattern that packed24 cannot hold.
+
+    Raises:
+        ArtifactError: Names the pattern and the remedy.
+    """
+    if pattern != str(TWO_FOUR):
+        raise ArtifactError(f"packed24 holds only 2:4 weights, not {pattern}: use --format dense")
+
+
+def load_dense_state(folder: Path) -> dict[str, Tensor]:
+    """Read a checkpoint of any format as the tensors of the dense one.
+
+    Raises:
+        ArtifactError: The folder is not one of ours, or is damaged.
+    """
+    return dict(dense_tensors(Artifact.open(folder)))
+
+
+def _packed_tensors(artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
+    pruned = set(artifact.manifest.pruned)
+    for name, tensor in dense_tensors(artifact):
+        module, _, leaf = name.rpartition(".")
+        if module not in pruned or leaf != "weight":
+            yield name, tensor
+            continue
+        try:
+            packed = pack24(tensor.T if module in artifact.manifest.transposed else tensor)
+        except ArtifactError as error:
+            raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
+        yield f"{module}.weight_values", packed.values
+        yield f"{module}.weight_indices", packed.indices

@@ -1,0 +1,38 @@
+"""What goes with the weights: configuration, tokenizer, chat template, licence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from sparseserve.artifact import MANIFEST_FILE
+from sparseserve.checkpoint import read_json, writing
+
+_NOT_COPIED = {"config.json", MANIFEST_FILE}
+_COPIED_KINDS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Copy tokenizer, chat template, generation settings and licence, byte for byte.
+
+    Raises:
+        ArtifactError: The disk is full.
+    """
+    for path in sorted(source.iterdir()):
+        wanted = path.suffix in _COPIED_KINDS or path.name.upper().startswith("LICENSE")
+        if path.is_file() and wanted and not _is_weight_index(path.name):
+            with writing(folder / path.name):
+                shutil.copyfile(path, folder / path.name)
+
+
+def _is_weight_index(name: str) -> bool:
+    return name in _NOT_COPIED or name.endswith(".index.json")
+
+
+def model_config(source: Path) -> dict[str, object]:
+    """Read ``config.json``.
+
+    Raises:
+        ArtifactError: It is missing or not JSON.
+    """
+    return read_json(source / "config.json")

@@ -1,0 +1,230 @@
+"""Sharded safetensors checkpoints, read and written one tensor at a time.
+
+The layout is the Hugging Face one: ``model.safetensors``, or shards named by
+``model.safetensors.index.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparseserve.errors import ArtifactError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The tensors of a folder: which file holds each."""
+
+    folder: Path
+    files: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the index, and the header of every shard.
+
+        Raises:
+            ArtifactError: There are no safetensors, a shard is missing or cut short, or the index
+                and the shards disagree.
+        """
+        names = _shard_names(folder)
+        files = {key: name for name in names for key in _keys(folder / name)}
+        index = folder / INDEX_FILE
+        if index.exists():
+            listed = read_json(index).get("weight_map")
+            if listed != files:
+                raise ArtifactError(f"{index}: does not match the tensors in the shards")
+        return cls(folder, files)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a tensor of that name is stored."""
+        return name in self.files
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor.
+
+        Raises:
+            ArtifactError: It is not stored, or its file cannot be read.
+        """
+        if name not in self.files:
+            raise ArtifactError(f"{self.folder}: tensor {name} is missing")
+        path = self.folder / self.files[name]
+        with _readable(path), safe_open(path, framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(name)
+            return tensor
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor in the order of names."""
+        for name in sorted(self.files):
+            yield name, self.tensor(name)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the shards on disk, headers included."""
+        return sum((self.folder / name).stat().st_size for name in set(self.files.values()))
+
+
+def write_checkpoint(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> None:
+    """Write ``tensors`` to ``folder`` in shards of at most ``shard_bytes``, in the given order.
+
+    At most one shard is in memory. A tensor larger than a shard gets one of its own.
+
+    Raises:
+        ArtifactError: The disk is full or not writable.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[list[str]] = []
+    total = 0
+    for shard in _shards(tensors, shard_bytes):
+        save_tensors(folder / f"shard-{len(written)}", shard)
+        written.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    if len(written) == 1:
+        (folder / "shard-0").replace(folder / SINGLE_FILE)
+        return
+    weight_map = {}
+    for number, names in enumerate(written):
+        name = f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
+        (folder / f"shard-{number}").replace(folder / name)
+        weight_map.update(dict.fromkeys(names, name))
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file, whole or not at all.
+
+    Raises:
+        ArtifactError: The disk is full or not writable.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with writing(path):
+        save_file(contiguous, partial, metadata={"format": "pt"})
+        partial.replace(path)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON, whole or not at all.
+
+    Raises:
+        ArtifactError: The disk is full or not writable.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    with writing(path):
+        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object.
+
+    Raises:
+        ArtifactError: The file is missing or is not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path}: is not a JSON object")
+    return data
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the failures of a write to ``path`` into one line that says what to do.
+
+    Raises:
+        ArtifactError: The disk is full or not writable.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        parent = next(folder for folder in path.resolve().parents if folder.exists())
+        free = shutil.disk_usage(parent).free / 2**20
+        raise ArtifactError(
+            f"{path}: cannot be written ({_reason(error)}; {free:,.0f} MiB free): "
+            "make room or choose another output folder, then run the same command to go on"
+        ) from error
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse early if the disk of ``folder`` has less than ``needed_bytes`` free.
+
+    Raises:
+        ArtifactError: Names both figures.
+    """
+    parent = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise ArtifactError(
+            f"{folder}: needs {needed_bytes / 2**20:,.0f} MiB, but the disk has "
+            f"{free / 2**20:,.0f} MiB free: make room or choose another output folder"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _shard_names(folder: Path) -> list[str]:
+    if (folder / INDEX_FILE).exists():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ArtifactError(f"{folder / INDEX_FILE}: has no weight_map")
+        return sorted({str(name) for name in weight_map.values()})
+    if (folder / SINGLE_FILE).exists():
+        return [SINGLE_FILE]
+    raise ArtifactError(f"{folder}: holds no {SINGLE_FILE} and no {INDEX_FILE}")
+
+
+def _keys(path: Path) -> list[str]:
+    if path.name != Path(path.name).name or not path.exists():
+        raise ArtifactError(f"{path}: shard is missing")
+    with _readable(path), safe_open(path, framework="pt") as shard:
+        return list(shard.keys())
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{path}: damaged or cut short ({error}): copy or make it again"
+        ) from error
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; integers always pass."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

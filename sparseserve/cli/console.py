@@ -1,0 +1,118 @@
+"""What the commands show on standard error, and summaries on standard output."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from sparseserve.artifact import Artifact
+from sparseserve.inspection import Inspection
+from sparseserve.report import LayerReport, OperatorReport
+
+
+def quiet_libraries() -> None:
+    """Keep libraries from writing progress bars and advice between our own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|transformers|datasets")
+
+
+@dataclass(frozen=True, slots=True)
+class PruningProgress:
+    """A bar over decoder layers, and one line for each operator."""
+
+    bar: Progress
+    task: TaskID
+
+    def stage(self, text: str) -> None:
+        """Say what is going on outside the layer loop."""
+        self.bar.console.print(text, style="dim", highlight=False)
+
+    def layer_started(self, name: str, number: int, total: int) -> None:
+        """Move the bar to a layer."""
+        self.bar.update(
+            self.task, description=name, completed=number - 1, total=total, visible=True
+        )
+
+    def operator_pruned(self, report: OperatorReport) -> None:
+        """Print an operator's error."""
+        rows, columns = report.shape
+        self.bar.console.print(
+            f"  {report.name}  {rows}x{columns}  relative error {report.relative_error:.4f}"
+            f"  {report.seconds:.1f} s",
+            highlight=False,
+        )
+
+    def layer_finished(self, report: LayerReport) -> None:
+        """Advance the bar."""
+        self.bar.advance(self.task)
+
+
+@contextmanager
+def pruning_progress() -> Iterator[PruningProgress]:
+    """Show progress on standard error while the block runs."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield PruningProgress(bar, bar.add_task("", total=None, visible=False))
+
+
+def print_summary(artifact: Artifact) -> None:
+    """Print what was made."""
+    manifest = artifact.manifest
+    table = Table(show_header=False, box=None)
+    table.add_row("checkpoint", str(artifact.path))
+    table.add_row("format", f"{manifest.format}, pattern {manifest.pattern}")
+    table.add_row("pruned", f"{len(manifest.pruned)} linear operators")
+    table.add_row("mean relative error", f"{manifest.report['mean_relative_error']:.4f}")
+    table.add_row("weights on disk", f"{artifact.checkpoint.weight_bytes / 2**20:,.1f} MiB")
+    table.add_row("time", f"{manifest.report['seconds']:.0f} s")
+    Console().print(table, highlight=False)
+
+
+def print_inspection(found: Inspection) -> None:
+    """Print a checkpoint's facts and one line for each matrix."""
+    console = Console()
+    if found.manifest:
+        manifest = found.manifest
+        console.print(
+            f"{found.path}: {manifest.format}, {len(manifest.pruned)} operators pruned to "
+            f"{manifest.pattern} from {manifest.source}",
+            highlight=False,
+        )
+        console.print(f"recipe {json.dumps(manifest.recipe)}", highlight=False)
+    else:
+        console.print(f"{found.path}: not written by sparseserve", highlight=False)
+    console.print(f"weights on disk {found.weight_bytes / 2**20:,.1f} MiB", highlight=False)
+    table = Table("matrix", "dtype", "shape", "zeros", "2:4", box=None)
+    for item in found.matrices:
+        shape = f"{item.shape[0]} x {item.shape[1]}"
+        fits = "yes" if item.two_four else "no"
+        table.add_row(item.name, item.dtype, shape, f"{item.sparsity:.1%}", fits)
+    console.print(table, highlight=False)

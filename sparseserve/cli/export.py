@@ -1,0 +1,26 @@
+"""``sparseserve export``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("export")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--format", "export_format", type=click.Choice(["packed24", "dense"]), required=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def export_command(checkpoint: Path, output: Path, export_format: str, as_json: bool) -> None:
+    """Write a pruned CHECKPOINT again in another format."""
+    from sparseserve.workflow import export
+
+    artifact = export(checkpoint, output, "dense" if export_format == "dense" else "packed24")
+    size = artifact.checkpoint.weight_bytes
+    if as_json:
+        facts = {"output": str(output), "format": export_format, "weight_bytes": size}
+        click.echo(json.dumps(facts))
+    else:
+        click.echo(f"{output}: {export_format}, {size / 2**20:,.1f} MiB of weights")

@@ -1,0 +1,25 @@
+"""``sparseserve inspect``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def inspect_command(path: Path, as_json: bool) -> None:
+    """Show what the checkpoint folder PATH holds: recipe, sizes, sparsity of every matrix."""
+    from dataclasses import asdict
+
+    from sparseserve.cli.console import print_inspection
+    from sparseserve.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(path)
+    if as_json:
+        click.echo(json.dumps({**asdict(found), "path": str(path)}))
+    else:
+        print_inspection(found)

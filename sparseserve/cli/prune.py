@@ -1,0 +1,168 @@
+"""``sparseserve prune-and-export``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from sparseserve.recipe import PruneRecipe
+
+
+@click.command("prune-and-export")
+@click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder to write.")
+@click.option("--method", help="fista, sparsegpt, wanda or magnitude; default from the recipe.")
+@click.option("--recipe", default="default", show_default=True, help="default, paper or FILE.toml.")
+@click.option("--pattern", help="2:4, any N:M, or a share of zeros such as 50%.")
+@click.option("--error-correction", help="none or intra.")
+@click.option("--calibration", help="Text file, folder or dataset name; default: packaged text.")
+@click.option("--samples", type=int, help="Calibration windows.")
+@click.option("--sequence-length", type=int, help="Tokens per calibration window.")
+@click.option("--seed", type=int, help="Draws the calibration windows.")
+@click.option(
+    "--format",
+    "export_format",
+    type=click.Choice(["packed24", "dense"]),
+    help="How to store the result; default: packed24 for 2:4, else dense.",
+)
+@click.option("--dtype", help="auto, float32, bfloat16 or float16, of the stored weights.")
+@click.option("--ignore", multiple=True, help="Regular expression; matching linears stay dense.")
+@click.option("--device", help="Where to prune: cpu or cuda; default: cuda if there is one.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be pruned.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def prune_command(
+    *,
+    model: str,
+    output: Path | None,
+    method: str | None,
+    recipe: str,
+    pattern: str | None,
+    error_correction: str | None,
+    calibration: str | None,
+    samples: int | None,
+    sequence_length: int | None,
+    seed: int | None,
+    export_format: str | None,
+    dtype: str | None,
+    ignore: tuple[str, ...],
+    device: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Prune MODEL, a folder or a hub name, and write the checkpoint.
+
+    A run that is interrupted goes on when the same command is given again.
+    """
+    from sparseserve.cli.console import quiet_libraries
+
+    quiet_libraries()
+    settings = _recipe(
+        recipe,
+        method=method,
+        values={
+            "pattern": pattern,
+            "error_correction": error_correction,
+            "dtype": dtype,
+            "ignore": list(ignore) or None,
+        },
+        calibration={
+            "source": calibration,
+            "samples": samples,
+            "sequence_length": sequence_length,
+            "seed": seed,
+        },
+    )
+    if dry_run:
+        _print_plan(model, settings, as_json)
+    elif output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    else:
+        _prune(
+            model,
+            output,
+            recipe=settings,
+            export_format=export_format,
+            device=device,
+            as_json=as_json,
+        )
+
+
+def _recipe(
+    name: str,
+    *,
+    method: str | None,
+    values: dict[str, object],
+    calibration: dict[str, object],
+) -> PruneRecipe:
+    """Overlay the options that were given on the recipe."""
+    from sparseserve.errors import RecipeError
+    from sparseserve.recipe import load_recipe, recipe_from_mapping
+
+    base = load_recipe(name).to_json()
+    own = base["method"]
+    spec = base["calibration"]
+    if not isinstance(own, dict) or not isinstance(spec, dict):
+        raise AssertionError("a recipe's method and calibration are tables")
+    if method is not None and method != str(own["name"]).removesuffix("-paper"):
+        if name == "paper":
+            raise RecipeError(
+                f"recipe 'paper' is FISTAPruner: --method {method} has no such recipe"
+            )
+        own = {"name": method}
+    given = {key: value for key, value in values.items() if value is not None}
+    spec |= {key: value for key, value in calibration.items() if value is not None}
+    return recipe_from_mapping({**base, **given, "method": own, "calibration": spec})
+
+
+def _prune(
+    model: str,
+    output: Path,
+    *,
+    recipe: PruneRecipe,
+    export_format: str | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    from sparseserve.cli.console import print_summary, pruning_progress
+    from sparseserve.sparsity import TWO_FOUR
+    from sparseserve.workflow import prune_and_export, torch_device
+
+    default = "packed24" if recipe.pattern == TWO_FOUR else "dense"
+    with pruning_progress() as progress:
+        artifact = prune_and_export(
+            model,
+            output,
+            recipe,
+            export_format="dense" if (export_format or default) == "dense" else "packed24",
+            device=torch_device(device),
+            progress=progress,
+            on_stage=progress.stage,
+        )
+    if as_json:
+        click.echo(json.dumps({"output": str(output), **artifact.manifest.to_json()}))
+    else:
+        print_summary(artifact)
+
+
+def _print_plan(model: str, recipe: PruneRecipe, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from sparseserve.workflow import plan
+
+    found = plan(model, recipe)
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+        return
+    for name, (rows, columns) in found.operators:
+        click.echo(f"prune  {name}  {rows} x {columns}")
+    for name in found.dense_modules:
+        click.echo(f"dense  {name}  (matches --ignore)")
+    share = found.pruned_parameters / found.total_parameters
+    click.echo(
+        f"{len(found.operators)} operators with {found.pruned_parameters:,} of "
+        f"{found.total_parameters:,} parameters ({share:.1%}) to {recipe.pattern}"
+    )

@@ -1,0 +1,30 @@
+"""``sparseserve verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command("verify")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def verify_command(checkpoint: Path, as_json: bool) -> None:
+    """Check hashes, pattern, dtypes and finiteness of CHECKPOINT; exit 0 if all is right."""
+    from rich.console import Console
+
+    from sparseserve.artifact import verify
+
+    with Console(stderr=True).status("verifying") as status:
+        artifact = verify(checkpoint, on_file=lambda name: status.update(f"verifying {name}"))
+    manifest = artifact.manifest
+    if as_json:
+        facts = {"path": str(checkpoint), "format": manifest.format, "pattern": manifest.pattern}
+        click.echo(json.dumps({**facts, "pruned": len(manifest.pruned), "ok": True}))
+    else:
+        click.echo(
+            f"{checkpoint}: {len(manifest.files)} files and {len(manifest.pruned)} "
+            f"{manifest.pattern} operators ({manifest.format}) are whole"
+        )

@@ -1,0 +1,141 @@
+"""Second moments of an operator's inputs: all that pruning needs to know of the calibration data.
+
+For a linear operator with dense weight ``W0``, inputs ``X`` seen by the dense network and ``X*``
+seen by the pruned one (both ``[in, tokens]``), every objective here is a function of
+
+    gram       G = X* X*^T        cross      C = X X*^T        dense_gram   D = X X^T
+
+so no tensor with a token dimension outlives its batch, and memory does not grow with the
+calibration set. The sums run over tokens and are not normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseserve.errors import NumericalError
+
+# Up to this width the sums are kept in float64, which makes them independent of the batching to
+# the last digits of float32; beyond it the memory would hurt more than the digits help.
+_DOUBLE_WIDTH = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatistics:
+    """The three second moments ``[in, in]`` of one input tensor, summed over ``tokens``.
+
+    Without error correction the pruned inputs are the dense ones and the three are one tensor.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    dense_gram: Tensor
+    tokens: int
+
+    @classmethod
+    def empty(cls, in_features: int, *, corrected: bool, device: torch.device) -> LayerStatistics:
+        """Return the statistics of no tokens; ``corrected`` keeps ``X`` and ``X*`` apart."""
+        dtype = torch.float64 if in_features <= _DOUBLE_WIDTH else torch.float32
+
+        def zeros() -> Tensor:
+            return torch.zeros(in_features, in_features, dtype=dtype, device=device)
+
+        gram = zeros()
+        if not corrected:
+            return cls(gram, gram, gram, 0)
+        return cls(gram, zeros(), zeros(), 0)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether dense and pruned inputs are told apart."""
+        return self.cross is not self.gram
+
+    def updated(self, pruned_inputs: Tensor, dense_inputs: Tensor | None = None) -> LayerStatistics:
+        """Return the statistics with ``[tokens, in]`` activations added, reusing this storage.
+
+        Args:
+            pruned_inputs: Inputs that the pruned operator sees; left untouched.
+            dense_inputs: The same tokens in the dense network; exactly when ``corrected``.
+
+        Raises:
+            NumericalError: An activation is NaN or infinite.
+        """
+        if (dense_inputs is not None) != self.corrected:
+            raise ValueError("dense_inputs go with corrected statistics, and only with them")
+        x = _checked(pruned_inputs)
+        self.gram.add_(x.T @ x)
+        if dense_inputs is not None:
+            dense = _checked(dense_inputs)
+            self.cross.add_(dense.T @ x)
+            self.dense_gram.add_(dense.T @ dense)
+        return LayerStatistics(self.gram, self.cross, self.dense_gram, self.tokens + len(x))
+
+    def merged(self, other: LayerStatistics) -> LayerStatistics:
+        """Return the statistics of both token sets; neither operand is changed."""
+        if self.corrected != other.corrected:
+            raise ValueError("corrected and uncorrected statistics do not merge")
+        gram = self.gram + other.gram
+        if not self.corrected:
+            return LayerStatistics(gram, gram, gram, self.tokens + other.tokens)
+        return LayerStatistics(
+            gram,
+            self.cross + other.cross,
+            self.dense_gram + other.dense_gram,
+            self.tokens + other.tokens,
+        )
+
+
+def output_error(weight: Tensor, dense_weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Return ``||W X* - W0 X||^2`` of every row, ``[out]`` in float64.
+
+    With ``E = W - W0`` and ``S = X* - X`` it is ``||E X* + W0 S||^2``, expanded so that without
+    error correction nothing cancels.
+    """
+    gram = statistics.gram.double()
+    dense = dense_weight.double()
+    change = weight.double() - dense
+    error = _row_products(change @ gram, change)
+    if statistics.corrected:
+        cross = statistics.cross.double()
+        drift = gram - cross - cross.T + statistics.dense_gram.double()
+        error += 2 * _row_products(change @ (gram - cross.T), dense)
+        error += _row_products(dense @ drift, dense)
+    return error.clamp_min(0)
+
+
+def output_energy(dense_weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """Return ``||W0 X||^2`` of every row, ``[out]`` in float64."""
+    dense = dense_weight.double()
+    return _row_products(dense @ statistics.dense_gram.double(), dense)
+
+
+def relative_output_error(
+    weight: Tensor, dense_weight: Tensor, statistics: LayerStatistics
+) -> float:
+    """Return ``||W X* - W0 X||_F / ||W0 X||_F``."""
+    energy = output_energy(dense_weight, statistics).sum()
+    error = output_error(weight, dense_weight, statistics).sum()
+    return float((error / energy).sqrt()) if energy > 0 else float(error.sqrt())
+
+
+def merge_all(parts: Iterable[LayerStatistics]) -> LayerStatistics:
+    """Merge the statistics of any number of disjoint token sets."""
+    first, *rest = parts
+    for part in rest:
+        first = first.merged(part)
+    return first
+
+
+def _checked(inputs: Tensor) -> Tensor:
+    x = inputs.reshape(-1, inputs.shape[-1]).float()
+    if not bool(torch.isfinite(x.sum())):
+        raise NumericalError("activations are NaN or infinite")
+    return x
+
+
+def _row_products(left: Tensor, right: Tensor) -> Tensor:
+    return (left * right).sum(dim=-1)

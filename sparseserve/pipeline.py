@@ -1,0 +1,142 @@
+"""Pruning a model: the whole of it, one decoder layer at a time.
+
+For every layer, on all calibration windows:
+
+1. Copy the layer twice: one copy stays dense, the other is pruned operator by operator.
+2. For each group of operators that read the same input, in the order in which data reaches them:
+   run both copies up to that input, sum its second moments, and prune the group's weights.
+   With ``intra`` error correction the inputs of the pruned copy (``X*``) carry the errors of the
+   operators pruned before, and the target stays the dense output ``W0 X``.
+3. Write the layer to disk, and run the dense copy on to the next layer's inputs.
+
+Every layer starts from dense hidden states, so layers are independent of each other: a run that
+was killed goes on at the first layer that is not on disk and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from sparseserve.calibration import CalibrationSet
+from sparseserve.errors import RecipeError
+from sparseserve.layer_pruning import (
+    LayerRun,
+    PrunedLayer,
+    PruneProgress,
+    planned_operators,
+    prune_layer,
+)
+from sparseserve.models.layers import capture_layer_calls, run_layer, set_layer_weight
+from sparseserve.models.structure import ModelStructure, trace_structure
+from sparseserve.recipe import PruneRecipe
+from sparseserve.report import Environment, PruneReport
+
+
+class LayerStore(Protocol):
+    """Where finished layers are kept, so that a killed run can go on."""
+
+    def load(self, layer: str) -> PrunedLayer | None:
+        """Return a finished layer, or None."""
+        ...
+
+    def save(self, layer: str, pruned: PrunedLayer) -> None:
+        """Keep a finished layer, whole or not at all."""
+        ...
+
+
+def prune_model(
+    model: nn.Module,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    *,
+    store: LayerStore,
+    progress: PruneProgress,
+    device: torch.device,
+) -> PruneReport:
+    """Prune ``model`` in place.
+
+    Args:
+        model: A causal language model on the CPU.
+        recipe: What to do.
+        calibration: Token windows of equal length.
+        store: Keeps finished layers.
+        progress: Told of every step.
+        device: Where layers run and are pruned; one layer at a time is copied there.
+
+    Raises:
+        UnsupportedModelError: The structure of the model cannot be found.
+        RecipeError: An operator does not fit the pattern.
+        NumericalError: Activations, weights or statistics are not finite; names the operator.
+    """
+    started = time.perf_counter()
+    structure = trace_structure(model, calibration.windows[0][None])
+    check_plan(structure, recipe)
+    inputs = capture_layer_calls(model, structure, calibration.windows)
+    hidden = list(inputs.hidden)
+    reports = []
+    for number, layer in enumerate(structure.layers, start=1):
+        progress.layer_started(layer.name, number, len(structure.layers))
+        module = model.get_submodule(layer.name)
+        run = LayerRun.start(module, layer, inputs.calls[number - 1], hidden, device)
+        pruned = store.load(layer.name)
+        if pruned is None:
+            pruned = prune_layer(run, recipe, progress)
+            store.save(layer.name, pruned)
+        for operator in planned_operators(layer, recipe):
+            set_layer_weight(module, operator, pruned.weights[f"{layer.name}.{operator.name}"])
+        reports.append(pruned.report)
+        progress.layer_finished(pruned.report)
+        if number < len(structure.layers):
+            hidden = [run_layer(run.dense, window, run.call).cpu() for window in run.windows()]
+    return PruneReport(
+        layers=tuple(reports),
+        dense_modules=ignored_modules(structure, recipe),
+        seconds=time.perf_counter() - started,
+        peak_memory_bytes=_peak_memory(device),
+        environment=Environment.here(),
+    )
+
+
+def check_plan(structure: ModelStructure, recipe: PruneRecipe) -> None:
+    """Refuse operators whose width does not fit the pattern, before any work is done.
+
+    Raises:
+        RecipeError: Names the operator, its width and the remedy; or says that none is left.
+    """
+    multiple = recipe.pattern.column_multiple
+    total = 0
+    for layer in structure.layers:
+        for operator in planned_operators(layer, recipe):
+            total += 1
+            if operator.in_features % multiple:
+                raise RecipeError(
+                    f"{layer.name}.{operator.name}: in_features {operator.in_features} is not a "
+                    f"multiple of {multiple}, which pattern {recipe.pattern} needs: leave it "
+                    f"dense with --ignore '{operator.name.split('.')[-1]}$'"
+                )
+    if not total:
+        raise RecipeError("nothing is left to prune: --ignore matches every linear operator")
+
+
+def ignored_modules(structure: ModelStructure, recipe: PruneRecipe) -> tuple[str, ...]:
+    """Return the full names of the linears in decoder layers that the recipe leaves dense."""
+    return tuple(
+        name
+        for layer in structure.layers
+        for group in layer.groups
+        for operator in group.operators
+        if recipe.ignores(name := f"{layer.name}.{operator.name}")
+    )
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,104 @@
+"""FISTAPruner to the letter (Zhao et al., EMNLP 2025, sections 3.2 to 3.4 and algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseserve.errors import RecipeError
+from sparseserve.layer_statistics import LayerStatistics, output_error
+from sparseserve.pruners.fista import WARM_STARTS, WarmStart
+from sparseserve.pruners.protocol import PrunedWeight
+from sparseserve.solvers.fista import fista
+from sparseserve.solvers.linalg import largest_eigenvalue
+from sparseserve.solvers.problem import LayerProblem, layer_problem
+from sparseserve.sparsity import SparsityPattern
+
+
+@dataclass(frozen=True, slots=True)
+class PaperFista:
+    """Bisection on lambda, with the published constants.
+
+    Lambda has the unit of ``W0 X X*^T`` summed over tokens, so its first value and interval mean
+    something else for every operator and calibration size; read literally, the first bisections
+    annihilate the weight and the search stops after ``patience`` rounds (docs/method.md).
+
+    Attributes:
+        warm_start: ``wanda`` as the paper does for LLaMA, or ``sparsegpt`` as it does for OPT.
+        first_lambda: Where the search starts.
+        upper_lambda: Upper end of the interval; the lower end is 0.
+        rounding_ratio: ``xi``; above it rounding dominates the error and lambda is raised.
+        patience: ``T``; rounds without improvement after which the search ends.
+        iterations: ``K``; FISTA steps a round.
+        step_tolerance: FISTA stops when its step is shorter (equation 6).
+        interval_tolerance: Bisection stops when the interval is shorter than this share of its
+            upper end.
+    """
+
+    warm_start: WarmStart = "wanda"
+    first_lambda: float = 1e-5
+    upper_lambda: float = 1e6
+    rounding_ratio: float = 0.3
+    patience: int = 3
+    iterations: int = 20
+    step_tolerance: float = 1e-6
+    interval_tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check the knobs."""
+        if self.warm_start not in WARM_STARTS:
+            raise RecipeError(
+                f"fista-paper: warm_start '{self.warm_start}' is not one of "
+                f"{', '.join(WARM_STARTS)}"
+            )
+        if not 0 < self.first_lambda < self.upper_lambda:
+            raise RecipeError("fista-paper: first_lambda must lie between 0 and upper_lambda")
+        if self.patience < 1 or self.iterations < 1:
+            raise RecipeError("fista-paper: patience and iterations must be positive")
+
+    def prune(
+        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+    ) -> PrunedWeight:
+        """Run algorithm 1; the best rounded weight by total error is returned."""
+        start = WARM_STARTS[self.warm_start].prune(dense_weight, statistics, pattern)
+        problem = layer_problem(dense_weight, statistics, damping=0.0)
+        lipschitz = largest_eigenvalue(problem.gram)
+
+        best = start.weight
+        best_error = _total_error(best, dense_weight, statistics)
+        penalty, low, high = self.first_lambda, 0.0, self.upper_lambda
+        stale, products = 0, start.gram_products
+        while stale < self.patience and high - low > self.interval_tolerance * high:
+            result = fista(
+                problem,
+                best,
+                l1=penalty,
+                lipschitz=lipschitz,
+                iterations=self.iterations,
+                step_tolerance=self.step_tolerance,
+            )
+            products += result.iterations + 2
+            rounded = pattern.project(result.weight)
+            error = _total_error(rounded, dense_weight, statistics)
+            if _rounding_error(result.weight - rounded, problem) > self.rounding_ratio * error:
+                low = penalty
+            else:
+                high = penalty
+            if error < best_error:
+                best, best_error, stale = rounded, error, 0
+            else:
+                stale += 1
+            penalty = (low + high) / 2
+        return PrunedWeight(best, products)
+
+
+def _total_error(weight: Tensor, dense_weight: Tensor, statistics: LayerStatistics) -> float:
+    """Return ``||W X* - W0 X||_F`` (equation 8)."""
+    return float(output_error(weight, dense_weight, statistics).sum().sqrt())
+
+
+def _rounding_error(change: Tensor, problem: LayerProblem) -> float:
+    """Return ``||(W_rounded - W) X*||_F``."""
+    return float(torch.sqrt(((change @ problem.gram) * change).sum().clamp_min(0)))

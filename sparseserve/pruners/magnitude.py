@@ -1,0 +1,22 @@
+"""Magnitude pruning: keep the largest weights, whatever their inputs are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparseserve.layer_statistics import LayerStatistics
+from sparseserve.pruners.protocol import PrunedWeight
+from sparseserve.sparsity import SparsityPattern
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitude:
+    """Keep the weights of largest absolute value (Han et al. 2015, NeurIPS)."""
+
+    def prune(
+        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+    ) -> PrunedWeight:
+        """Project the weight onto the pattern; the statistics are not looked at."""
+        return PrunedWeight(pattern.project(dense_weight.float()), 0)

@@ -1,0 +1,39 @@
+"""What a pruner is: a function from a dense weight and its statistics to a pruned weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from sparseserve.layer_statistics import LayerStatistics
+from sparseserve.sparsity import SparsityPattern
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedWeight:
+    """A pruned operator.
+
+    Attributes:
+        weight: ``[out, in]`` float32, +0.0 wherever it was pruned.
+        gram_products: Products of an ``[out, in]`` matrix with the ``[in, in]`` Gram matrix that
+            were spent: the unit of cost that does not depend on the machine.
+    """
+
+    weight: Tensor
+    gram_products: int
+
+
+class Pruner(Protocol):
+    """A frozen dataclass of knobs with one method."""
+
+    def prune(
+        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+    ) -> PrunedWeight:
+        """Prune ``dense_weight`` ``[out, in]``; inputs are left untouched.
+
+        Raises:
+            NumericalError: A factorisation fails or a value is not finite.
+        """
+        ...

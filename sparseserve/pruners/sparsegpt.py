@@ -1,0 +1,83 @@
+"""SparseGPT: prune columns from left to right, each error repaired by the columns still to come.
+
+Frantar and Alistarh 2023, "SparseGPT: Massive language models can be accurately pruned in
+one-shot", algorithm 1 and section 3.4 (semi-structured sparsity).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseserve.errors import RecipeError
+from sparseserve.layer_statistics import LayerStatistics
+from sparseserve.pruners.protocol import PrunedWeight
+from sparseserve.solvers.linalg import upper_inverse_factor
+from sparseserve.solvers.problem import layer_problem
+from sparseserve.sparsity import SparsityPattern
+
+
+@dataclass(frozen=True, slots=True)
+class SparseGPT:
+    """The optimal-brain-surgeon sweep.
+
+    Attributes:
+        damping: Share of the mean diagonal that is added to the diagonal of the Gram matrix.
+        block_size: Columns updated together before the rest of the matrix is; for unstructured
+            patterns also the width in which the mask is chosen.
+    """
+
+    damping: float = 0.01
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        """Check the knobs."""
+        if not self.damping > 0 or self.block_size < 1:
+            raise RecipeError(
+                f"sparsegpt: damping {self.damping} and block_size {self.block_size} "
+                "must be positive"
+            )
+
+    def prune(
+        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+    ) -> PrunedWeight:
+        """Sweep once.
+
+        The sweep repairs errors against the weight it starts from. With error correction that is
+        the unconstrained minimiser ``B G^-1`` of ``||W X* - W0 X||``, from which the distance in
+        the norm of ``G`` is the corrected objective itself; without, it is the dense weight.
+        """
+        problem = layer_problem(dense_weight, statistics, self.damping)
+        factor = upper_inverse_factor(problem.gram)
+        weight = problem.reference + problem.pull @ factor.T @ factor
+        columns = weight.shape[1]
+        unit = pattern.selection_columns or self.block_size
+        block = max(self.block_size // unit, 1) * unit
+        for start in range(0, columns, block):
+            stop = min(start + block, columns)
+            errors = self._prune_block(
+                weight[:, start:stop], factor[start:stop, start:stop], pattern
+            )
+            weight[:, stop:] -= errors @ factor[start:stop, stop:]
+        return PrunedWeight(weight, 1)
+
+    @staticmethod
+    def _prune_block(weight: Tensor, factor: Tensor, pattern: SparsityPattern) -> Tensor:
+        """Prune the columns of one block in place; return their scaled errors ``[out, block]``."""
+        width = weight.shape[1]
+        unit = pattern.selection_columns or width
+        pivots = factor.diagonal()
+        errors = torch.empty_like(weight)
+        mask = torch.empty_like(weight, dtype=torch.bool)
+        for column in range(width):
+            if column % unit == 0:
+                span = slice(column, column + unit)
+                mask[:, span] = pattern.best_mask((weight[:, span] / pivots[span]).square())
+            kept = weight[:, column].where(mask[:, column], 0)
+            error = (weight[:, column] - kept) / pivots[column]
+            weight[:, column + 1 :] -= torch.outer(error, factor[column, column + 1 :])
+            weight[:, column] = kept
+            errors[:, column] = error
+        return errors

@@ -1,0 +1,208 @@
+r"""A recipe: everything that decides what a pruning run computes.
+
+The presets are ``default``, the best plain setting measured, and ``paper``, FISTAPruner to the
+letter. A TOML file states the same keys::
+
+    version = 1
+    pattern = "2:4"               # or N:M, or "50%"
+    error_correction = "intra"    # or "none"
+    ignore = ["layers\\.0\\."]     # regular expressions; matching linears stay dense
+    dtype = "auto"                # or float32, bfloat16, float16: of the stored weights
+
+    [method]
+    name = "fista"                # any pruner, with its own knobs below
+    iterations = 10
+
+    [calibration]
+    source = "text.txt"           # file, folder or dataset name; left out: the packaged text
+    samples = 128
+    sequence_length = 512
+    seed = 0
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+import torch
+
+from sparseserve.calibration import CalibrationSpec
+from sparseserve.errors import RecipeError, unknown_name
+from sparseserve.pruners import PRUNERS, Pruner
+from sparseserve.pruners.fista import Fista
+from sparseserve.pruners.fista_paper import PaperFista
+from sparseserve.sparsity import TWO_FOUR, SparsityPattern
+
+RECIPE_VERSION = 1
+ErrorCorrection = Literal["none", "intra"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneRecipe:
+    """What to do to a model.
+
+    Attributes:
+        pattern: Where zeros must be.
+        pruner: Which method, with its knobs.
+        error_correction: ``intra`` lets every operator repair the errors of those already pruned
+            in its decoder layer; ``none`` shows every operator the dense inputs.
+        calibration: Which text.
+        ignore: Regular expressions searched in full module names; matches stay dense.
+        dtype: Of the stored weights; ``auto`` keeps the model's own.
+    """
+
+    pattern: SparsityPattern = TWO_FOUR
+    pruner: Pruner = field(default_factory=Fista)
+    error_correction: ErrorCorrection = "intra"
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    ignore: tuple[str, ...] = ()
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the values that are not checked by their own types."""
+        if self.error_correction not in get_args(ErrorCorrection):
+            raise RecipeError(
+                unknown_name("error_correction", self.error_correction, get_args(ErrorCorrection))
+            )
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise RecipeError(unknown_name("dtype", self.dtype, ("auto", *DTYPES)))
+        for expression in self.ignore:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise RecipeError(
+                    f"ignore '{expression}' is not a regular expression: {error}"
+                ) from error
+
+    @property
+    def method(self) -> str:
+        """The pruner's name in the table."""
+        return next(name for name, kind in PRUNERS.items() if type(self.pruner) is kind)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype to store weights in; None keeps the model's own."""
+        return DTYPES.get(self.dtype)
+
+    def ignores(self, module: str) -> bool:
+        """Whether a linear of that full name stays dense."""
+        return any(re.search(expression, module) for expression in self.ignore)
+
+    def to_json(self) -> dict[str, object]:
+        """Return JSON data that ``recipe_from_mapping`` reads back to an equal recipe."""
+        return {
+            "version": RECIPE_VERSION,
+            "pattern": str(self.pattern),
+            "error_correction": self.error_correction,
+            "ignore": list(self.ignore),
+            "dtype": self.dtype,
+            "method": {"name": self.method, **asdict(self.pruner)},  # type: ignore[call-overload]  # every entry of PRUNERS is a dataclass
+            "calibration": asdict(self.calibration),
+        }
+
+
+PRESETS = {
+    "default": PruneRecipe(),
+    "paper": PruneRecipe(
+        pruner=PaperFista(), calibration=CalibrationSpec(samples=128, sequence_length=2048)
+    ),
+}
+
+
+def load_recipe(name: str) -> PruneRecipe:
+    """Return a preset, or read a TOML file.
+
+    Raises:
+        RecipeError: No such preset or file, or a key or value of the file is wrong.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise RecipeError(f"{unknown_name('recipe', name, PRESETS)}; nor is it a file")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be read as TOML: {error}") from error
+    try:
+        return recipe_from_mapping(data)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def recipe_from_mapping(data: Mapping[str, object]) -> PruneRecipe:
+    """Build a recipe from the tables of a TOML file or from ``PruneRecipe.to_json``.
+
+    Raises:
+        RecipeError: A key is unknown or a value is of the wrong type or out of range.
+    """
+    rest = dict(data)
+    if (version := rest.pop("version", RECIPE_VERSION)) != RECIPE_VERSION:
+        raise RecipeError(f"version {version!r} is not {RECIPE_VERSION}")
+    method = _table(rest, "method")
+    calibration = _table(rest, "calibration")
+    if "pattern" in rest:
+        rest["pattern"] = SparsityPattern.parse(str(rest["pattern"]))
+    defaults = PruneRecipe()
+    return _build(
+        PruneRecipe,
+        {
+            **rest,
+            "pruner": pruner_from_mapping(method) if method else defaults.pruner,
+            "calibration": _build(CalibrationSpec, calibration),
+        },
+    )
+
+
+def pruner_from_mapping(data: Mapping[str, object]) -> Pruner:
+    """Build the pruner that ``name`` says, with the other keys as its knobs.
+
+    Raises:
+        RecipeError: No such pruner or knob.
+    """
+    knobs = dict(data)
+    name = str(knobs.pop("name", ""))
+    if name not in PRUNERS:
+        raise RecipeError(unknown_name("method", name, PRUNERS))
+    return _build(PRUNERS[name], knobs)
+
+
+def _table(data: dict[str, object], key: str) -> dict[str, object]:
+    table = data.pop(key, {})
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"'{key}' must be a table")
+    return dict(table)
+
+
+def _build(kind: type[_T], values: Mapping[str, object]) -> _T:
+    """Construct a dataclass, refusing unknown keys and values of another type than the default."""
+    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]  # only dataclasses come here
+    frozen: dict[str, object] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise RecipeError(unknown_name("key", key, known))
+        frozen[key] = tuple(value) if isinstance(value, list) else value
+    default = kind()
+    for key, value in frozen.items():
+        _check_type(key, value, getattr(default, key))
+    try:
+        return kind(**frozen)
+    except TypeError as error:
+        raise RecipeError(f"{kind.__name__}: a value has the wrong type: {error}") from error
+
+
+def _check_type(key: str, value: object, default: object) -> None:
+    if not isinstance(default, bool | int | float | str | tuple):
+        return
+    expected = (int, float) if isinstance(default, float) else (type(default),)
+    if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, expected):
+        wanted = "list" if isinstance(default, tuple) else type(default).__name__
+        raise RecipeError(f"'{key}' is {value!r}, but must be of type {wanted}")

@@ -1,0 +1,111 @@
+"""What pruning did, operator by operator."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorReport:
+    """One pruned operator.
+
+    Attributes:
+        name: Full module name.
+        shape: ``[out_features, in_features]``.
+        sparsity: Share of exact zeros in the stored weight.
+        relative_error: ``||W X* - W0 X||_F / ||W0 X||_F`` of the stored weight on the
+            calibration tokens.
+        gram_products: Products with the Gram matrix that the pruner spent.
+        seconds: Wall time of the pruner, without the statistics.
+        transposed: Whether the model stores the dense weight ``[in, out]``.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    relative_error: float
+    gram_products: int
+    seconds: float
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One decoder layer; ``seconds`` is wall time, statistics included."""
+
+    name: str
+    operators: tuple[OperatorReport, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The software and machine a result came from."""
+
+    python: str
+    torch: str
+    transformers: str
+    sparseserve: str
+    machine: str
+
+    @classmethod
+    def here(cls) -> Environment:
+        """Describe this process."""
+        return cls(
+            python=platform.python_version(),
+            torch=metadata.version("torch"),
+            transformers=metadata.version("transformers"),
+            sparseserve=metadata.version("sparseserve"),
+            machine=platform.machine(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """A whole run.
+
+    Attributes:
+        layers: The decoder layers, first to last.
+        dense_modules: Linears inside decoder layers that were left dense, on request.
+        seconds: Wall time of all layers.
+        peak_memory_bytes: Largest resident size of the process, or of the CUDA allocator.
+        environment: Where it ran.
+    """
+
+    layers: tuple[LayerReport, ...]
+    dense_modules: tuple[str, ...]
+    seconds: float
+    peak_memory_bytes: int
+    environment: Environment
+
+    @property
+    def operators(self) -> tuple[OperatorReport, ...]:
+        """All pruned operators in the order in which they were pruned."""
+        return tuple(operator for layer in self.layers for operator in layer.operators)
+
+    @property
+    def mean_relative_error(self) -> float:
+        """Unweighted mean over operators; 0 if none was pruned."""
+        errors = [operator.relative_error for operator in self.operators]
+        return statistics.fmean(errors) if errors else 0.0
+
+    def to_json(self) -> dict[str, object]:
+        """Return the report as JSON data."""
+        return {**asdict(self), "mean_relative_error": self.mean_relative_error}
+
+
+def layer_report_from_json(data: dict[str, object]) -> LayerReport:
+    """Read back one layer written by ``dataclasses.asdict``."""
+    operators = data["operators"]
+    if not isinstance(operators, list):
+        raise ValueError("operators must be a list")
+    return LayerReport(
+        name=str(data["name"]),
+        operators=tuple(
+            OperatorReport(**{**item, "shape": tuple(item["shape"])}) for item in operators
+        ),
+        seconds=float(str(data["seconds"])),
+    )

@@ -1,0 +1,103 @@
+r"""The layer-wise problem every solver works on.
+
+    minimise over W   1/2 tr(W G W^T) - tr(W B^T)    =    1/2 ||W X* - W0 X||_F^2 + constant
+
+with ``G = X* X*^T + mu I`` and ``B = W0 (X X*^T + mu I)``. Damping both sides by the same ``mu``
+pulls the solution towards ``W0``, not towards zero: it adds ``mu/2 ||W - W0||_F^2``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseserve.errors import NumericalError
+from sparseserve.layer_statistics import LayerStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class LayerProblem:
+    """One operator's quadratic, in float32.
+
+    Attributes:
+        reference: Dense weight ``W0``, ``[out, in]``.
+        gram: Damped ``G``, ``[in, in]``, positive definite.
+        target: ``B``, ``[out, in]``.
+        pull: ``B - W0 G``, the descent direction at the dense weight; zero without correction.
+    """
+
+    reference: Tensor
+    gram: Tensor
+    target: Tensor
+    pull: Tensor
+
+    def loss_rows(self, weight: Tensor) -> Tensor:
+        """Return the objective of every row ``[out]``, less its value at the dense weight.
+
+        Written in ``W - W0``, since the three-term form cancels most of its digits.
+        """
+        change = weight - self.reference
+        return (change * (0.5 * (change @ self.gram) - self.pull)).sum(dim=-1)
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """Return ``W G - B``, ``[out, in]``."""
+        return torch.addmm(self.target, weight, self.gram, beta=-1)
+
+    def column_scaled(self) -> tuple[LayerProblem, Tensor]:
+        """Return the same problem in ``W diag(s)`` with ``s_j = sqrt(G_jj)``, and ``s`` ``[in]``.
+
+        In these coordinates every input has unit energy, so the plain magnitude of a weight is
+        Wanda's score and an l1 penalty shrinks all inputs alike.
+        """
+        scale = self.gram.diagonal().sqrt()
+        return (
+            LayerProblem(
+                self.reference * scale,
+                self.gram / torch.outer(scale, scale),
+                self.target / scale,
+                self.pull / scale,
+            ),
+            scale,
+        )
+
+
+def layer_problem(
+    dense_weight: Tensor, statistics: LayerStatistics, damping: float
+) -> LayerProblem:
+    """Build the problem of ``dense_weight`` ``[out, in]`` from its statistics.
+
+    Args:
+        dense_weight: ``W0``.
+        statistics: Second moments of its inputs.
+        damping: ``mu`` as a share of the mean diagonal of ``G``.
+
+    Raises:
+        NumericalError: No input carries any energy, or an entry is not finite.
+    """
+    gram = statistics.gram
+    mean_energy = float(gram.diagonal().mean())
+    if not mean_energy > 0:
+        raise NumericalError(
+            f"the inputs have mean energy {mean_energy:g} over {statistics.tokens} tokens, "
+            "so no error can be measured: use other calibration text"
+        )
+    reference = dense_weight.float()
+    if not bool(torch.isfinite(reference).all()):
+        raise NumericalError("the weight has NaN or infinite entries")
+    ridge = damping * mean_energy
+    damped = gram.float()
+    damped = damped.clone() if damped is gram else damped
+    damped.diagonal().add_(ridge)
+    if statistics.corrected:
+        pull = (dense_weight.to(gram.dtype) @ (statistics.cross - gram)).float()
+    else:
+        pull = torch.zeros_like(reference)
+    return LayerProblem(reference, damped, reference @ damped + pull, pull)
+
+
+def better_rows(problem: LayerProblem, first: Tensor, second: Tensor) -> Tensor:
+    """Return, row by row, whichever of two weights has the lower objective (``first`` on ties)."""
+    keep = problem.loss_rows(first) <= problem.loss_rows(second)
+    return torch.where(keep[:, None], first, second)

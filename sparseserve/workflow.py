@@ -1,0 +1,206 @@
+"""The main job: from a dense model to a pruned checkpoint in the format that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from sparseserve.artifact import Artifact, Format, Manifest, write_manifest
+from sparseserve.calibration import CalibrationSet, load_calibration
+from sparseserve.checkpoint import Checkpoint, require_space, writing
+from sparseserve.errors import RecipeError, UnsupportedModelError
+from sparseserve.exporters import EXPORTERS
+from sparseserve.exporters.packed24 import require_two_four
+from sparseserve.exporters.side_files import copy_side_files
+from sparseserve.layer_pruning import PruneProgress, planned_operators
+from sparseserve.models.loading import LoadedModel, load_model
+from sparseserve.models.structure import trace_structure
+from sparseserve.pipeline import check_plan, ignored_modules, prune_model
+from sparseserve.recipe import PruneRecipe
+from sparseserve.report import PruneReport
+from sparseserve.run_folder import RunFolder, require_free
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePlan:
+    """What a run would do.
+
+    Attributes:
+        operators: Full names and shapes of the linears to prune, in pruning order.
+        dense_modules: Linears in decoder layers that stay dense.
+        pruned_parameters: Parameters in the operators, before pruning.
+        total_parameters: Parameters of the whole model, tied ones counted once.
+    """
+
+    operators: tuple[tuple[str, tuple[int, int]], ...]
+    dense_modules: tuple[str, ...]
+    pruned_parameters: int
+    total_parameters: int
+
+
+def plan(source: str, recipe: PruneRecipe) -> PrunePlan:
+    """Find out what ``recipe`` would prune in the model ``source``, pruning nothing.
+
+    Raises:
+        UnsupportedModelError: The model cannot be loaded or its structure found.
+        RecipeError: An operator does not fit the pattern.
+    """
+    loaded = load_model(source, dtype=recipe.torch_dtype)
+    structure = trace_structure(loaded.model, _probe())
+    check_plan(structure, recipe)
+    operators = tuple(
+        (f"{layer.name}.{item.name}", (item.out_features, item.in_features))
+        for layer in structure.layers
+        for item in planned_operators(layer, recipe)
+    )
+    return PrunePlan(
+        operators=operators,
+        dense_modules=ignored_modules(structure, recipe),
+        pruned_parameters=sum(rows * columns for _, (rows, columns) in operators),
+        total_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+    )
+
+
+def prune_and_export(
+    source: str,
+    out: Path,
+    recipe: PruneRecipe,
+    *,
+    export_format: Format = "packed24",
+    device: torch.device | None = None,
+    progress: PruneProgress,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Artifact:
+    """Prune the model ``source`` and write the checkpoint to the new folder ``out``.
+
+    A run that is killed leaves ``OUT.partial``; the same call goes on from its last whole layer.
+
+    Args:
+        source: A folder, or a name on the Hugging Face hub.
+        out: Must be absent or empty; appears whole at the end.
+        recipe: What to do.
+        export_format: How to store the result.
+        device: Where to prune; None is a CUDA device if there is one.
+        progress: Told of every layer and operator.
+        on_stage: Told what is going on before, between and after.
+
+    Raises:
+        SparseServeError: Any of its kinds; nothing is left at ``out``.
+    """
+    require_free(out)
+    if export_format == "packed24":
+        require_two_four(str(recipe.pattern))
+    on_stage(f"loading {source}")
+    loaded = load_model(source, dtype=recipe.torch_dtype)
+    model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    require_space(out, 3 * model_bytes)
+    on_stage("reading calibration text")
+    calibration = load_calibration(recipe.calibration, loaded.tokenizer, max_positions(loaded))
+    fingerprint = {
+        "recipe": recipe.to_json(),
+        "model": source_fingerprint(source, loaded),
+        "calibration": calibration.record.digest,
+    }
+    run = RunFolder.open(out, fingerprint)
+    on_stage("finding the model's structure")
+    report = prune_model(
+        loaded.model,
+        recipe,
+        calibration,
+        store=run,
+        progress=progress,
+        device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    on_stage("writing the checkpoint")
+    artifact = _write_dense(run.fresh("dense"), loaded, recipe, calibration, report)
+    if export_format != "dense":
+        on_stage(f"packing as {export_format}")
+        artifact = EXPORTERS[export_format](artifact, run.fresh(export_format))
+    run.publish(artifact.path)
+    return replace(artifact, path=out)
+
+
+def max_positions(loaded: LoadedModel) -> int | None:
+    """Return the longest sequence the model takes, or None if it does not say."""
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def source_fingerprint(source: str, loaded: LoadedModel) -> str:
+    """Identify the weights of ``source`` without reading them all.
+
+    A local file is known by name, size and time of change, a hub model by its snapshot's name.
+    """
+    if not Path(source).is_dir():
+        return f"{source}@{loaded.folder.name}"
+    stats = [(path.name, path.stat()) for path in sorted(loaded.folder.glob("*.safetensors"))]
+    return "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+
+
+def _write_dense(
+    folder: Path,
+    loaded: LoadedModel,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    report: PruneReport,
+) -> Artifact:
+    with writing(folder):
+        loaded.model.save_pretrained(folder, max_shard_size="5GB")
+    copy_side_files(loaded.folder, folder)
+    names = [operator.name for operator in report.operators]
+    checkpoint = Checkpoint.open(folder)
+    for name in names:
+        if f"{name}.weight" not in checkpoint:
+            raise UnsupportedModelError(
+                f"{name}: its weight is saved under another name, so it cannot be exported"
+            )
+    manifest = Manifest(
+        format="dense",
+        pattern=str(recipe.pattern),
+        pruned=tuple(names),
+        transposed=tuple(operator.name for operator in report.operators if operator.transposed),
+        source=str(loaded.source),
+        recipe=recipe.to_json(),
+        calibration=asdict(calibration.record),
+        report=report.to_json(),
+        files={},
+    )
+    return write_manifest(folder, manifest)
+
+
+def _probe() -> torch.Tensor:
+    """Return a short token window ``[1, 8]`` to trace with; structure depends on no token."""
+    return torch.arange(8)[None]
+
+
+def torch_device(name: str | None) -> torch.device | None:
+    """Read a device name.
+
+    Raises:
+        RecipeError: It is not a device, or not one of this machine.
+    """
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"device '{name}' is not known: use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device '{name}': this torch sees no CUDA device: use --device cpu")
+    return device
+
+
+def export(checkpoint: Path, out: Path, export_format: Format) -> Artifact:
+    """Write a pruned ``checkpoint`` again, as ``export_format``, to the new folder ``out``.
+
+    Raises:
+        ArtifactError: ``checkpoint`` is damaged, ``out`` is not empty, or the disk is full.
+    """
+    source = Artifact.open(checkpoint)
+    run = RunFolder.open(out, {"export": export_format, "of": asdict(source.manifest)})
+    artifact = EXPORTERS[export_format](source, run.fresh(export_format))
+    run.publish(artifact.path)
+    return replace(artifact, path=out)

@@ -1,0 +1,26 @@
+"""Settings every test runs under: no network, no threads beyond the cores, quiet libraries."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# The same examples every time, and no limit on a first example that pays for warm-up.
+settings.register_profile("sparseserve", deadline=None, derandomize=True)
+settings.load_profile("sparseserve")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip ``gpu`` tests where torch sees no CUDA device."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))

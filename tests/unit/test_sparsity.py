@@ -1,0 +1,174 @@
+"""Patterns against brute force, and packing against its specification."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparseserve.errors import ArtifactError, RecipeError
+from sparseserve.sparsity import (
+    TWO_FOUR,
+    NMPattern,
+    Packed24,
+    SparsityPattern,
+    UnstructuredPattern,
+    pack24,
+    unpack24,
+)
+
+GROUP_VALUES = st.lists(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, -3.0, 1e-30]), min_size=4, max_size=4
+)
+
+
+@st.composite
+def two_four_weights(draw: st.DrawFn) -> torch.Tensor:
+    """Weights that obey 2:4, with ties, zeros and negative zeros."""
+    rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    values = [draw(GROUP_VALUES) for _ in range(rows * groups)]
+    return TWO_FOUR.project(torch.tensor(values).reshape(rows, groups * 4))
+
+
+@pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (4, 8), (1, 2), (3, 5)])
+def test_best_mask_beats_every_other_mask_of_a_group(keep: int, group: int) -> None:
+    scores = torch.rand(3, 4 * group, generator=torch.Generator().manual_seed(keep))
+    kept = scores.where(NMPattern(keep, group).best_mask(scores), 0).reshape(-1, group).sum(-1)
+    masks = list(itertools.combinations(range(group), keep))
+    best = torch.stack([scores.reshape(-1, group)[:, list(mask)].sum(-1) for mask in masks])
+    torch.testing.assert_close(kept, best.max(dim=0).values)
+
+
+def test_ties_go_to_the_lower_columns() -> None:
+    assert TWO_FOUR.best_mask(torch.ones(1, 4)).tolist() == [[True, True, False, False]]
+
+
+@given(two_four_weights())
+def test_a_projected_weight_has_no_violation(weight: torch.Tensor) -> None:
+    assert TWO_FOUR.first_violation(weight) is None
+
+
+def test_projection_is_the_nearest_two_four_weight() -> None:
+    weight = torch.randn(1, 4, generator=torch.Generator().manual_seed(0))
+    candidates = []
+    for mask in itertools.combinations(range(4), 2):
+        candidate = torch.zeros_like(weight)
+        candidate[0, list(mask)] = weight[0, list(mask)]
+        candidates.append(float((candidate - weight).norm()))
+    assert float((TWO_FOUR.project(weight) - weight).norm()) == pytest.approx(min(candidates))
+
+
+def test_the_first_violation_is_named_by_row_and_column() -> None:
+    weight = torch.zeros(3, 12)
+    weight[1, 8:11] = 1
+    weight[2, 0:4] = 1
+    violation = TWO_FOUR.first_violation(weight)
+    assert violation is not None
+    assert (violation.row, violation.column, violation.found) == (1, 8, 3)
+    assert str(violation) == "row 1, columns from 8: 3 non-zeros, at most 2 allowed"
+
+
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 17),
+    percent=st.integers(1, 99),
+    scope=st.sampled_from(["row", "matrix"]),
+)
+def test_unstructured_masks_have_the_exact_count(
+    rows: int, columns: int, percent: int, scope: str
+) -> None:
+    pattern = UnstructuredPattern(percent / 100, scope="row" if scope == "row" else "matrix")
+    scores = torch.rand(rows, columns) + 0.1
+    mask = pattern.best_mask(scores)
+    total = columns if scope == "row" else rows * columns
+    kept = total * (100 - percent) // 100
+    counts = mask.sum(dim=-1) if scope == "row" else mask.sum().reshape(1)
+    assert set(counts.tolist()) == {kept}
+    assert pattern.first_violation(scores.where(mask, 0)) is None
+    assert pattern.first_violation(scores) is not None
+
+
+def test_one_weight_too_many_breaks_an_unstructured_pattern() -> None:
+    pattern = UnstructuredPattern(0.5)
+    weight = pattern.project(torch.rand(4, 6) + 0.1)
+    weight[weight == 0] = torch.eye(12)[0]
+    assert str(pattern.first_violation(weight)).endswith("13 non-zeros, at most 12 allowed")
+
+
+def test_rows_that_obey_alone_obey_together() -> None:
+    pattern = UnstructuredPattern(0.3)
+    weight = torch.rand(5, 7) + 0.1
+    assert pattern.first_violation(pattern.per_row.project(weight)) is None
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "50%", "62.5%"])
+def test_a_pattern_reads_back_what_it_writes(text: str) -> None:
+    assert str(SparsityPattern.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["4:4", "0:4", "5:4", "0%", "100%", "half", "2:", "-1:4"])
+def test_a_pattern_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError):
+        SparsityPattern.parse(text)
+
+
+@settings(max_examples=200)
+@given(two_four_weights())
+def test_packing_and_unpacking_give_the_same_bits(weight: torch.Tensor) -> None:
+    restored = unpack24(pack24(weight))
+    expected = weight + 0.0
+    assert torch.equal(restored.view(torch.int32), expected.view(torch.int32))
+
+
+@settings(max_examples=200)
+@given(two_four_weights())
+def test_every_group_takes_the_code_that_the_format_prescribes(weight: torch.Tensor) -> None:
+    packed = pack24(weight)
+    for row in range(len(weight)):
+        for group in range(weight.shape[1] // 4):
+            cells = weight[row, 4 * group : 4 * group + 4].tolist()
+            taken = [place for place in range(4) if cells[place] != 0]
+            free = [place for place in range(4) if cells[place] == 0]
+            first, second = sorted((taken + free[: 2 - len(taken)])[:2])
+            half = int(packed.indices[row, group // 2]) >> (4 * (group % 2)) & 15
+            assert half == first | second << 2
+            stored = packed.values[row, 2 * group : 2 * group + 2].tolist()
+            assert stored == [cells[first], cells[second]]
+            assert not any(torch.tensor(stored).signbit() & (torch.tensor(stored) == 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_size_is_nine_sixteenths_of_sixteen_bits(dtype: torch.dtype) -> None:
+    weight = TWO_FOUR.project(torch.randn(16, 64)).to(dtype)
+    packed = pack24(weight)
+    assert packed.values.dtype == dtype
+    assert packed.values.nbytes * 2 == weight.nbytes
+    assert packed.indices.nbytes * 16 == weight.numel() * 2
+
+
+def test_a_width_of_four_modulo_eight_leaves_a_zero_half_byte() -> None:
+    packed = pack24(torch.tensor([[0.0, 0.0, 1.0, 2.0]]))
+    assert packed.indices.tolist() == [[2 | 3 << 2]]
+
+
+def test_packing_refuses_a_weight_that_is_not_two_four() -> None:
+    with pytest.raises(ArtifactError, match="not 2:4 at row 0, columns from 4: 3 non-zeros"):
+        pack24(torch.tensor([[0.0, 0, 0, 0, 1, 2, 3, 0]]))
+
+
+def test_unpacking_refuses_positions_that_do_not_ascend() -> None:
+    with pytest.raises(ArtifactError, match="row 1, group 1 do not ascend"):
+        unpack24(Packed24(torch.ones(2, 4), torch.tensor([[0x44], [0x14]], dtype=torch.uint8)))
+
+
+def test_unpacking_refuses_bits_in_the_padding() -> None:
+    with pytest.raises(ArtifactError, match="padding"):
+        unpack24(Packed24(torch.ones(1, 2), torch.tensor([[0x44]], dtype=torch.uint8)))
+
+
+def test_indices_of_the_wrong_shape_are_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"need uint8 indices \(2, 1\)"):
+        Packed24(torch.ones(2, 4), torch.zeros(2, 2, dtype=torch.uint8))
