@@ -26,7 +26,7 @@ class LoadedModel:
     """A causal language model ready to be pruned.
 
     Attributes:
-        model: In evaluation mode, on the CPU, without gradients and without a cache.
+        model: In evaluation mode, on the CPU, without gradients.
         tokenizer: The tokenizer it came with.
         source: What the user called it: a folder or a hub name.
         folder: Where its files lie on this machine.
@@ -57,7 +57,6 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> Loade
     tokenizer = _load_tokenizer(folder)
     model = _load_weights(folder, dtype)
     _refuse_non_finite(model, folder)
-    model.config.use_cache = False
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, str(source), folder)
 

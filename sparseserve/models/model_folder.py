@@ -108,7 +108,7 @@ def _check_architecture(folder: Path) -> None:
         ) from error
     names: list[str] = config.architectures or []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if config.is_encoder_decoder or not causal.intersection(names):
+    if not causal.intersection(names):
         found = ", ".join(names) or f"no architecture, model type {config.model_type}"
         raise UnsupportedModelError(
             f"{folder} is not a causal language model: its config.json names {found}; "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparseserve.errors import UnsupportedModelError
 from sparseserve.models.layer_list import is_linear, linear_modules
@@ -16,29 +16,15 @@ def refuse_foreign_weights(layers: _Layers) -> None:
     """Refuse layers whose matrices are not all plain weights of linear operators.
 
     Raises:
-        UnsupportedModelError: A linear weight is quantised or computed, or a matrix as large as
-            an operator lies outside any linear operator (stacked experts, for one), so that
-            pruning would silently pass it by.
+        UnsupportedModelError: A linear weight is quantised or computed, experts are stacked in one
+            tensor, or much of the layer lies outside linear operators, so that pruning would
+            silently pass it by.
     """
     for layer_name, layer in layers:
         linears = list(linear_modules(layer))
         for name, module in linears:
             _refuse_odd_weight(layer_name, name, module)
-        loose = list(_loose_matrices(layer))
-        for name, matrices in loose:
-            if matrices.ndim >= 3:
-                raise UnsupportedModelError(
-                    f"{layer_name}: {name} {list(matrices.shape)} stacks the matrices of "
-                    f"{len(matrices)} experts or heads; mixtures of experts are not supported"
-                )
-        # A router or a small mixing matrix may stay dense; the bulk of a layer may not.
-        smallest = min((module.get_parameter("weight").numel() for _, module in linears), default=0)
-        for name, matrix in loose:
-            if matrix.numel() >= smallest:
-                raise UnsupportedModelError(
-                    f"{layer_name}: {name} {list(matrix.shape)} is a matrix outside any linear "
-                    "operator (nn.Linear or Conv1D) and would be left dense"
-                )
+        _refuse_loose_matrices(layer_name, layer, [module for _, module in linears])
 
 
 def refuse_shared_weights(model: nn.Module, layers: _Layers) -> None:
@@ -63,6 +49,9 @@ def refuse_shared_weights(model: nn.Module, layers: _Layers) -> None:
                 )
 
 
+# A router or the decay rates of a state-space layer may stay dense, the bulk of a layer may not.
+_LOOSE_SHARE = 0.1
+
 # Convolutions and embeddings inside a layer stay dense, as they do outside.
 _KNOWN_HOLDERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
@@ -81,13 +70,29 @@ def _refuse_odd_weight(layer: str, name: str, module: nn.Module) -> None:
         )
 
 
-def _loose_matrices(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for owner_name, owner in layer.named_modules():
-        if is_linear(owner) or isinstance(owner, _KNOWN_HOLDERS):
-            continue
-        for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.ndim >= 2:
-                yield f"{owner_name}.{name}".lstrip("."), parameter
+def _refuse_loose_matrices(layer_name: str, layer: nn.Module, linears: list[nn.Module]) -> None:
+    loose = {
+        f"{owner_name}.{name}".lstrip("."): parameter
+        for owner_name, owner in layer.named_modules()
+        if not is_linear(owner) and not isinstance(owner, _KNOWN_HOLDERS)
+        for name, parameter in owner.named_parameters(recurse=False)
+        if parameter.squeeze().ndim >= 2
+    }
+    for name, stack in loose.items():
+        if stack.squeeze().ndim >= 3:
+            raise UnsupportedModelError(
+                f"{layer_name}: {name} {list(stack.shape)} stacks the matrices of {len(stack)} "
+                "experts or heads; mixtures of experts are not supported"
+            )
+    outside = sum(matrix.numel() for matrix in loose.values())
+    inside = sum(module.get_parameter("weight").numel() for module in linears)
+    if outside > _LOOSE_SHARE * (outside + inside):
+        largest = max(loose, key=lambda name: loose[name].numel())
+        raise UnsupportedModelError(
+            f"{layer_name}: {outside / (outside + inside):.0%} of its weights, such as {largest} "
+            f"{list(loose[largest].shape)}, lie outside linear operators (nn.Linear or Conv1D) "
+            f"and would stay dense; at most {_LOOSE_SHARE:.0%} may"
+        )
 
 
 def _kind(model: nn.Module, parameter_name: str) -> str:

@@ -420,14 +420,23 @@ def test_mixtures_of_experts_are_refused_as_such(family: str, settings: dict[str
     assert "stacks the matrices of 4 experts" in message
 
 
-def test_a_matrix_outside_any_linear_operator_is_refused() -> None:
-    class Bare(Block):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix = nn.Parameter(torch.zeros(2 * WIDTH, WIDTH))
+class Mixing(Block):
+    """A layer with a matrix of ``rows`` rows beside its 1024 linear weights."""
 
-    message = refusal(Chain(Bare()))
-    assert f"layers.0: mix [{2 * WIDTH}, {WIDTH}] is a matrix outside any linear" in message
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.zeros(rows, WIDTH))
+
+
+def test_a_layer_with_much_of_its_weight_outside_linear_operators_is_refused() -> None:
+    message = refusal(Chain(Mixing(8)))
+
+    assert "layers.0: 11% of its weights, such as mix [8, 16], lie outside" in message
+    assert "at most 10% may" in message
+
+
+def test_a_small_matrix_such_as_a_router_may_stay_dense() -> None:
+    assert names(trace_structure(Chain(Mixing(4)), TOKENS)) == [(("up",), ("down",))]
 
 
 def test_a_quantised_operator_is_refused() -> None:
