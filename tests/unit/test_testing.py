@@ -44,7 +44,8 @@ def test_a_tiny_model_tells_the_past_and_not_the_future(family: str) -> None:
     assert (before[:, 1] - after_early[:, 1]).abs().max() > 1e-3
 
 
-@given(st.text())
+# A special token written out in the text is read as that token, as in any tokenizer.
+@given(st.text().filter(lambda text: not any(s in text for s in ("<s>", "</s>", "<pad>"))))
 def test_the_tiny_tokenizer_gives_any_text_back(text: str) -> None:
     tokenizer = tiny_tokenizer()
 
