@@ -84,11 +84,17 @@ class Manifest:
             raise ArtifactError(f"{where}: format {kind!r} is not one of {get_args(Format)}")
         if data.get(_DIGEST_KEY) != _digest(body):
             raise ArtifactError(f"{where}: was changed after it was written (digest differs)")
+        files = body.pop("files", None)
+        if not isinstance(files, dict):
+            raise ArtifactError(f"{where}: has no list of files")
         try:
-            files = {name: FileEntry(**entry) for name, entry in body.pop("files").items()}  # type: ignore[attr-defined]  # the digest vouches for the shape
-            names = {key: tuple(body.pop(key)) for key in ("pruned", "transposed")}  # type: ignore[call-overload]  # likewise
-            return cls(**body, **names, files=files)  # type: ignore[arg-type]  # likewise
-        except (TypeError, KeyError, AttributeError) as error:
+            entries = {name: FileEntry(**entry) for name, entry in files.items()}
+            fixed = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in body.items()
+            }
+            return cls(**fixed, files=entries)  # type: ignore[arg-type]  # the digest vouches for the types
+        except TypeError as error:
             raise ArtifactError(f"{where}: a key is missing or unknown: {error}") from error
 
 

@@ -202,14 +202,17 @@ def _shard_names(folder: Path) -> list[str]:
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ArtifactError(f"{folder / INDEX_FILE}: has no weight_map")
-        return sorted({str(name) for name in weight_map.values()})
+        names = sorted({str(name) for name in weight_map.values()})
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ArtifactError(f"{folder / INDEX_FILE}: {outside[0]} lies outside the folder")
+        return names
     if (folder / SINGLE_FILE).exists():
         return [SINGLE_FILE]
     raise ArtifactError(f"{folder}: holds no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
 def _keys(path: Path) -> list[str]:
-    if path.name != Path(path.name).name or not path.exists():
+    if not path.exists():
         raise ArtifactError(f"{path}: shard is missing")
     with _readable(path), safe_open(path, framework="pt") as shard:
         return list(shard.keys())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +23,21 @@ LOGIT_ROWS = 128
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, windows: Iterable[Tensor]) -> PerplexityResult:
+def perplexity(
+    model: PreTrainedModel,
+    windows: Sequence[Tensor],
+    on_window: Callable[[int, int], None] = lambda done, total: None,
+) -> PerplexityResult:
     """Return exp of the mean negative log-likelihood of ``windows``, int64 ``[length]`` each.
 
     Every token of a window but its first is predicted from those before it. Windows go through
     the model one at a time; the log-softmax is in float32 whatever the model's dtype, and in
     slices of LOGIT_ROWS positions, so that a large vocabulary needs no second copy of the logits.
+
+    Args:
+        model: On any device.
+        windows: Token ids, each window at least two tokens long.
+        on_window: Told how many windows are done, of how many.
 
     Raises:
         NumericalError: a window's likelihood is not finite; the message names the window.
@@ -44,6 +53,7 @@ def perplexity(model: PreTrainedModel, windows: Iterable[Tensor]) -> PerplexityR
             )
         total += loss
         tokens += len(window) - 1
+        on_window(index + 1, len(windows))
     return PerplexityResult.from_negative_log_likelihood(total, tokens)
 
 

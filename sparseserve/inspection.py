@@ -49,7 +49,8 @@ def inspect_checkpoint(path: Path) -> Inspection:
     artifact = Artifact.open(path) if (path / MANIFEST_FILE).exists() else None
     checkpoint = Checkpoint.open(path)
     facts = tuple(_facts(name, weight) for name, weight in _matrices(checkpoint, artifact))
-    return Inspection(path, artifact and artifact.manifest, facts, checkpoint.weight_bytes)
+    manifest = artifact.manifest if artifact else None
+    return Inspection(path, manifest, facts, checkpoint.weight_bytes)
 
 
 def _matrices(checkpoint: Checkpoint, artifact: Artifact | None) -> Iterator[tuple[str, Tensor]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sparseserve.artifact import MANIFEST_FILE, Artifact
@@ -20,6 +20,8 @@ from sparseserve.exporters import load_dense_state
 from sparseserve.models.loading import load_model
 from sparseserve.models.model_folder import check_model_folder, find_model_folder
 from sparseserve.perplexity import PerplexityResult
+from sparseserve.serving.machine import this_machine
+from sparseserve.serving.perplexity import vllm_perplexity
 from sparseserve.text import (
     TextFile,
     evaluation_windows,
@@ -29,7 +31,7 @@ from sparseserve.text import (
 )
 
 Backend = Literal["transformers", "vllm"]
-Track = Callable[[list[Tensor]], Iterable[Tensor]]
+OnWindow = Callable[[int, int], None]
 DEFAULT_SEQUENCE_LENGTH = 1024
 
 
@@ -43,7 +45,8 @@ class EvaluationSpec:
         sequence_length: Tokens of a window; None is DEFAULT_SEQUENCE_LENGTH, or what the model
             takes if that is less.
         backend: Which engine runs the model.
-        dtype: Floating type to compute in; None is that of the checkpoint.
+        dtype: Floating type to compute in; None is that of the checkpoint where the machine
+            computes in it, else float32, so that both backends compute in the same.
         device: Where transformers runs the model; None is a CUDA device if there is one.
     """
 
@@ -71,13 +74,15 @@ class EvaluationReport:
     seconds: float
 
 
-def evaluate(source: str, spec: EvaluationSpec, *, track: Track = iter) -> EvaluationReport:
+def evaluate(
+    source: str, spec: EvaluationSpec, *, on_window: OnWindow = lambda done, total: None
+) -> EvaluationReport:
     """Measure the perplexity of the model ``source``, a folder of any format or a hub name.
 
     Args:
         source: The checkpoint.
         spec: What to evaluate on, and how.
-        track: Wraps the list of windows to show progress; vLLM shows its own.
+        on_window: Told how many windows are done, of how many.
 
     Raises:
         SparseServeError: The model cannot be loaded, the text cannot be used or was used for
@@ -93,9 +98,9 @@ def evaluate(source: str, spec: EvaluationSpec, *, track: Track = iter) -> Evalu
     )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     windows = evaluation_windows(tokenizer, text, sequence_length=length, samples=spec.samples)
-    dtype = spec.dtype or config.dtype or torch.float32
+    dtype = spec.dtype or _native_dtype(config)
     start = time.perf_counter()
-    result = _measure(folder, windows, spec, dtype, track)
+    result = _measure(folder, windows, spec, dtype, on_window)
     return EvaluationReport(
         perplexity=result.perplexity,
         tokens=result.tokens,
@@ -134,14 +139,22 @@ def load_for_evaluation(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _measure(
-    folder: Path, windows: list[Tensor], spec: EvaluationSpec, dtype: torch.dtype, track: Track
+    folder: Path,
+    windows: list[Tensor],
+    spec: EvaluationSpec,
+    dtype: torch.dtype,
+    on_window: OnWindow,
 ) -> PerplexityResult:
-    if spec.backend == "transformers":
-        device = spec.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return perplexity(load_for_evaluation(folder, dtype).to(device), track(windows))
-    from sparseserve.serving.perplexity import vllm_perplexity  # noqa: PLC0415  # needs vLLM
+    if spec.backend == "vllm":
+        return vllm_perplexity(folder, windows, dtype=dtype, on_window=on_window)
+    device = spec.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return perplexity(load_for_evaluation(folder, dtype).to(device), windows, on_window)
 
-    return vllm_perplexity(folder, windows, dtype=dtype)
+
+def _native_dtype(config: PretrainedConfig) -> torch.dtype:
+    machine = this_machine()
+    wanted: torch.dtype = config.dtype or torch.float32
+    return wanted if machine.gpu or machine.native_bfloat16 else torch.float32
 
 
 def _is_packed(folder: Path) -> bool:

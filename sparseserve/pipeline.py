@@ -75,7 +75,8 @@ def prune_model(
         NumericalError: Activations, weights or statistics are not finite; names the operator.
     """
     started = time.perf_counter()
-    structure = trace_structure(model, calibration.windows[0][None])
+    # A few tokens show the structure; more would only cost logits.
+    structure = trace_structure(model, calibration.windows[0][:8])
     check_plan(structure, recipe)
     inputs = capture_layer_calls(model, structure, calibration.windows)
     hidden = list(inputs.hidden)

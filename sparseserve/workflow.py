@@ -22,6 +22,7 @@ from sparseserve.pipeline import check_plan, ignored_modules, prune_model
 from sparseserve.recipe import PruneRecipe
 from sparseserve.report import PruneReport
 from sparseserve.run_folder import RunFolder, require_free
+from sparseserve.text import position_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,10 @@ def prune_and_export(
     model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
     require_space(out, 3 * model_bytes)
     on_stage("reading calibration text")
-    calibration = load_calibration(recipe.calibration, loaded.tokenizer, max_positions(loaded))
-    fingerprint = {
+    calibration = load_calibration(
+        recipe.calibration, loaded.tokenizer, position_limit(loaded.model.config)
+    )
+    fingerprint: dict[str, object] = {
         "recipe": recipe.to_json(),
         "model": source_fingerprint(source, loaded),
         "calibration": calibration.record.digest,
@@ -121,12 +124,6 @@ def prune_and_export(
         artifact = EXPORTERS[export_format](artifact, run.fresh(export_format))
     run.publish(artifact.path)
     return replace(artifact, path=out)
-
-
-def max_positions(loaded: LoadedModel) -> int | None:
-    """Return the longest sequence the model takes, or None if it does not say."""
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
 
 
 def source_fingerprint(source: str, loaded: LoadedModel) -> str:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sparseserve.measurement import Backend, EvaluationReport
 
 
@@ -52,6 +49,9 @@ def evaluate_command(
     """
     from dataclasses import asdict
 
+    from rich.console import Console
+    from rich.progress import Progress
+
     from sparseserve.cli.console import quiet_libraries
     from sparseserve.measurement import EvaluationSpec, evaluate
     from sparseserve.recipe import DTYPES
@@ -66,18 +66,17 @@ def evaluate_command(
         dtype=DTYPES.get(dtype),
         device=torch_device(device),
     )
-    report = evaluate(model, spec, track=_track)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("evaluating", total=None)
+        report = evaluate(
+            model,
+            spec,
+            on_window=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     if as_json:
         click.echo(json.dumps(asdict(report)))
     else:
         click.echo(_summary(report))
-
-
-def _track(windows: list[Tensor]) -> Iterable[Tensor]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(windows, description="evaluating", console=Console(stderr=True))
 
 
 def _summary(report: EvaluationReport) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparseserve.errors import RecipeError
 from sparseserve.layer_statistics import LayerStatistics
-from sparseserve.pruners.protocol import PrunedWeight
+from sparseserve.pruners.protocol import PrunedWeight, Pruner
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
 from sparseserve.solvers.conjugate_gradient import refit
@@ -27,7 +27,7 @@ from sparseserve.solvers.problem import LayerProblem, better_rows, layer_problem
 from sparseserve.sparsity import SparsityPattern
 
 WarmStart = Literal["wanda", "sparsegpt"]
-WARM_STARTS = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
+WARM_STARTS: dict[str, Pruner] = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,12 +31,12 @@ def upper_inverse_factor(gram: Tensor) -> Tensor:
         NumericalError: ``G`` is not numerically positive definite; names the remedy.
     """
     work = gram.double() if len(gram) <= _DOUBLE_WIDTH else gram
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(work))
-        return torch.linalg.cholesky(inverse, upper=True).float()
-    except torch.linalg.LinAlgError as error:
+    lower, failed = torch.linalg.cholesky_ex(work)
+    if int(failed):
         lowest = float(torch.linalg.eigvalsh(work).min())
         raise NumericalError(
             f"the second moment of {len(gram)} inputs has eigenvalue {lowest:.3g}, not above 0: "
             "raise the recipe's damping or calibrate with more text"
-        ) from error
+        )
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return factor.float()

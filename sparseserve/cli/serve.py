@@ -1,0 +1,30 @@
+"""``sparseserve serve``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import click
+
+
+@click.command("serve", context_settings={"ignore_unknown_options": True})
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
+@click.option("--dry-run", is_flag=True, help="Only print the environment and the command.")
+def serve_command(checkpoint: Path, vllm_options: tuple[str, ...], dry_run: bool) -> None:
+    """Serve CHECKPOINT with vLLM's own OpenAI-compatible server.
+
+    All other options go to ``vllm serve`` as they are, for example ``-- --port 8001``, and
+    override the defaults chosen for this machine.
+    """
+    from sparseserve.serving.server import become, server_command
+
+    command = server_command(checkpoint, vllm_options)
+    variables = [f"{name}={shlex.quote(value)}" for name, value in command.environment.items()]
+    line = " ".join([*variables, shlex.join(command.arguments)])
+    if dry_run:
+        click.echo(line)
+        return
+    click.echo(line, err=True)
+    become(command)

@@ -1,0 +1,79 @@
+"""Runs of the main job on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sparseserve.artifact import Artifact, Format
+from sparseserve.calibration import CalibrationSpec
+from sparseserve.layer_pruning import PruneProgress
+from sparseserve.pruners.wanda import Wanda
+from sparseserve.recipe import PruneRecipe
+from sparseserve.report import LayerReport, OperatorReport
+from sparseserve.testing import save_tiny_model
+from sparseserve.workflow import prune_and_export
+
+TEXT = "\n\n".join(f"Line {i}: the {i * i % 97} quick brown foxes jump over it." for i in range(99))
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> PruneRecipe:
+    """The cheapest recipe, on a short text of its own."""
+    text = tmp_path_factory.mktemp("text") / "calibration.txt"
+    text.write_text(TEXT)
+    spec = CalibrationSpec(source=str(text), samples=3, sequence_length=16, seed=1)
+    return PruneRecipe(pruner=Wanda(), calibration=spec)
+
+
+class Silent:
+    """A progress that says nothing; counts the operators pruned in this run."""
+
+    def __init__(self) -> None:
+        self.operators: list[str] = []
+
+    def layer_started(self, name: str, number: int, total: int) -> None:
+        pass
+
+    def operator_pruned(self, report: OperatorReport) -> None:
+        self.operators.append(report.name)
+
+    def layer_finished(self, report: LayerReport) -> None:
+        pass
+
+
+Prune = Callable[..., Artifact]
+
+
+@pytest.fixture
+def prune(tmp_path: Path, quick: PruneRecipe) -> Prune:
+    """Prune a tiny family, or a folder, into ``tmp_path / name``."""
+
+    def run(
+        model: str | Path,
+        name: str = "out",
+        *,
+        recipe: PruneRecipe = quick,
+        export_format: Format = "packed24",
+        progress: PruneProgress | None = None,
+    ) -> Artifact:
+        source = model if isinstance(model, Path) else tmp_path / f"model-{model}"
+        if not source.exists():
+            save_tiny_model(str(model), source)
+        return prune_and_export(
+            str(source),
+            tmp_path / name,
+            recipe,
+            export_format=export_format,
+            progress=progress or Silent(),
+        )
+
+    return run
+
+
+@pytest.fixture
+def with_pruner(quick: PruneRecipe) -> Callable[..., PruneRecipe]:
+    return lambda pruner, **changes: replace(quick, pruner=pruner, **changes)

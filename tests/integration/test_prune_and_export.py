@@ -1,0 +1,214 @@
+"""The main job end to end, for every family, read back by transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sparseserve.artifact import Artifact, verify
+from sparseserve.calibration import load_calibration
+from sparseserve.checkpoint import Checkpoint
+from sparseserve.errors import ArtifactError, NumericalError, RecipeError
+from sparseserve.exporters import EXPORTERS, export_packed24, load_dense_state
+from sparseserve.inspection import inspect_checkpoint
+from sparseserve.models.loading import load_model
+from sparseserve.pruners.fista import Fista
+from sparseserve.pruners.sparsegpt import SparseGPT
+from sparseserve.sparsity import TWO_FOUR, UnstructuredPattern
+from sparseserve.testing import TINY_FAMILIES, save_tiny_model
+from sparseserve.workflow import export, plan
+
+IDS = torch.arange(20)[None]
+
+
+def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_every_family_is_pruned_packed_and_read_back(
+    prune: Any, tmp_path: Path, family: str
+) -> None:
+    dense = prune(family, "dense", export_format="dense")
+    packed = export(dense.path, tmp_path / "packed", "packed24")
+    assert same_bits(load_dense_state(packed.path), dict(dense.checkpoint.tensors()))
+    assert verify(dense.path).manifest.pruned == verify(packed.path).manifest.pruned
+
+    model, loading = AutoModelForCausalLM.from_pretrained(dense.path, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    state = model.state_dict()
+    for name in dense.manifest.pruned:
+        weight = state[f"{name}.weight"]
+        weight = weight.T if name in dense.manifest.transposed else weight
+        assert TWO_FOUR.first_violation(weight) is None
+        assert (weight != 0).any()
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{family}")
+    untouched = set(state) - {f"{name}.weight" for name in dense.manifest.pruned}
+    assert untouched
+    assert all(torch.equal(state[name], original.state_dict()[name]) for name in untouched)
+    assert not torch.equal(model(IDS).logits, original(IDS).logits)
+
+
+def test_all_linears_of_the_decoder_layers_are_pruned_and_nothing_else(prune: Any) -> None:
+    artifact = prune("llama", export_format="dense")
+    kinds = {name.rsplit(".", 1)[1] for name in artifact.manifest.pruned}
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert kinds == projections
+    assert len(artifact.manifest.pruned) == 2 * len(projections)
+
+
+@pytest.mark.parametrize("export_format", EXPORTERS)
+def test_tokenizer_and_chat_template_come_along(
+    prune: Any, tmp_path: Path, export_format: Any
+) -> None:
+    out = prune("llama", export_format=export_format).path
+    before, after = (
+        AutoTokenizer.from_pretrained(path) for path in (tmp_path / "model-llama", out)
+    )
+    assert after("some text").input_ids == before("some text").input_ids
+    assert after.chat_template == before.chat_template
+    assert (out / "generation_config.json").exists()
+    source = json.loads((tmp_path / "model-llama" / "config.json").read_text())
+    written = json.loads((out / "config.json").read_text())
+    written.pop("quantization_config", None)
+    assert written == source
+
+
+def test_packed_weights_take_nine_sixteenths_of_sixteen_bits(prune: Any, tmp_path: Path) -> None:
+    source = save_tiny_model("llama", tmp_path / "half", dtype=torch.bfloat16)
+    packed = prune(source)
+    for name in packed.manifest.pruned:
+        values = packed.checkpoint.tensor(f"{name}.weight_values")
+        indices = packed.checkpoint.tensor(f"{name}.weight_indices")
+        assert values.dtype == torch.bfloat16
+        assert (values.nbytes + indices.nbytes) * 16 == values.numel() * 2 * 2 * 9
+
+
+def test_formats_convert_into_each_other_bit_for_bit(prune: Any, tmp_path: Path) -> None:
+    packed = prune("gpt2")
+    dense = export(packed.path, tmp_path / "dense", "dense")
+    again = export(dense.path, tmp_path / "again", "packed24")
+    assert same_bits(dict(packed.checkpoint.tensors()), dict(again.checkpoint.tensors()))
+    assert same_bits(load_dense_state(packed.path), dict(dense.checkpoint.tensors()))
+    verify(again.path)
+
+
+def test_small_shards_hold_the_same_tensors(prune: Any, tmp_path: Path) -> None:
+    packed = prune("llama")
+    sharded = export_packed24(packed, tmp_path / "sharded", shard_bytes=10_000)
+    assert len(list(sharded.path.glob("*.safetensors"))) > 3
+    assert same_bits(dict(packed.checkpoint.tensors()), dict(sharded.checkpoint.tensors()))
+    verify(sharded.path)
+
+
+def test_ignored_linears_stay_dense(prune: Any, quick: Any) -> None:
+    recipe = replace(quick, ignore=("k_proj$", r"layers\.0\."))
+    artifact = prune("llama", recipe=recipe)
+    assert len(artifact.manifest.pruned) == 6
+    assert all("layers.1." in name and "k_proj" not in name for name in artifact.manifest.pruned)
+    assert "model.layers.1.self_attn.k_proj.weight" in artifact.checkpoint
+    assert len(artifact.manifest.report["dense_modules"]) == 8
+
+
+def test_the_report_says_what_was_done(prune: Any, with_pruner: Any) -> None:
+    artifact = prune("llama", recipe=with_pruner(Fista()))
+    manifest = Artifact.open(artifact.path).manifest
+    assert manifest.recipe["method"]["name"] == "fista"
+    assert manifest.calibration["tokens"] == 3 * 16
+    assert len(manifest.calibration["sources"][0]["sha256"]) == 64
+    layers = manifest.report["layers"]
+    assert [layer["name"] for layer in layers] == ["model.layers.0", "model.layers.1"]
+    operators = layers[0]["operators"]
+    assert all(0 < item["relative_error"] < 1 for item in operators)
+    assert all(item["sparsity"] >= 0.5 for item in operators)
+    assert manifest.report["environment"]["torch"] == torch.__version__
+
+
+def test_intra_layer_correction_lowers_the_error_of_the_whole_layer(
+    prune: Any, with_pruner: Any, tmp_path: Path
+) -> None:
+    """Judged on what leaves the first layer for the calibration tokens: what it is to repair."""
+    errors = {}
+    for correction in ("none", "intra"):
+        recipe = with_pruner(Fista(), error_correction=correction)
+        recipe = replace(recipe, calibration=replace(recipe.calibration, samples=64))
+        out = prune("llama", correction, recipe=recipe, export_format="dense").path
+        original, pruned = load_model(tmp_path / "model-llama"), load_model(out)
+        spec = recipe.calibration
+        ids = torch.stack(load_calibration(spec, original.tokenizer, None).windows)
+        with torch.no_grad():
+            dense_states, pruned_states = (
+                loaded.model.model(ids, output_hidden_states=True).hidden_states[1]
+                for loaded in (original, pruned)
+            )
+        errors[correction] = float((dense_states - pruned_states).norm())
+    assert errors["intra"] < errors["none"]
+
+
+@pytest.mark.parametrize("pruner", [SparseGPT(), Fista()])
+def test_unstructured_and_other_patterns_are_stored_dense(
+    prune: Any, with_pruner: Any, pruner: Any
+) -> None:
+    recipe = with_pruner(pruner, pattern=UnstructuredPattern(0.6))
+    artifact = prune("opt", recipe=recipe, export_format="dense")
+    assert verify(artifact.path).manifest.pattern == "60%"
+    with pytest.raises(ArtifactError, match="packed24 holds only 2:4 weights, not 60%"):
+        prune("opt", "packed", recipe=recipe, export_format="packed24")
+
+
+def test_the_stored_dtype_can_be_chosen(prune: Any, quick: Any) -> None:
+    artifact = prune("llama", recipe=replace(quick, dtype="bfloat16"), export_format="dense")
+    dtypes = {tensor.dtype for _, tensor in artifact.checkpoint.tensors()}
+    assert dtypes == {torch.bfloat16}
+    assert json.loads((artifact.path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_weight_that_overflows_its_dtype_is_named(prune: Any, tmp_path: Path, quick: Any) -> None:
+    source = save_tiny_model("llama", tmp_path / "large")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
+    model.save_pretrained(source)
+    with pytest.raises(NumericalError, match="up_proj"):
+        prune(source, recipe=replace(quick, dtype="float16"))
+
+
+def test_a_plan_lists_what_would_be_pruned(tmp_path: Path, quick: Any) -> None:
+    save_tiny_model("gpt2", tmp_path / "m")
+    found = plan(str(tmp_path / "m"), replace(quick, ignore=("c_fc",)))
+    names = [name for name, _ in found.operators]
+    assert names[:2] == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
+    assert found.dense_modules == ("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc")
+    assert 0 < found.pruned_parameters < found.total_parameters
+
+
+def test_nothing_left_to_prune_is_an_error(prune: Any, quick: Any) -> None:
+    with pytest.raises(RecipeError, match="nothing is left to prune"):
+        prune("llama", recipe=replace(quick, ignore=(".",)))
+
+
+def test_inspection_tells_formats_and_sparsity_apart(prune: Any, tmp_path: Path) -> None:
+    packed = inspect_checkpoint(prune("llama").path)
+    plain = inspect_checkpoint(tmp_path / "model-llama")
+    assert packed.manifest is not None
+    assert plain.manifest is None
+    facts = {item.name: item for item in packed.matrices}
+    pruned = facts["model.layers.0.mlp.up_proj"]
+    assert pruned.two_four
+    assert pruned.sparsity >= 0.5
+    assert not facts["model.embed_tokens"].two_four
+    assert not any(item.two_four for item in plain.matrices)
+    assert {item.name: item.shape for item in plain.matrices} == {
+        name: item.shape for name, item in facts.items()
+    }
+
+
+def test_checkpoints_without_the_pruned_weight_cannot_be_opened_as_dense(prune: Any) -> None:
+    packed = prune("llama")
+    assert not any(name.endswith("q_proj.weight") for name in Checkpoint.open(packed.path).files)
