@@ -16,10 +16,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
 
 from sparseserve.errors import ServingError
-from sparseserve.serving.machine import this_machine
+from sparseserve.serving.machine import Machine, this_machine
 from sparseserve.serving.requirements import require_vllm
 
 if TYPE_CHECKING:
@@ -77,7 +80,7 @@ def engine_options(
     max_model_len: int,
     max_num_seqs: int = 1,
     prompt_tokens: int = 1024,
-    dtype: str | None = None,
+    dtype: torch.dtype | None = None,
     quantization: str | None = None,
 ) -> EngineOptions:
     """Return options that hold what is asked for and no more, so that two engines fit.
@@ -90,27 +93,26 @@ def engine_options(
         max_model_len: Longest sequence, prompt and new tokens together.
         max_num_seqs: Largest batch.
         prompt_tokens: Prompt tokens to compute in one step.
-        dtype: None is ``default_dtype()``.
+        dtype: To compute in; None is the checkpoint's own where the machine has it, else float32.
         quantization: As vLLM takes it; None leaves it to the checkpoint.
     """
+    machine = this_machine()
     blocks = max_num_seqs * -(-max_model_len // _BLOCK_TOKENS) + _SPARE_BLOCKS
     # Four bytes a number: room for every dtype.
     cache_bytes = 4 * model.cache_numbers_per_token * _BLOCK_TOKENS * blocks
     return EngineOptions(
         model=str(model.folder),
-        dtype=dtype or default_dtype(),
+        dtype=str(dtype).removeprefix("torch.") if dtype else _machine_dtype(machine),
         quantization=quantization,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(prompt_tokens, max_num_seqs),
         kv_cache_memory_bytes=cache_bytes,
-        enforce_eager=this_machine().gpu is None,
+        enforce_eager=machine.gpu is None,
     )
 
 
-def default_dtype() -> str:
-    """Return the checkpoint's own dtype where the machine computes in it, else float32."""
-    machine = this_machine()
+def _machine_dtype(machine: Machine) -> str:
     return "auto" if machine.gpu or machine.native_bfloat16 else "float32"
 
 
@@ -159,13 +161,15 @@ class Engine:
             self._process.wait()
         self._log.close()
 
-    def negative_log_likelihoods(self, windows: Sequence[Sequence[int]]) -> list[float]:
-        """Return, in nats, the summed negative log-likelihood of each window's tokens but the first.
+    def negative_log_likelihoods(self, windows: Sequence[Tensor]) -> list[float]:
+        """Return the negative log-likelihood of each of ``windows``, in nats.
+
+        It is summed over all tokens of a window but the first.
 
         Raises:
             ServingError: The engine failed.
         """
-        reply = self._ask({"windows": [list(window) for window in windows]})
+        reply = self._ask({"windows": [window.tolist() for window in windows]})
         return [float(total) for total in _list(reply["totals"])]
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generation:
@@ -178,7 +182,7 @@ class Engine:
             {"prompts": [list(prompt) for prompt in prompts], "new_tokens": new_tokens}
         )
         return Generation(
-            tokens=tuple(tuple(tokens) for tokens in _list(reply["tokens"])),
+            tokens=tuple(tuple(map(int, _list(tokens))) for tokens in _list(reply["tokens"])),
             first_token_seconds=float(str(reply["first_token_seconds"])),
             total_seconds=float(str(reply["total_seconds"])),
         )
@@ -242,7 +246,7 @@ def _worker_environment() -> dict[str, str]:
     }
 
 
-def _list(value: object) -> list[list[int]]:
+def _list(value: object) -> list[Any]:
     if not isinstance(value, list):
         raise TypeError(f"the worker sent {type(value).__name__} where a list was due")
     return value

@@ -28,9 +28,7 @@ from sparseserve.sparsity import TWO_FOUR, Packed24
 
 logger = init_logger("vllm.sparseserve")
 
-NOT_LOADED = (
-    "was not in the checkpoint, or not whole, or holds NaN: check the folder with sparseserve verify"
-)
+NOT_LOADED = "is missing, not whole or holds NaN: check the folder with sparseserve verify"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +104,11 @@ class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is c
         return self.kernel.matmul(layer, x, bias)
 
 
-@register_weight_loader_v2_supported_method  # type: ignore[untyped-decorator]  # vLLM is Any
+@register_weight_loader_v2_supported_method
 class Packed24LinearMethod(_TwoFourLinearMethod):
     """A layer of a ``packed24`` checkpoint, all or some of whose modules are packed."""
 
-    def create_weights(
+    def create_weights(  # noqa: PLR0917  # vLLM's signature
         self,
         layer: nn.Module,
         input_size_per_partition: int,
@@ -132,7 +130,7 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
         indices = torch.zeros((rows, -(-columns // 8)), dtype=torch.uint8)
         _register(layer, "weight_values", values, loader)
         _register(layer, "weight_indices", indices, loader)
-        self.choose(columns, output_partition_sizes, layer.weight_values)
+        self.choose(columns, output_partition_sizes, values)
         if not all(shard.sparse for shard in self.shards):
             dense = torch.full((rows, columns), torch.nan, dtype=params_dtype)
             _register(layer, "weight", dense, loader)
@@ -150,11 +148,11 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
         self.kernel.pack(layer, weight)
 
 
-@register_weight_loader_v2_supported_method  # type: ignore[untyped-decorator]  # vLLM is Any
+@register_weight_loader_v2_supported_method
 class Dense24LinearMethod(_TwoFourLinearMethod):
     """A layer of a dense checkpoint, served on the promise that its weights are 2:4."""
 
-    def create_weights(
+    def create_weights(  # noqa: PLR0917  # vLLM's signature
         self,
         layer: nn.Module,
         input_size_per_partition: int,
@@ -173,7 +171,7 @@ class Dense24LinearMethod(_TwoFourLinearMethod):
         require_whole_groups(self.prefix, columns, input_size)
         dense = torch.full((rows, columns), torch.nan, dtype=params_dtype)
         _register(layer, "weight", dense, extra_weight_attrs["weight_loader"])
-        self.choose(columns, output_partition_sizes, layer.weight)
+        self.choose(columns, output_partition_sizes, dense)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check the promise and give the weight to the kernel.
@@ -181,14 +179,13 @@ class Dense24LinearMethod(_TwoFourLinearMethod):
         Raises:
             ServingError: The weight is missing, or is not 2:4; names the first place.
         """
-        weight = layer.weight.data
+        weight = layer.get_parameter("weight").data
         for shard in self.shards:
             rows = weight[shard.start : shard.stop]
             _require_loaded(f"{shard.name}.weight", rows)
             if shard.sparse and (violation := TWO_FOUR.first_violation(rows)):
-                rank = f" (rank {layer.tp_rank} of {layer.tp_size})" if layer.tp_size > 1 else ""
                 raise ServingError(
-                    f"{shard.name}.weight is not {TWO_FOUR}: {violation}{rank}: "
+                    f"{shard.name}.weight is not {TWO_FOUR}: {violation}{_rank(layer)}: "
                     "serve it without --quantization sparseserve, or prune it first"
                 )
         delattr(layer, "weight")
@@ -235,10 +232,11 @@ def _register(layer: nn.Module, name: str, data: Tensor, loader: object) -> None
 def _loaded_block(layer: nn.Module, shard: Shard) -> RowBlock:
     rows = slice(shard.start, shard.stop)
     if not shard.sparse:
-        dense = layer.weight.data[rows]
+        dense = layer.get_parameter("weight").data[rows]
         _require_loaded(f"{shard.name}.weight", dense)
         return RowBlock(shard.name, dense)
-    values, indices = layer.weight_values.data[rows], layer.weight_indices.data[rows]
+    values = layer.get_parameter("weight_values").data[rows]
+    indices = layer.get_parameter("weight_indices").data[rows]
     _require_loaded(f"{shard.name}.weight_values", values)
     # Positions ascend, so the low half of a byte that was loaded is never zero.
     if bool((indices == 0).any()):
@@ -249,3 +247,8 @@ def _loaded_block(layer: nn.Module, shard: Shard) -> RowBlock:
 def _require_loaded(name: str, tensor: Tensor) -> None:
     if bool(tensor.isnan().any()):
         raise ServingError(f"{name} {NOT_LOADED}")
+
+
+def _rank(layer: nn.Module) -> str:
+    size = getattr(layer, "tp_size", 1)
+    return f" of rank {getattr(layer, 'tp_rank', 0)} of {size}" if size > 1 else ""

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from sparseserve.checkpoint import Checkpoint
 from sparseserve.errors import ArtifactError, ServingError
+from sparseserve.text import position_limit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -58,7 +59,7 @@ class ServedModel:
             weight_bytes=checkpoint.weight_bytes,
             dense_parameters=_dense_parameters(checkpoint),
             cache_numbers_per_token=_cache_numbers_per_token(config),
-            max_positions=getattr(config, "max_position_embeddings", None),
+            max_positions=position_limit(config),
             vocabulary=int(config.vocab_size),
             dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
         )

@@ -1,4 +1,4 @@
-"""A process that holds one vLLM engine and answers requests (see ``sparseserve.serving.engine``)."""
+"""A process that holds one vLLM engine and answers the requests of ``serving.engine``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> int:
             request = json.loads(line)
             try:
                 if engine is None:
-                    engine, answer = start(request), {"started": True}
+                    engine = start(request)
+                    answer: dict[str, object] = {"started": True}
                 else:
                     answer = _operation(request)(engine, request)
             except Exception as error:  # handed to the parent, who raises it
@@ -61,9 +62,7 @@ def negative_log_likelihoods(engine: LLM, request: dict[str, object]) -> dict[st
     from vllm import SamplingParams
 
     windows: list[list[int]] = request["windows"]  # type: ignore[assignment]  # JSON
-    parameters = SamplingParams(
-        prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False
-    )
+    parameters = SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False)
     outputs = engine.generate(
         [{"prompt_token_ids": window} for window in windows], parameters, use_tqdm=False
     )
@@ -90,9 +89,7 @@ def generate(engine: LLM, request: dict[str, object]) -> dict[str, object]:
     )
     started = time.perf_counter()
     for number, prompt in enumerate(prompts):
-        engine.llm_engine.add_request(
-            str(number), {"prompt_token_ids": prompt}, parameters.clone()
-        )
+        engine.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, parameters.clone())
     tokens: dict[int, list[int]] = {}
     first = None
     while engine.llm_engine.has_unfinished_requests():

@@ -1,0 +1,190 @@
+"""A sparse checkpoint beside its dense baseline: quality, speed and size, through vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparseserve.errors import ServingError
+from sparseserve.perplexity import PerplexityResult
+from sparseserve.serving.engine import Engine, EngineOptions, engine_options
+from sparseserve.serving.latency import BatchLatency, LatencyPlan, measure_latency
+from sparseserve.serving.machine import Machine, installed_versions, this_machine
+from sparseserve.serving.perplexity import engine_perplexity, longest_window
+from sparseserve.serving.served_model import ServedModel
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredModel:
+    """One checkpoint and what was measured of it."""
+
+    folder: Path
+    weight_bytes: int
+    options: EngineOptions
+    perplexity: PerplexityResult
+    latency: tuple[BatchLatency, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Return JSON data; latencies by batch size, each as median and quartiles."""
+        return {
+            "path": str(self.folder),
+            "weight_bytes": self.weight_bytes,
+            "perplexity": self.perplexity.perplexity,
+            "tokens": self.perplexity.tokens,
+            "engine": asdict(self.options),
+            "latency": {
+                str(batch.batch_size): {
+                    "ttft_seconds": asdict(batch.ttft_seconds),
+                    "tpot_seconds": asdict(batch.tpot_seconds),
+                    "tokens_per_second": asdict(batch.tokens_per_second),
+                }
+                for batch in self.latency
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A checkpoint and its baseline, measured in turns on one machine."""
+
+    model: MeasuredModel
+    baseline: MeasuredModel
+    plan: LatencyPlan
+    machine: Machine
+    versions: dict[str, str]
+    date: str
+
+    @property
+    def decode_speedup(self) -> dict[str, float]:
+        """By batch size: the baseline's time per output token over the model's."""
+        pairs = zip(self.model.latency, self.baseline.latency, strict=True)
+        return {str(own.batch_size): own.decode_speedup(base) for own, base in pairs}
+
+    @property
+    def prefill_speedup(self) -> dict[str, float]:
+        """By batch size: the baseline's time to first token over the model's."""
+        pairs = zip(self.model.latency, self.baseline.latency, strict=True)
+        return {str(own.batch_size): own.prefill_speedup(base) for own, base in pairs}
+
+    def to_json(self) -> dict[str, object]:
+        """Return JSON data."""
+        return {
+            "model": self.model.to_json(),
+            "baseline": self.baseline.to_json(),
+            "decode_speedup": self.decode_speedup,
+            "prefill_speedup": self.prefill_speedup,
+            "perplexity_ratio": self.model.perplexity.perplexity
+            / self.baseline.perplexity.perplexity,
+            "weight_bytes_ratio": self.model.weight_bytes / self.baseline.weight_bytes,
+            "plan": asdict(self.plan),
+            "machine": asdict(self.machine),
+            "versions": self.versions,
+            "date": self.date,
+        }
+
+
+def compare(
+    folder: Path,
+    baseline: Path,
+    windows: Sequence[Tensor],
+    plan: LatencyPlan,
+    *,
+    dtype: torch.dtype | None = None,
+    on_progress: Progress = lambda what, done, total: None,
+) -> Comparison:
+    """Serve both checkpoints side by side and measure perplexity, latency and size of each.
+
+    Args:
+        folder: The sparse checkpoint.
+        baseline: What to compare it with, the dense model as a rule.
+        windows: Token windows for the perplexity, int64 ``[length]`` each.
+        plan: What to run for the latencies.
+        dtype: Of both engines; None is the checkpoint's where the machine has it, else float32.
+        on_progress: Told what is going on, and how far it is, as (what, done, total).
+
+    Raises:
+        ServingError: One of the two cannot be served, or they do not share a vocabulary.
+        NumericalError: A perplexity is not finite.
+        MissingExtraError: vLLM is not installed.
+    """
+    models = (ServedModel.open(folder), ServedModel.open(baseline))
+    if models[0].vocabulary != models[1].vocabulary:
+        raise ServingError(
+            f"{folder} has {models[0].vocabulary} tokens and the baseline {baseline} has "
+            f"{models[1].vocabulary}: give the dense model it was pruned from"
+        )
+    options = [_options(model, windows, plan, dtype) for model in models]
+    on_progress("starting vLLM", 0, 2)
+    with Engine(options[0]) as sparse:
+        on_progress("starting vLLM", 1, 2)
+        with Engine(options[1]) as dense:
+            on_progress("starting vLLM", 2, 2)
+            engines = (sparse, dense)
+            perplexities = [
+                _perplexity(engine, model, windows, on_progress)
+                for engine, model in zip(engines, models, strict=True)
+            ]
+            latencies = _latencies(engines, plan, models[0].vocabulary, on_progress)
+    measured = [
+        MeasuredModel(model.folder, model.weight_bytes, option, perplexity, latency)
+        for model, option, perplexity, latency in zip(
+            models, options, perplexities, latencies, strict=True
+        )
+    ]
+    return Comparison(
+        model=measured[0],
+        baseline=measured[1],
+        plan=plan,
+        machine=this_machine(),
+        versions=installed_versions(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _options(
+    model: ServedModel, windows: Sequence[Tensor], plan: LatencyPlan, dtype: torch.dtype | None
+) -> EngineOptions:
+    generated = plan.input_length + plan.output_length
+    if model.max_positions is not None and generated > model.max_positions:
+        raise ServingError(
+            f"{model.folder}: --input-length and --output-length make {generated} tokens, "
+            f"the model takes {model.max_positions}: give smaller ones"
+        )
+    largest = max(plan.batch_sizes)
+    return engine_options(
+        model,
+        max_model_len=max(longest_window(model, windows) + 1, generated),
+        max_num_seqs=largest,
+        # All prompts of a batch in one step, so that prefill is not measured in pieces.
+        prompt_tokens=max(1024, largest * plan.input_length),
+        dtype=dtype,
+    )
+
+
+def _perplexity(
+    engine: Engine, model: ServedModel, windows: Sequence[Tensor], on_progress: Progress
+) -> PerplexityResult:
+    what = f"perplexity of {model.folder}"
+    on_progress(what, 0, len(windows))
+    return engine_perplexity(engine, windows, lambda done, total: on_progress(what, done, total))
+
+
+def _latencies(
+    engines: Sequence[Engine], plan: LatencyPlan, vocabulary: int, on_progress: Progress
+) -> list[tuple[BatchLatency, ...]]:
+    done, total = 0, plan.runs * len(engines)
+    on_progress("latency, in turns", done, total)
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        on_progress("latency, in turns", done, total)
+
+    return measure_latency(engines, plan, vocabulary, count)

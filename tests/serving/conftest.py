@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sparseserve.sparsity import TWO_FOUR, pack24
+from sparseserve.testing import tiny_model, tiny_tokenizer
+
+MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+    }
+
+
+@pytest.fixture(scope="session")
+def two_four_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
+    """Save a tiny model with 2:4 linears; names that hold a string of ``keep`` stay dense."""
+
+    def make(family: str, *, keep: tuple[str, ...] = (), manifest: bool = True) -> Path:
+        model = tiny_model(family)
+        pruned = [name for name in linears(model) if not any(part in name for part in keep)]
+        for name in pruned:
+            module = model.get_submodule(name)
+            transposed = isinstance(module, Conv1D)
+            weight = module.weight.T if transposed else module.weight
+            projected = TWO_FOUR.project(weight.detach())
+            module.weight.data = projected.T.contiguous() if transposed else projected
+        folder = tmp_path_factory.mktemp(family)
+        model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        if manifest:
+            facts = {"format": "dense", "version": 1, "pattern": "2:4", "pruned": pruned}
+            (folder / "sparseserve.json").write_text(json.dumps(facts))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pack_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Write the packed24 form of a folder of ``two_four_folder``, by hand."""
+
+    def pack(dense: Path) -> Path:
+        folder = tmp_path_factory.mktemp(f"{dense.name}-packed")
+        config = json.loads((dense / "config.json").read_text())
+        pruned = json.loads((dense / "sparseserve.json").read_text())["pruned"]
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in load_file(dense / "model.safetensors").items():
+            module, _, leaf = name.rpartition(".")
+            if module in pruned and leaf == "weight":
+                weight = tensor.T if config["model_type"] == "gpt2" else tensor
+                packed = pack24(weight.contiguous())
+                tensors[f"{module}.weight_values"] = packed.values
+                tensors[f"{module}.weight_indices"] = packed.indices
+            else:
+                tensors[name] = tensor
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config["quantization_config"] = {
+            "quant_method": "sparseserve",
+            "version": 1,
+            "format": "packed24",
+            "pattern": "2:4",
+            "modules": pruned,
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return pack

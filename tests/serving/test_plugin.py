@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from sparseserve.serving.plugin import METHOD_NAME, register
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+
+def test_registering_twice_leaves_one_method_and_its_config() -> None:
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        get_quantization_config,
+    )
+
+    register()
+    first = get_quantization_config(METHOD_NAME)
+    register()
+
+    assert QUANTIZATION_METHODS.count(METHOD_NAME) == 1
+    assert get_quantization_config(METHOD_NAME) is first
+
+
+def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
+    from vllm.plugins import DEFAULT_PLUGINS_GROUP, load_plugins_by_group
+
+    assert load_plugins_by_group(DEFAULT_PLUGINS_GROUP)["sparseserve"] is register
+
+
+def test_importing_the_plugin_imports_nothing_heavy() -> None:
+    program = (
+        "import sys, sparseserve.serving.plugin\n"
+        "heavy = {'torch', 'vllm', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
