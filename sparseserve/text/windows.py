@@ -134,7 +134,7 @@ class TokenStream:
             remedy = _power_of_two_below(len(self.tokens) + len(self.prefix))
             raise CalibrationError(
                 f"{self.name} has {len(self.tokens)} tokens, one window needs {body}: "
-                f"give more text" + (f" or --sequence-length {remedy}" if remedy > 1 else "")
+                f"give more text" + (f" or --sequence-length {remedy}" if remedy >= 16 else "")
             )
         return body
 
