@@ -12,22 +12,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
 from sparseserve.layer_statistics import LayerStatistics
+from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.protocol import PrunedWeight, Pruner
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
 from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.fista import fista
 from sparseserve.solvers.linalg import largest_eigenvalue
-from sparseserve.solvers.problem import LayerProblem, better_rows, layer_problem
+from sparseserve.solvers.problem import LayerProblem, better_candidate, layer_problem
 from sparseserve.sparsity import SparsityPattern
 
-WarmStart = Literal["wanda", "sparsegpt"]
-WARM_STARTS: dict[str, Pruner] = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
+WarmStart = Literal["wanda", "sparsegpt", "admm"]
+WARM_STARTS: dict[str, Pruner] = {"wanda": Wanda(), "sparsegpt": SparseGPT(), "admm": Admm()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,9 @@ class Fista:
         plain = layer_problem(dense_weight, statistics, self.damping)
         problem, scale = plain.column_scaled()
         warm = start.weight * scale
-        best = _better(problem, pattern, warm, self._refit(problem, warm, self.candidate_refit))
+        best = better_candidate(
+            problem, pattern, warm, self._refit(problem, warm, self.candidate_refit)
+        )
         lipschitz = largest_eigenvalue(problem.gram)
         unit = float(problem.target.abs().mean())
         for penalty in self.penalties:
@@ -87,22 +89,15 @@ class Fista:
                 restart=True,
             ).weight
             candidate = self._refit(problem, pattern.project(relaxed), self.candidate_refit)
-            best = _better(problem, pattern, best, candidate)
-        best = _better(problem, pattern, best, self._refit(problem, best, self.final_refit))
+            best = better_candidate(problem, pattern, best, candidate)
+        best = better_candidate(
+            problem, pattern, best, self._refit(problem, best, self.final_refit)
+        )
         products = start.gram_products + self.final_refit + self.candidate_refit
         products += len(self.penalties) * (self.iterations + 1 + self.candidate_refit)
-        weight = _better(plain, pattern, start.weight, best / scale)
+        weight = better_candidate(plain, pattern, start.weight, best / scale)
         return PrunedWeight(weight, products)
 
     @staticmethod
     def _refit(problem: LayerProblem, weight: Tensor, iterations: int) -> Tensor:
         return refit(problem, weight != 0, weight, iterations=iterations).weight
-
-
-def _better(
-    problem: LayerProblem, pattern: SparsityPattern, first: Tensor, second: Tensor
-) -> Tensor:
-    if pattern.rows_are_independent:
-        return better_rows(problem, first, second)
-    losses = torch.stack((problem.loss_rows(first).sum(), problem.loss_rows(second).sum()))
-    return second if bool(losses[1] < losses[0]) else first

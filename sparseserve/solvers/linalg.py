@@ -30,13 +30,33 @@ def upper_inverse_factor(gram: Tensor) -> Tensor:
     Raises:
         NumericalError: ``G`` is not numerically positive definite; names the remedy.
     """
-    work = gram.double() if len(gram) <= _DOUBLE_WIDTH else gram
-    lower, failed = torch.linalg.cholesky_ex(work)
+    lower = _cholesky(gram.double() if len(gram) <= _DOUBLE_WIDTH else gram)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return factor.float()
+
+
+def shifted_inverse(gram: Tensor, shift: float) -> Tensor:
+    """Return ``(G + shift I)^-1``, ``[n, n]``, in the dtype of ``G``.
+
+    It takes ``n^3`` operations, less than an eigendecomposition by an order of magnitude. Single
+    precision is enough for a gram of unit diagonal: its rounding is that of a change of ``G`` by
+    about ``1e-7 lambda_max(G)``, far below any useful shift.
+
+    Raises:
+        NumericalError: ``G + shift I`` is not numerically positive definite; names the remedy.
+    """
+    shifted = gram.clone()
+    shifted.diagonal().add_(shift)
+    return torch.cholesky_inverse(_cholesky(shifted))
+
+
+def _cholesky(gram: Tensor) -> Tensor:
+    lower, failed = torch.linalg.cholesky_ex(gram)
     if int(failed):
-        lowest = float(torch.linalg.eigvalsh(work).min())
+        lowest = float(torch.linalg.eigvalsh(gram).min())
         raise NumericalError(
             f"the second moment of {len(gram)} inputs has eigenvalue {lowest:.3g}, not above 0: "
             "raise the recipe's damping or calibrate with more text"
         )
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return factor.float()
+    factor: Tensor = lower
+    return factor

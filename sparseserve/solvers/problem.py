@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparseserve.errors import NumericalError
 from sparseserve.layer_statistics import LayerStatistics
+from sparseserve.sparsity import SparsityPattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,14 @@ class LayerProblem:
     def gradient(self, weight: Tensor) -> Tensor:
         """Return ``W G - B``, ``[out, in]``."""
         return torch.addmm(self.target, weight, self.gram, beta=-1)
+
+    def pulled(self, strength: float) -> LayerProblem:
+        """Return the problem with ``strength / 2 ||W - W0||_F^2`` added."""
+        gram = self.gram.clone()
+        gram.diagonal().add_(strength)
+        return LayerProblem(
+            self.reference, gram, self.target + strength * self.reference, self.pull
+        )
 
     def column_scaled(self) -> tuple[LayerProblem, Tensor]:
         """Return the same problem in ``W diag(s)`` with ``s_j = sqrt(G_jj)``, and ``s`` ``[in]``.
@@ -101,3 +110,17 @@ def better_rows(problem: LayerProblem, first: Tensor, second: Tensor) -> Tensor:
     """Return, row by row, whichever of two weights has the lower objective (``first`` on ties)."""
     keep = problem.loss_rows(first) <= problem.loss_rows(second)
     return torch.where(keep[:, None], first, second)
+
+
+def better_candidate(
+    problem: LayerProblem, pattern: SparsityPattern, first: Tensor, second: Tensor
+) -> Tensor:
+    """Return the better of two weights that obey ``pattern``, as finely as it lets them be mixed.
+
+    That is row by row, or as wholes where the pattern binds rows together. Costs two products
+    with the Gram matrix.
+    """
+    if pattern.rows_are_independent:
+        return better_rows(problem, first, second)
+    second_is_better = problem.loss_rows(second).sum() < problem.loss_rows(first).sum()
+    return second if bool(second_is_better) else first

@@ -1,0 +1,53 @@
+"""Refit: the mask of another pruner, with the best values on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparseserve.errors import RecipeError, unknown_name
+from sparseserve.layer_statistics import LayerStatistics
+from sparseserve.pruners.admm_gradual import GradualAdmm
+from sparseserve.pruners.dsnot import Dsnot
+from sparseserve.pruners.one_shot import ONE_SHOT
+from sparseserve.pruners.protocol import PrunedWeight, Pruner
+from sparseserve.solvers.conjugate_gradient import refit
+from sparseserve.solvers.problem import better_rows, layer_problem
+from sparseserve.sparsity import SparsityPattern
+
+# Those that search with a refit of their own (admm, fista) gain nothing here.
+BASES: dict[str, Pruner] = {**ONE_SHOT, "dsnot": Dsnot(), "admm-gradual": GradualAdmm()}
+
+
+@dataclass(frozen=True, slots=True)
+class Refit:
+    """Least squares on the mask of ``base``, by preconditioned conjugate gradients.
+
+    Attributes:
+        base: The pruner whose mask is kept, with its own defaults.
+        iterations: Conjugate-gradient steps.
+        damping: Share of the mean diagonal added to both Gram matrices; pulls towards ``W0``.
+    """
+
+    base: str = "wanda"
+    iterations: int = 40
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Check the knobs."""
+        if self.base not in BASES:
+            raise RecipeError(f"refit: {unknown_name('base', self.base, BASES)}")
+        if self.iterations < 1 or not self.damping > 0:
+            raise RecipeError("refit: iterations and damping must be positive")
+
+    def prune(
+        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+    ) -> PrunedWeight:
+        """Return the refitted weight, or the base's own in rows where that is better."""
+        start = BASES[self.base].prune(dense_weight, statistics, pattern)
+        problem = layer_problem(dense_weight, statistics, self.damping)
+        result = refit(problem, start.weight != 0, start.weight, iterations=self.iterations)
+        # Both have the same mask, so rows may be mixed whatever the pattern.
+        best = better_rows(problem, start.weight, result.weight)
+        return PrunedWeight(best, start.gram_products + result.iterations + 2)
