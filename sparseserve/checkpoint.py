@@ -115,7 +115,10 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_name(path.name + ".tmp")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with writing(path):
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(contiguous, partial, metadata={"format": "pt"})
+        partial.chmod(mode)  # safetensors lets only the owner read, whatever the umask says
         partial.replace(path)
 
 

@@ -146,6 +146,8 @@ def _write_dense(
 ) -> Artifact:
     with writing(folder):
         loaded.model.save_pretrained(folder, max_shard_size="5GB")
+        for shard in folder.glob("*.safetensors"):
+            shard.chmod((folder / "config.json").stat().st_mode)  # else only the owner may read
     copy_side_files(loaded.folder, folder)
     names = [operator.name for operator in report.operators]
     checkpoint = Checkpoint.open(folder)

@@ -90,7 +90,7 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path) -> None:
 def test_a_tensor_that_is_not_finite_is_named(packed: Path) -> None:
     name = "model.norm.weight"
     change_tensor(packed, name, lambda tensor: tensor.fill_(float("nan")))
-    with pytest.raises(ArtifactError, match="model.norm.weight has NaN or infinite"):
+    with pytest.raises(ArtifactError, match=r"model\.norm\.weight has NaN or infinite"):
         verify(packed)
 
 

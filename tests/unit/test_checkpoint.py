@@ -62,6 +62,13 @@ def test_a_small_checkpoint_is_one_file_without_index(tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path).weight_bytes == (tmp_path / "model.safetensors").stat().st_size
 
 
+def test_weights_are_as_readable_as_any_other_file(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, TENSORS.items())
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"holds no model\.safetensors"):
         Checkpoint.open(tmp_path)
@@ -78,7 +85,7 @@ def test_a_shard_cut_short_is_named(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, TENSORS.items(), shard_bytes=48)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ArtifactError, match="model-00002-of-00002.safetensors: shard is missing"):
+    with pytest.raises(ArtifactError, match=r"model-00002-of-00002\.safetensors: shard is missing"):
         Checkpoint.open(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ CPU = torch.device("cpu")
 def collect(x: torch.Tensor, dense: torch.Tensor, cuts: list[int]) -> LayerStatistics:
     statistics = LayerStatistics.empty(x.shape[1], corrected=True, device=CPU)
     bounds = [0, *sorted(cuts), len(x)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         statistics = statistics.updated(x[start:stop], dense[start:stop])
     return statistics
 

@@ -143,10 +143,10 @@ def plain_sparsegpt(weight: Tensor, gram: Tensor, damping: float) -> Tensor:
 
 
 def plain_fista_round(
-    weight: Tensor, dense: Tensor, x: Tensor, x_dense: Tensor, l1: float, steps: int
+    weight: Tensor, target_outputs: Tensor, x: Tensor, l1: float, steps: int
 ) -> Tensor:
     """Equations 4 and 5 of FISTAPruner on the activations themselves (columns are tokens)."""
-    gram, target = x @ x.T, dense @ x_dense @ x.T
+    gram, target = x @ x.T, target_outputs @ x.T
     lipschitz = torch.linalg.eigvalsh(gram).max()
     point, t = weight, 1.0
     for _ in range(steps):
@@ -166,7 +166,7 @@ def plain_fistapruner(case: Any, warm: Tensor, first: float, upper: float) -> Te
     best_error = (best @ x - target).norm()
     low, high, l1, stale = 0.0, upper, first, 0
     while stale < 3 and high - low > 1e-6 * high:
-        relaxed = plain_fista_round(best, dense, x, x_dense, l1, 20)
+        relaxed = plain_fista_round(best, target, x, l1, 20)
         rounded = relaxed.clone()
         lowest = relaxed.abs().reshape(-1, 4).topk(2, largest=False).indices
         rounded.reshape(-1, 4).scatter_(1, lowest, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -162,7 +163,7 @@ def test_every_refit_step_lowers_the_objective(make_case: Any) -> None:
         problem.loss_rows(refit(problem, weight != 0, weight, iterations=steps).weight)
         for steps in range(1, 8)
     ]
-    for earlier, later in zip(losses, losses[1:], strict=False):
+    for earlier, later in itertools.pairwise(losses):
         assert (later <= earlier + 1e-3 * earlier.abs()).all()
     assert losses[-1].sum() < losses[0].sum()
 

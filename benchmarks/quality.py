@@ -1,0 +1,201 @@
+"""How much perplexity does each method cost at equal calibration?
+
+Every method prunes the same model to the same pattern with the same calibration windows, once a
+seed, and is evaluated on text of the calibration's domain and on text of another. Each run is
+written to the JSON as soon as it is done; runs already there are not repeated::
+
+    python -m benchmarks.demo_assets smollm2
+    python -m benchmarks.demo_assets wikipedia
+    python -m benchmarks.quality demo/models/smollm2-135m --result quality-smollm2-2of4.json
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import click
+
+from benchmarks.machine import Machine
+from sparseserve.calibration import CalibrationSpec
+from sparseserve.checkpoint import write_json
+from sparseserve.cli.console import pruning_progress, quiet_libraries
+from sparseserve.measurement import EvaluationSpec, evaluate
+from sparseserve.recipe import PruneRecipe, pruner_from_mapping
+from sparseserve.sparsity import SparsityPattern
+from sparseserve.workflow import prune_and_export
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = (
+    ("magnitude", "none"),
+    ("wanda", "none"),
+    ("sparsegpt", "none"),
+    ("fista", "none"),
+    ("fista", "intra"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is the same for every method."""
+
+    model: str
+    pattern: str
+    samples: int
+    sequence_length: int
+    evaluation_windows: int
+    evaluation_length: int
+    texts: dict[str, str | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One method with one seed; ``method`` is ``dense`` for the model itself."""
+
+    method: str
+    error_correction: str
+    seed: int
+    perplexity: dict[str, float]
+    mean_relative_error: float
+    seconds: float
+    peak_memory_bytes: int
+    gram_products: int
+
+
+def measure(setting: Setting, method: str, correction: str, seed: int) -> Run:
+    recipe = PruneRecipe(
+        pattern=SparsityPattern.parse(setting.pattern),
+        pruner=pruner_from_mapping({"name": method}),
+        error_correction="intra" if correction == "intra" else "none",
+        calibration=CalibrationSpec(
+            samples=setting.samples, sequence_length=setting.sequence_length, seed=seed
+        ),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "pruned"
+        start = time.perf_counter()
+        with pruning_progress() as progress:
+            artifact = prune_and_export(
+                setting.model, out, recipe, export_format="dense", progress=progress
+            )
+        seconds = time.perf_counter() - start
+        report = artifact.manifest.report
+        layers = report["layers"]
+        assert isinstance(layers, list)
+        products = [item["gram_products"] for layer in layers for item in layer["operators"]]
+        return Run(
+            method=method,
+            error_correction=correction,
+            seed=seed,
+            perplexity=perplexities(setting, str(out)),
+            mean_relative_error=float(str(report["mean_relative_error"])),
+            seconds=seconds,
+            peak_memory_bytes=int(str(report["peak_memory_bytes"])),
+            gram_products=max(products),
+        )
+
+
+def perplexities(setting: Setting, model: str) -> dict[str, float]:
+    spec = EvaluationSpec(
+        samples=setting.evaluation_windows, sequence_length=setting.evaluation_length
+    )
+    return {
+        name: evaluate(model, replace(spec, text=text)).perplexity
+        for name, text in setting.texts.items()
+    }
+
+
+@click.command()
+@click.argument("model")
+@click.option("--result", required=True, help="File name in benchmarks/results/.")
+@click.option("--pattern", default="2:4", show_default=True)
+@click.option("--seeds", default=3, show_default=True)
+@click.option("--samples", default=16, show_default=True)
+@click.option("--sequence-length", default=512, show_default=True)
+@click.option("--windows", default=30, show_default=True, help="Evaluation windows a text.")
+@click.option("--other-text", help="Evaluation text of another domain than the packaged one.")
+@click.option("--only", multiple=True, help="METHOD:CORRECTION; default: all.")
+@click.option("--smoke", is_flag=True, help="One seed, magnitude only: does the script run?")
+def main(
+    *,
+    model: str,
+    result: str,
+    pattern: str,
+    seeds: int,
+    samples: int,
+    sequence_length: int,
+    windows: int,
+    other_text: str | None,
+    only: tuple[str, ...],
+    smoke: bool,
+) -> None:
+    quiet_libraries()
+    texts: dict[str, str | None] = {"speeches": None}
+    if other_text:
+        texts["wikipedia"] = other_text
+    setting = Setting(
+        model=model,
+        pattern=pattern,
+        samples=samples,
+        sequence_length=sequence_length,
+        evaluation_windows=windows,
+        evaluation_length=sequence_length,
+        texts=texts,
+    )
+    chosen = [tuple(item.split(":")) for item in only] or list(METHODS)
+    wanted = [
+        (name, fix, seed)
+        for seed in range(seeds)
+        for name, fix in chosen
+        if seed == 0 or name != "magnitude"  # which sees no calibration text
+    ]
+    if smoke:
+        wanted = [("magnitude", "none", 0)]
+    path = RESULTS / result
+    runs = [Run(**run) for run in _stored(path, setting)]
+    if not any(run.method == "dense" for run in runs):
+        runs.append(_dense(setting))
+    for method, correction, seed in wanted:
+        if any((r.method, r.error_correction, r.seed) == (method, correction, seed) for r in runs):
+            continue
+        click.echo(f"{method}, correction {correction}, seed {seed}", err=True)
+        runs.append(measure(setting, method, correction, seed))
+        write_json(
+            path,
+            {
+                "setting": asdict(setting),
+                "machine": asdict(Machine.here()),
+                "runs": [asdict(run) for run in runs],
+            },
+        )
+        click.echo(json.dumps(asdict(runs[-1])), err=True)
+
+
+def _dense(setting: Setting) -> Run:
+    return Run(
+        method="dense",
+        error_correction="none",
+        seed=0,
+        perplexity=perplexities(setting, setting.model),
+        mean_relative_error=0.0,
+        seconds=0.0,
+        peak_memory_bytes=0,
+        gram_products=0,
+    )
+
+
+def _stored(path: Path, setting: Setting) -> list[dict[str, object]]:
+    if not path.exists():
+        return []
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored["setting"] != asdict(setting):
+        raise click.UsageError(f"{path} was measured with another setting: choose another --result")
+    runs: list[dict[str, object]] = stored["runs"]
+    return runs
+
+
+if __name__ == "__main__":
+    main()
