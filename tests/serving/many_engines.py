@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from sparseserve.serving.engine import engine_options
 from sparseserve.serving.served_model import ServedModel
 from sparseserve.serving.worker import generate, negative_log_likelihoods, start

@@ -71,8 +71,8 @@ def test_every_kernel_multiplies_with_the_weight_it_was_given(name: str) -> None
     weights, inputs, bias = [two_four(), two_four()], torch.randn(2, 3, 16), torch.randn(16)
     blocks = (RowBlock("a", pack24(weights[0])), RowBlock("b", weights[1]))
     kernel, layer = {"picky": Picky, **KERNELS}[name](), nn.Module()
-    kernel.pack(layer, LoadedWeight(blocks))  # type: ignore[operator]
-    found = kernel.matmul(layer, inputs, bias)  # type: ignore[operator]
+    kernel.pack(layer, LoadedWeight(blocks))
+    found = kernel.matmul(layer, inputs, bias)
     torch.testing.assert_close(found, inputs @ torch.cat(weights).T + bias)
 
 

@@ -33,8 +33,9 @@ class Ranks:
             monkeypatch.setattr(f"{module}.get_tensor_model_parallel_world_size", lambda: size)
 
     def __iter__(self) -> Any:
-        for self.rank in range(self.size):
-            yield self.rank
+        for rank in range(self.size):
+            self.rank = rank
+            yield rank
 
 
 def packed_method_config(*modules: str) -> Any:
@@ -186,7 +187,7 @@ def test_qkv_ranks_make_all_weights_with_key_value_heads_replicated(
         )
         for name, weight in weights.items():
             (load_packed if name in packed else load_dense)(layer, weight, name[0])
-        found.append(finish(layer).split(layer.output_partition_sizes))
+        found.append(torch.split(finish(layer), layer.output_partition_sizes))
     replicas = max(1, size // key_value_heads)
     assert torch.equal(torch.cat([rank[0] for rank in found]), weights["q_proj"])
     assert torch.equal(torch.cat([rank[1] for rank in found[::replicas]]), weights["k_proj"])
@@ -208,7 +209,7 @@ def test_weights_stored_merged_are_cut_like_separate_ones(
             32, 8, 4, 2, quant_config=packed_method_config("qkv_proj"), prefix=f"{PARENT}.qkv_proj"
         )
         load_packed(layer, weight)
-        found.append(finish(layer).split(layer.output_partition_sizes))
+        found.append(torch.split(finish(layer), layer.output_partition_sizes))
     whole = torch.cat([torch.cat(parts) for parts in zip(*found, strict=True)])
     assert torch.equal(whole, weight)
 

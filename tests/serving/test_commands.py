@@ -1,0 +1,172 @@
+"""``sparseserve bench`` and ``sparseserve serve`` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparseserve.serving.engine import Engine, engine_options
+from sparseserve.serving.perplexity import engine_perplexity, vllm_perplexity
+from sparseserve.serving.served_model import ServedModel
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def pair(
+    two_four_folder: Callable[..., Path], pack_folder: Callable[[Path], Path]
+) -> tuple[Path, Path]:
+    """A packed folder and the dense one."""
+    dense = two_four_folder("llama")
+    return pack_folder(dense), dense
+
+
+def sparseserve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sparseserve", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_bench_prints_one_json_object_with_all_that_was_measured(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    packed, dense = pair
+    result = sparseserve(
+        *("bench", str(packed), "--baseline", str(dense), "--json", "-o", str(tmp_path / "r.json")),
+        *("--batch-sizes", "1,2", "--input-length", "8", "--output-length", "4"),
+        *("--repeats", "2", "--samples", "2", "--sequence-length", "32"),
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert found == json.loads((tmp_path / "r.json").read_text())
+    for key in ("decode_speedup", "prefill_speedup"):
+        assert set(found[key]) == {"1", "2"}
+        assert all(ratio > 0 for ratio in found[key].values())
+    for side, folder in (("model", packed), ("baseline", dense)):
+        measured = found[side]
+        assert measured["path"] == str(folder)
+        assert measured["weight_bytes"] == (folder / "model.safetensors").stat().st_size
+        assert measured["tokens"] == 2 * 31
+        for batch in ("1", "2"):
+            for rate in ("ttft_seconds", "tpot_seconds", "tokens_per_second"):
+                assert measured["latency"][batch][rate]["median"] > 0
+    # The same weights in two forms: only rounding may tell them apart.
+    assert found["perplexity_ratio"] == pytest.approx(1, rel=1e-5)
+    assert found["machine"]["cores"] >= 1
+    assert {"python", "torch", "sparseserve"} <= set(found["versions"])
+    assert found["plan"]["repeats"] == 2
+    assert "perplexity" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("serve", "no/such/folder"), "no such folder"),
+        (("bench", "no/such/folder", "--baseline", "neither"), "no such folder"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_one_line_and_exit_code_1(
+    arguments: tuple[str, ...], message: str
+) -> None:
+    result = sparseserve(*arguments)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_perplexity_of_windows_as_long_as_the_model_takes(pair: tuple[Path, Path]) -> None:
+    packed, dense = pair
+    generator = torch.Generator().manual_seed(0)
+    windows = [torch.randint(256, (length,), generator=generator) for length in (256, 40)]
+    found = vllm_perplexity(packed, windows, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    with torch.no_grad():
+        total = sum(
+            float(
+                torch.nn.functional.cross_entropy(
+                    model(window[None]).logits[0, :-1].double(), window[1:], reduction="sum"
+                )
+            )
+            for window in windows
+        )
+    assert found.tokens == 255 + 39
+    assert found.perplexity == pytest.approx(torch.tensor(total / 294).exp().item(), rel=1e-5)
+
+
+def test_an_engine_that_fails_says_why_and_one_that_dies_is_noticed(
+    pair: tuple[Path, Path],
+) -> None:
+    from sparseserve.errors import ServingError
+
+    options = engine_options(ServedModel.open(pair[0]), max_model_len=16, dtype=torch.float32)
+    with Engine(options) as engine:
+        with pytest.raises(ServingError, match=r"vLLM failed: .*16"):
+            engine_perplexity(engine, [torch.arange(40)])
+        with pytest.raises(ServingError, match="worker died with exit code 1"):
+            engine.generate([[1, 2]], 2)
+
+
+def test_serve_answers_openai_requests(pair: tuple[Path, Path]) -> None:
+    packed, dense = pair
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "sparseserve", "serve", str(packed)),
+            *("--", "--host", "127.0.0.1", "--port", port, "--skip-tokenizer-init"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+    )
+    try:
+        assert server.stdout is not None
+        log = []
+        for line in server.stdout:
+            log.append(line)
+            if "Application startup complete" in line:
+                break
+        else:
+            pytest.fail("".join(log[-30:]))
+        prompt = list(range(10, 40))
+        answer = complete(port, {"model": str(packed), "prompt": prompt, "max_tokens": 5})
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    ids = torch.tensor([prompt])
+    for _ in range(5):
+        with torch.no_grad():
+            ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
+    assert answer["choices"][0]["token_ids"] == ids[0, 30:].tolist()
+
+
+def complete(port: str, request: dict[str, Any]) -> dict[str, Any]:
+    body = {**request, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    with urllib.request.urlopen(
+        urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        ),
+        timeout=120,
+    ) as response:
+        answer: dict[str, Any] = json.loads(response.read())
+        return answer

@@ -1,0 +1,162 @@
+"""Tiny models under a real vLLM, compared with transformers on the dense copy."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sparseserve.testing import TINY_FAMILIES
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+SCRIPT = Path(__file__).parent / "many_engines.py"
+WINDOWS = [list(range(10, 74)), list(range(20, 120))]
+NEW_TOKENS = 8
+PARTLY = "llama, some modules dense"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What became of one folder; ``dense`` is the copy transformers can read."""
+
+    dense: Path
+    result: dict[str, Any]
+
+
+Folders = dict[str, tuple[Path, Path, str | None]]
+
+
+@pytest.fixture(scope="module")
+def served(
+    two_four_folder: Callable[..., Path],
+    pack_folder: Callable[[Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Served]:
+    """Start one engine for each case, all in one process."""
+    folders: Folders = {}
+    for family in TINY_FAMILIES:
+        dense = two_four_folder(family)
+        folders[family] = (dense, pack_folder(dense), None)
+    llama = folders["llama"][0]
+    partly = two_four_folder("llama", keep=("k_proj", "up_proj", "layers.1.mlp"))
+    bare = two_four_folder("qwen2", manifest=False)
+    folders[PARTLY] = (partly, pack_folder(partly), None)
+    folders["dense 2:4 with a manifest"] = (partly, partly, "sparseserve")
+    folders["dense 2:4 without a manifest"] = (bare, bare, "sparseserve")
+    folders["plain"] = (llama, llama, None)
+    folders["not 2:4"] = (partly, without_manifest(partly, tmp_path_factory), "sparseserve")
+    folders["indices left out"] = (llama, without_indices(folders["llama"][1]), None)
+    results = run_engines(folders, tmp_path_factory.mktemp("jobs"))
+    return {
+        name: Served(dense, result)
+        for (name, (dense, _, _)), result in zip(folders.items(), results, strict=True)
+    }
+
+
+def run_engines(folders: Folders, place: Path) -> list[dict[str, Any]]:
+    jobs = [
+        {
+            "folder": str(folder),
+            "quantization": quantization,
+            "windows": WINDOWS,
+            "new_tokens": NEW_TOKENS,
+        }
+        for _, folder, quantization in folders.values()
+    ]
+    (place / "jobs.json").write_text(json.dumps(jobs))
+    finished = subprocess.run(
+        [sys.executable, str(SCRIPT), str(place / "jobs.json"), str(place / "results.json")],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    results: list[dict[str, Any]] = json.loads((place / "results.json").read_text())
+    return results
+
+
+def without_manifest(folder: Path, factory: pytest.TempPathFactory) -> Path:
+    copy = factory.mktemp("bare")
+    for file in folder.iterdir():
+        if file.name != "sparseserve.json":
+            (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def without_indices(folder: Path) -> Path:
+    copy = folder.parent / f"{folder.name}-without-indices"
+    copy.mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.v_proj.weight_indices"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    (copy / "config.json").write_bytes((folder / "config.json").read_bytes())
+    return copy
+
+
+def transformers_totals(folder: Path) -> list[float]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    totals = []
+    with torch.no_grad():
+        for window in WINDOWS:
+            ids = torch.tensor([window])
+            logits = model(ids).logits[0, :-1].double()
+            totals.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
+                          * (len(window) - 1))  # fmt: skip
+    return totals
+
+
+def transformers_tokens(folder: Path) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    found = []
+    for window in WINDOWS:
+        ids = torch.tensor([window])
+        for _ in range(NEW_TOKENS):
+            with torch.no_grad():
+                best = model(ids).logits[0, -1].argmax()
+            ids = torch.cat((ids, best.reshape(1, 1)), dim=1)
+        found.append(ids[0, len(window) :].tolist())
+    return found
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *TINY_FAMILIES,
+        PARTLY,
+        "dense 2:4 with a manifest",
+        "dense 2:4 without a manifest",
+        "plain",
+    ],
+)
+def test_vllm_computes_what_transformers_computes(served: dict[str, Served], case: str) -> None:
+    model = served[case]
+    assert "error" not in model.result, model.result
+    assert model.result["totals"] == pytest.approx(transformers_totals(model.dense), rel=1e-5)
+    assert model.result["tokens"] == transformers_tokens(model.dense)
+
+
+def test_a_dense_checkpoint_that_is_not_two_four_is_refused_by_its_first_tensor(
+    served: dict[str, Served],
+) -> None:
+    error = served["not 2:4"].result["error"]
+    assert error.startswith("ServingError: model.layers.0.self_attn.k_proj.weight is not 2:4: row ")
+    assert "serve it without --quantization sparseserve" in error
+
+
+def test_a_packed_module_without_its_indices_is_refused(served: dict[str, Served]) -> None:
+    error = served["indices left out"].result["error"]
+    name = "model.layers.1.self_attn.v_proj.weight_indices"
+    assert error.startswith(f"ServingError: {name} is missing")
