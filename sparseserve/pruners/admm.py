@@ -45,8 +45,8 @@ class Admm:
     interval: int = 3
     settled: float = 3e-4
     iterations: int = 120
-    candidate_refit: int = 6
-    final_refit: int = 20
+    candidate_refit: int = 4
+    final_refit: int = 12
     damping: float = 0.01
 
     def __post_init__(self) -> None:
