@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,6 +26,7 @@ from sparseserve.checkpoint import write_json
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.measurement import EvaluationSpec, evaluate
 from sparseserve.recipe import PruneRecipe, pruner_from_mapping
+from sparseserve.report import PruneReport
 from sparseserve.sparsity import SparsityPattern
 from sparseserve.workflow import prune_and_export
 
@@ -82,19 +84,16 @@ def measure(setting: Setting, method: str, correction: str, seed: int) -> Run:
                 setting.model, out, recipe, export_format="dense", progress=progress
             )
         seconds = time.perf_counter() - start
-        report = artifact.manifest.report
-        layers = report["layers"]
-        assert isinstance(layers, list)
-        products = [item["gram_products"] for layer in layers for item in layer["operators"]]
+        report = PruneReport.from_json(artifact.manifest.report)
         return Run(
             method=method,
             error_correction=correction,
             seed=seed,
             perplexity=perplexities(setting, str(out)),
-            mean_relative_error=float(str(report["mean_relative_error"])),
+            mean_relative_error=report.mean_relative_error,
             seconds=seconds,
-            peak_memory_bytes=int(str(report["peak_memory_bytes"])),
-            gram_products=max(products),
+            peak_memory_bytes=report.peak_memory_bytes,
+            gram_products=max(operator.gram_products for operator in report.operators),
         )
 
 
@@ -187,13 +186,13 @@ def _dense(setting: Setting) -> Run:
     )
 
 
-def _stored(path: Path, setting: Setting) -> list[dict[str, object]]:
+def _stored(path: Path, setting: Setting) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored["setting"] != asdict(setting):
         raise click.UsageError(f"{path} was measured with another setting: choose another --result")
-    runs: list[dict[str, object]] = stored["runs"]
+    runs: list[dict[str, Any]] = stored["runs"]
     return runs
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -56,8 +56,8 @@ class Manifest:
     transposed: tuple[str, ...]
     source: str
     recipe: dict[str, object]
-    calibration: dict[str, object]
-    report: dict[str, object]
+    calibration: dict[str, Any]
+    report: dict[str, Any]
     files: dict[str, FileEntry]
     version: int = MANIFEST_VERSION
 
@@ -155,9 +155,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> Artifact:
         name: FileEntry(file_sha256(folder / name), (folder / name).stat().st_size)
         for name in names
     }
-    complete = replace(manifest, files=files)
-    write_json(folder / MANIFEST_FILE, complete.to_json())
-    return Artifact(folder, complete)
+    write_json(folder / MANIFEST_FILE, replace(manifest, files=files).to_json())
+    return Artifact.open(folder)
 
 
 def verify(path: Path, on_file: Callable[[str], None] = lambda name: None) -> Artifact:

@@ -93,7 +93,7 @@ def _calibration_files(model_dir: Path) -> dict[str, str]:
     """Return the names of the calibration files in the manifest by their sha256."""
     sources = Artifact.open(model_dir).manifest.calibration.get("sources", [])
     try:
-        return {source["sha256"]: source["name"] for source in sources}  # type: ignore[attr-defined]  # JSON, checked by the except
+        return {source["sha256"]: source["name"] for source in sources}
     except (TypeError, KeyError) as error:
         raise ArtifactError(
             f"{model_dir / MANIFEST_FILE}: calibration sources lack a name or sha256"

@@ -49,6 +49,20 @@ class PruneProgress(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """A progress that shows nothing."""
+
+    def layer_started(self, name: str, number: int, total: int) -> None:
+        """Say nothing."""
+
+    def operator_pruned(self, report: OperatorReport) -> None:
+        """Say nothing."""
+
+    def layer_finished(self, report: LayerReport) -> None:
+        """Say nothing."""
+
+
 def planned_operators(layer: LayerStructure, recipe: PruneRecipe) -> list[Operator]:
     """Return the operators of a layer that the recipe prunes."""
     return [

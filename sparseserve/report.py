@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,14 @@ class LayerReport:
     name: str
     operators: tuple[OperatorReport, ...]
     seconds: float
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LayerReport:
+        """Read back what ``dataclasses.asdict`` wrote."""
+        operators = tuple(
+            OperatorReport(**{**item, "shape": tuple(item["shape"])}) for item in data["operators"]
+        )
+        return cls(data["name"], operators, data["seconds"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +106,13 @@ class PruneReport:
         """Return the report as JSON data."""
         return {**asdict(self), "mean_relative_error": self.mean_relative_error}
 
-
-def layer_report_from_json(data: dict[str, object]) -> LayerReport:
-    """Read back one layer written by ``dataclasses.asdict``."""
-    operators = data["operators"]
-    if not isinstance(operators, list):
-        raise ValueError("operators must be a list")
-    return LayerReport(
-        name=str(data["name"]),
-        operators=tuple(
-            OperatorReport(**{**item, "shape": tuple(item["shape"])}) for item in operators
-        ),
-        seconds=float(str(data["seconds"])),
-    )
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PruneReport:
+        """Read back what ``to_json`` wrote."""
+        return cls(
+            layers=tuple(LayerReport.from_json(layer) for layer in data["layers"]),
+            dense_modules=tuple(data["dense_modules"]),
+            seconds=data["seconds"],
+            peak_memory_bytes=data["peak_memory_bytes"],
+            environment=Environment(**data["environment"]),
+        )

@@ -14,7 +14,7 @@ from pathlib import Path
 from sparseserve.checkpoint import Checkpoint, read_json, save_tensors, write_json, writing
 from sparseserve.errors import ArtifactError
 from sparseserve.layer_pruning import PrunedLayer
-from sparseserve.report import layer_report_from_json
+from sparseserve.report import LayerReport
 
 _FINGERPRINT = "run.json"
 
@@ -56,7 +56,7 @@ class RunFolder:
         folder = self._layers / layer
         if not (folder / "report.json").exists():
             return None
-        report = layer_report_from_json(read_json(folder / "report.json"))
+        report = LayerReport.from_json(read_json(folder / "report.json"))
         return PrunedLayer(dict(Checkpoint.open(folder).tensors()), report)
 
     def save(self, layer: str, pruned: PrunedLayer) -> None:

@@ -15,7 +15,7 @@ from sparseserve.errors import RecipeError, UnsupportedModelError
 from sparseserve.exporters import EXPORTERS
 from sparseserve.exporters.packed24 import require_two_four
 from sparseserve.exporters.side_files import copy_side_files
-from sparseserve.layer_pruning import PruneProgress, planned_operators
+from sparseserve.layer_pruning import PruneProgress, Silence, planned_operators
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import trace_structure
 from sparseserve.pipeline import check_plan, ignored_modules, prune_model
@@ -72,7 +72,7 @@ def prune_and_export(
     *,
     export_format: Format = "packed24",
     device: torch.device | None = None,
-    progress: PruneProgress,
+    progress: PruneProgress | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Artifact:
     """Prune the model ``source`` and write the checkpoint to the new folder ``out``.
@@ -85,7 +85,7 @@ def prune_and_export(
         recipe: What to do.
         export_format: How to store the result.
         device: Where to prune; None is a CUDA device if there is one.
-        progress: Told of every layer and operator.
+        progress: Told of every layer and operator; None for nobody.
         on_stage: Told what is going on before, between and after.
 
     Raises:
@@ -114,7 +114,7 @@ def prune_and_export(
         recipe,
         calibration,
         store=run,
-        progress=progress,
+        progress=progress or Silence(),
         device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
     on_stage("writing the checkpoint")

@@ -43,8 +43,8 @@ class Fista:
         damping: Share of the mean diagonal added to both Gram matrices; pulls towards ``W0``.
     """
 
-    warm_start: WarmStart = "sparsegpt"
-    penalties: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
+    warm_start: WarmStart = "admm"
+    penalties: tuple[float, ...] = (0.5, 0.1)
     iterations: int = 10
     candidate_refit: int = 6
     final_refit: int = 30

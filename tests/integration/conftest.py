@@ -13,7 +13,6 @@ from sparseserve.calibration import CalibrationSpec
 from sparseserve.layer_pruning import PruneProgress
 from sparseserve.pruners.wanda import Wanda
 from sparseserve.recipe import PruneRecipe
-from sparseserve.report import LayerReport, OperatorReport
 from sparseserve.testing import save_tiny_model
 from sparseserve.workflow import prune_and_export
 
@@ -27,22 +26,6 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> PruneRecipe:
     text.write_text(TEXT)
     spec = CalibrationSpec(source=str(text), samples=3, sequence_length=16, seed=1)
     return PruneRecipe(pruner=Wanda(), calibration=spec)
-
-
-class Silent:
-    """A progress that says nothing; counts the operators pruned in this run."""
-
-    def __init__(self) -> None:
-        self.operators: list[str] = []
-
-    def layer_started(self, name: str, number: int, total: int) -> None:
-        pass
-
-    def operator_pruned(self, report: OperatorReport) -> None:
-        self.operators.append(report.name)
-
-    def layer_finished(self, report: LayerReport) -> None:
-        pass
 
 
 Prune = Callable[..., Artifact]
@@ -68,7 +51,7 @@ def prune(tmp_path: Path, quick: PruneRecipe) -> Prune:
             tmp_path / name,
             recipe,
             export_format=export_format,
-            progress=progress or Silent(),
+            progress=progress,
         )
 
     return run

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparseserve.artifact import Artifact, verify
+from sparseserve.artifact import verify
 from sparseserve.calibration import load_calibration
 from sparseserve.checkpoint import Checkpoint
 from sparseserve.errors import ArtifactError, NumericalError, RecipeError
@@ -20,6 +20,8 @@ from sparseserve.inspection import inspect_checkpoint
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.fista import Fista
 from sparseserve.pruners.sparsegpt import SparseGPT
+from sparseserve.recipe import recipe_from_mapping
+from sparseserve.report import PruneReport
 from sparseserve.sparsity import TWO_FOUR, UnstructuredPattern
 from sparseserve.testing import TINY_FAMILIES, save_tiny_model
 from sparseserve.workflow import export, plan
@@ -114,21 +116,20 @@ def test_ignored_linears_stay_dense(prune: Any, quick: Any) -> None:
     assert len(artifact.manifest.pruned) == 6
     assert all("layers.1." in name and "k_proj" not in name for name in artifact.manifest.pruned)
     assert "model.layers.1.self_attn.k_proj.weight" in artifact.checkpoint
-    assert len(artifact.manifest.report["dense_modules"]) == 8
+    assert len(PruneReport.from_json(artifact.manifest.report).dense_modules) == 8
 
 
 def test_the_report_says_what_was_done(prune: Any, with_pruner: Any) -> None:
-    artifact = prune("llama", recipe=with_pruner(Fista()))
-    manifest = Artifact.open(artifact.path).manifest
-    assert manifest.recipe["method"]["name"] == "fista"
+    manifest = prune("llama", recipe=with_pruner(Fista())).manifest
+    assert recipe_from_mapping(manifest.recipe) == with_pruner(Fista())
     assert manifest.calibration["tokens"] == 3 * 16
     assert len(manifest.calibration["sources"][0]["sha256"]) == 64
-    layers = manifest.report["layers"]
-    assert [layer["name"] for layer in layers] == ["model.layers.0", "model.layers.1"]
-    operators = layers[0]["operators"]
-    assert all(0 < item["relative_error"] < 1 for item in operators)
-    assert all(item["sparsity"] >= 0.5 for item in operators)
-    assert manifest.report["environment"]["torch"] == torch.__version__
+    report = PruneReport.from_json(manifest.report)
+    assert json.loads(json.dumps(report.to_json())) == manifest.report
+    assert [layer.name for layer in report.layers] == ["model.layers.0", "model.layers.1"]
+    assert all(0 < operator.relative_error < 1 for operator in report.operators)
+    assert all(operator.sparsity >= 0.5 for operator in report.operators)
+    assert report.environment.torch == torch.__version__
 
 
 def test_intra_layer_correction_lowers_the_error_of_the_whole_layer(

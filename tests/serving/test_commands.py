@@ -145,6 +145,7 @@ def test_serve_answers_openai_requests(pair: tuple[Path, Path]) -> None:
                 break
         else:
             pytest.fail("".join(log[-30:]))
+        wait_until_listening(server, port)
         prompt = list(range(10, 40))
         answer = complete(port, {"model": str(packed), "prompt": prompt, "max_tokens": 5})
     finally:
@@ -156,6 +157,17 @@ def test_serve_answers_openai_requests(pair: tuple[Path, Path]) -> None:
         with torch.no_grad():
             ids = torch.cat((ids, model(ids).logits[:, -1:].argmax(-1)), dim=1)
     assert answer["choices"][0]["token_ids"] == ids[0, 30:].tolist()
+
+
+def wait_until_listening(server: subprocess.Popen[str], port: str) -> None:
+    """Cross the moment between the server's last line and its first open port."""
+    while server.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", int(port)), timeout=60).close()
+        except ConnectionRefusedError:
+            continue
+        return
+    pytest.fail(f"the server left with exit code {server.returncode}")
 
 
 def complete(port: str, request: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""Writes the tables of README and docs from the committed results.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a result file without
+``.json`` and a line of TABLES. ``python -m benchmarks.tables`` rewrites them all; with ``--check``
+it changes nothing and fails if one is not what its result says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/method.md", "docs/serving.md")
+MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def quality_table(result: dict[str, Any]) -> str:
+    """Perplexity by method: mean and range over seeds."""
+    setting, machine = result["setting"], result["machine"]
+    texts = list(setting["texts"])
+    lines = [
+        "| method | error correction | "
+        + " | ".join(f"ppl {text}" for text in texts)
+        + " | mean relative output error | seconds |",
+        "|---|---|" + "---|" * (len(texts) + 2),
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in result["runs"]:
+        groups.setdefault((run["method"], run["error_correction"]), []).append(run)
+    for (method, correction), runs in groups.items():
+        cells = [_spread([run["perplexity"][text] for run in runs]) for text in texts]
+        pruned = method != "dense"
+        error = f"{statistics.fmean(run['mean_relative_error'] for run in runs):.4f}"
+        seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}"
+        lines.append(
+            f"| {method} | {correction if pruned else ''} | {' | '.join(cells)} "
+            f"| {error if pruned else ''} | {seconds if pruned else ''} |"
+        )
+    seeds = max(len(runs) for runs in groups.values())
+    tokens = setting["samples"] * setting["sequence_length"]
+    lines.append(
+        f"\n`{Path(setting['model']).name}`, {setting['pattern']}, {tokens:,} calibration tokens of "
+        f"the packaged speeches, {seeds} calibration seed{'s' if seeds > 1 else ''} "
+        "(mean, and lowest to highest), perplexity on "
+        f"{setting['evaluation_windows']} held-out windows of {setting['evaluation_length']} "
+        f"a "
+        f"text; {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}, "
+        f"{machine['date']}. Times were taken on a shared machine."
+    )
+    return "\n".join(lines)
+
+
+def bench_table(result: dict[str, Any]) -> str:
+    """Dense against 2:4 through vLLM."""
+    own, base = result["model"], result["baseline"]
+    lines = [
+        "| | dense | 2:4 packed | ratio |",
+        "|---|---|---|---|",
+        _ratio("weights on disk, MiB", base["weight_bytes"] / 2**20, own["weight_bytes"] / 2**20),
+        _ratio("perplexity", base["perplexity"], own["perplexity"]),
+    ]
+    for size, found in own["latency"].items():
+        other = base["latency"][size]
+        for label, key in (("TTFT", "ttft_seconds"), ("TPOT", "tpot_seconds")):
+            pair = (other[key]["median"] * 1000, found[key]["median"] * 1000)
+            lines.append(_ratio(f"{label}, batch {size}, ms", *pair))
+        pair = (other["tokens_per_second"]["median"], found["tokens_per_second"]["median"])
+        lines.append(_ratio(f"tokens per second, batch {size}", *pair))
+    plan, versions = result["plan"], result["versions"]
+    software = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines.append(
+        f"\n{plan['input_length']} tokens in, {plan['output_length']} out, medians of "
+        f"{plan['repeats']} runs in turns; {software}; {result['date'][:10]}."
+    )
+    return "\n".join(lines)
+
+
+def operators_table(result: dict[str, Any]) -> str:
+    """Relative output error of one operator by method."""
+    patterns = list(dict.fromkeys(row["pattern"] for row in result["rows"]))
+    heads = [f"{pattern} {kind}" for pattern in patterns for kind in ("calibration", "held-out")]
+    lines = [
+        f"| method | {' | '.join(heads)} | products with G |",
+        "|---|" + "---|" * (len(heads) + 1),
+    ]
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["method"] == method]
+        errors = [row[key] for row in rows for key in ("calibration_error", "heldout_error")]
+        cells = " | ".join(f"{error:.4f}" for error in errors)
+        lines.append(f"| {method} | {cells} | {rows[0]['gram_products']} |")
+    machine = result["machine"]
+    lines.append(f"\nCommit {machine['commit']}, torch {machine['torch']}, {machine['date']}.")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "quality-smollm2-2of4": quality_table,
+    "bench-smollm2-2of4": bench_table,
+    "operators": operators_table,
+}
+
+
+def render(page: str) -> str:
+    """Return ``page`` with every table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        result = json.loads((RESULTS / f"{match[2]}.json").read_text(encoding="utf-8"))
+        return f"{match[1]}{TABLES[match[2]](result)}\n{match[3]}"
+
+    return MARKED.sub(table, page)
+
+
+def _spread(values: list[float]) -> str:
+    mean = statistics.fmean(values)
+    digits = 2 if mean < 1000 else 0
+    if len(values) == 1 or math.isclose(min(values), max(values)):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _ratio(name: str, base: float, own: float) -> str:
+    return f"| {name} | {base:,.2f} | {own:,.2f} | {own / base:.3f} |"
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Change nothing; fail if a table is out of date.")
+def main(check: bool) -> None:
+    for name in PAGES:
+        path = ROOT / name
+        before = path.read_text(encoding="utf-8")
+        after = render(before)
+        if check and before != after:
+            raise click.ClickException(f"{name}: run python -m benchmarks.tables")
+        path.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

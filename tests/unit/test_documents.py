@@ -1,0 +1,43 @@
+"""What the documents say is what the code and the committed results say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tables import PAGES, RESULTS, TABLES, render
+from sparseserve.cli.main import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_is_what_its_result_says(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert render(text) == text
+
+
+def test_every_table_has_a_committed_result_and_a_place() -> None:
+    pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    for name in TABLES:
+        assert (RESULTS / f"{name}.json").exists()
+        assert f"<!-- table: {name} -->" in pages
+
+
+def test_every_option_in_the_readme_exists() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    known = {
+        option
+        for command in cli.commands.values()
+        for parameter in command.params
+        for option in parameter.opts
+    }
+    used = {
+        option
+        for line in re.findall(r"^\s*sparseserve (.*)$", readme, re.MULTILINE)
+        for option in re.findall(r"(?<![\w-])(--[a-z-]+)", line.split(" -- ")[0])
+    }
+    assert used
+    assert used <= known
