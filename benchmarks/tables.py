@@ -47,14 +47,14 @@ def quality_table(result: dict[str, Any]) -> str:
         )
     seeds = max(len(runs) for runs in groups.values())
     tokens = setting["samples"] * setting["sequence_length"]
+    plural = "s" if seeds > 1 else ""
     lines.append(
-        f"\n`{Path(setting['model']).name}`, {setting['pattern']}, {tokens:,} calibration tokens of "
-        f"the packaged speeches, {seeds} calibration seed{'s' if seeds > 1 else ''} "
-        "(mean, and lowest to highest), perplexity on "
-        f"{setting['evaluation_windows']} held-out windows of {setting['evaluation_length']} "
-        f"a "
-        f"text; {machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}, "
-        f"{machine['date']}. Times were taken on a shared machine."
+        f"\n`{Path(setting['model']).name}`, {setting['pattern']}, {tokens:,} calibration tokens "
+        f"of the packaged speeches, {seeds} calibration seed{plural} (mean, and lowest to "
+        f"highest), perplexity on {setting['evaluation_windows']} held-out windows of "
+        f"{setting['evaluation_length']} tokens of each text; {machine['cpu']}, torch "
+        f"{machine['torch']}, commit {machine['commit']}, {machine['date']}. Times were taken on "
+        "a shared machine."
     )
     return "\n".join(lines)
 

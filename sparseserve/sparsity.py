@@ -7,6 +7,7 @@ sparse tensor cores skip zeros (NVIDIA Ampere architecture whitepaper, "2:4 stru
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from abc import ABC, abstractmethod
@@ -139,11 +140,15 @@ class NMPattern(SparsityPattern):
 
     def best_mask(self, scores: Tensor) -> Tensor:
         """Keep the ``keep`` largest scores of each group."""
-        groups = self._groups(scores)
-        order = groups.argsort(dim=-1, descending=True, stable=True)
-        mask = torch.zeros_like(groups, dtype=torch.bool)
-        mask.scatter_(-1, order[..., : self.keep], True)
-        return mask.reshape(scores.shape)
+        # Comparing every pair of places is several times faster than sorting such short rows.
+        places = self._groups(scores).unbind(dim=-1)
+        beaten_by = [torch.zeros_like(place, dtype=torch.int16) for place in places]
+        for lower, upper in itertools.combinations(range(self.group), 2):
+            lower_wins = places[lower] >= places[upper]
+            beaten_by[upper] += lower_wins
+            beaten_by[lower] += ~lower_wins
+        kept = [count < self.keep for count in beaten_by]
+        return torch.stack(kept, dim=-1).reshape(scores.shape)
 
     def first_violation(self, weight: Tensor) -> Violation | None:
         """Find the first group with more than ``keep`` non-zeros, in row-major order."""
@@ -207,9 +212,13 @@ class UnstructuredPattern(SparsityPattern):
     def best_mask(self, scores: Tensor) -> Tensor:
         """Keep the largest scores of each row, or of the matrix."""
         table = scores if self.scope == "row" else scores.reshape(1, -1)
-        order = table.argsort(dim=-1, descending=True, stable=True)
-        mask = torch.zeros_like(table, dtype=torch.bool)
-        mask.scatter_(-1, order[:, : self.kept(table.shape[1])], True)
+        width = table.shape[1]
+        if not (kept := self.kept(width)):
+            return torch.zeros_like(scores, dtype=torch.bool)
+        threshold = table.kthvalue(width - kept + 1, dim=-1, keepdim=True).values
+        above, tied = table > threshold, table == threshold
+        places_left = kept - above.sum(dim=-1, keepdim=True)
+        mask = above | (tied & (tied.cumsum(dim=-1) <= places_left))
         return mask.reshape(scores.shape)
 
     def first_violation(self, weight: Tensor) -> Violation | None:

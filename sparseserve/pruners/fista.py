@@ -95,6 +95,7 @@ class Fista:
         )
         products = start.gram_products + self.final_refit + self.candidate_refit
         products += len(self.penalties) * (self.iterations + 1 + self.candidate_refit)
+        products += 2 * (len(self.penalties) + 3)  # comparisons of two candidates
         weight = better_candidate(plain, pattern, start.weight, best / scale)
         return PrunedWeight(weight, products)
 

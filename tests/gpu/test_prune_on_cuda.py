@@ -1,0 +1,35 @@
+"""Pruning on a CUDA device gives what the CPU gives, up to rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparseserve.calibration import CalibrationSpec
+from sparseserve.pruners import PRUNERS
+from sparseserve.recipe import PruneRecipe
+from sparseserve.report import PruneReport
+from sparseserve.testing import save_tiny_model
+from sparseserve.workflow import prune_and_export
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+def test_errors_on_cuda_are_those_on_the_cpu(tmp_path: Path, method: str) -> None:
+    source = str(save_tiny_model("llama", tmp_path / "model"))
+    recipe = PruneRecipe(
+        pruner=PRUNERS[method](), calibration=CalibrationSpec(samples=4, sequence_length=64)
+    )
+    reports = [
+        PruneReport.from_json(
+            prune_and_export(
+                source, tmp_path / kind, recipe, device=torch.device(kind)
+            ).manifest.report
+        )
+        for kind in ("cpu", "cuda")
+    ]
+    errors = [report.mean_relative_error for report in reports]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
