@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import subprocess
 import time
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 
 import torch
+
+from sparseserve.serving.machine import installed_versions, this_machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +25,16 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
+        machine, versions = this_machine(), installed_versions()
         return cls(
-            cpu=_cpu_name(),
+            cpu=f"{machine.cpu}, {machine.cores} cores",
             threads=torch.get_num_threads(),
-            gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            torch=metadata.version("torch"),
-            transformers=metadata.version("transformers"),
+            gpu=machine.gpu,
+            torch=versions["torch"],
+            transformers=versions["transformers"],
             commit=_commit(),
             date=time.strftime("%Y-%m-%d", time.gmtime()),
         )
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def _commit() -> str:

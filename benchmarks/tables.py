@@ -28,33 +28,25 @@ def quality_table(result: dict[str, Any]) -> str:
     setting, machine = result["setting"], result["machine"]
     texts = list(setting["texts"])
     lines = [
-        "| method | error correction | "
-        + " | ".join(f"ppl {text}" for text in texts)
-        + " | mean relative output error | seconds |",
-        "|---|---|" + "---|" * (len(texts) + 2),
+        f"| method | error correction | {' | '.join(f'perplexity, {text}' for text in texts)} |",
+        "|---|---|" + "---|" * len(texts),
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in result["runs"]:
         groups.setdefault((run["method"], run["error_correction"]), []).append(run)
     for (method, correction), runs in groups.items():
         cells = [_spread([run["perplexity"][text] for run in runs]) for text in texts]
-        pruned = method != "dense"
-        error = f"{statistics.fmean(run['mean_relative_error'] for run in runs):.4f}"
-        seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}"
-        lines.append(
-            f"| {method} | {correction if pruned else ''} | {' | '.join(cells)} "
-            f"| {error if pruned else ''} | {seconds if pruned else ''} |"
-        )
+        label = correction if method != "dense" else ""
+        lines.append(f"| {method} | {label} | {' | '.join(cells)} |")
     seeds = max(len(runs) for runs in groups.values())
     tokens = setting["samples"] * setting["sequence_length"]
-    plural = "s" if seeds > 1 else ""
+    drawn = f"{seeds} calibration seeds (mean, lowest to highest; one where one figure stands)"
     lines.append(
         f"\n`{Path(setting['model']).name}`, {setting['pattern']}, {tokens:,} calibration tokens "
-        f"of the packaged speeches, {seeds} calibration seed{plural} (mean, and lowest to "
-        f"highest), perplexity on {setting['evaluation_windows']} held-out windows of "
-        f"{setting['evaluation_length']} tokens of each text; {machine['cpu']}, torch "
-        f"{machine['torch']}, commit {machine['commit']}, {machine['date']}. Times were taken on "
-        "a shared machine."
+        f"of the packaged speeches, {drawn if seeds > 1 else 'one calibration seed'}, perplexity "
+        f"on {setting['evaluation_windows']} held-out windows of {setting['evaluation_length']} "
+        f"tokens of each text; {machine['cpu']}, torch {machine['torch']}, commit "
+        f"{machine['commit']}, {machine['date']}."
     )
     return "\n".join(lines)
 
