@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +84,11 @@ def pruning_progress() -> Iterator[PruningProgress]:
         yield PruningProgress(bar, bar.add_task("", total=None, visible=False))
 
 
+def _output() -> Console:
+    """Return standard output, wide enough for long names where it is a file or a pipe."""
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
 def print_summary(artifact: Artifact) -> None:
     """Print what was made."""
     manifest = artifact.manifest
@@ -93,12 +99,12 @@ def print_summary(artifact: Artifact) -> None:
     table.add_row("mean relative error", f"{manifest.report['mean_relative_error']:.4f}")
     table.add_row("weights on disk", f"{artifact.checkpoint.weight_bytes / 2**20:,.1f} MiB")
     table.add_row("time", f"{manifest.report['seconds']:.0f} s")
-    Console().print(table, highlight=False)
+    _output().print(table, highlight=False)
 
 
 def print_inspection(found: Inspection) -> None:
     """Print a checkpoint's facts and one line for each matrix."""
-    console = Console()
+    console = _output()
     if found.manifest:
         manifest = found.manifest
         console.print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -106,6 +107,10 @@ def test_prune_verify_evaluate_inspect_and_export_with_json(
 
     inspected = json.loads(cli("inspect", "out", "--json").stdout)
     assert sum(matrix["two_four"] for matrix in inspected["matrices"]) == 14
+
+    listed = cli("inspect", "out").stdout
+    assert "14 operators pruned to 2:4" in listed
+    assert re.search(r"model\.layers\.1\.mlp\.down_proj .* yes", listed)
 
     exported = cli("export", "out", "-o", "dense", "--format", "dense", "--json")
     assert json.loads(exported.stdout)["format"] == "dense"
