@@ -1,9 +1,10 @@
 """FISTA pruning as it works best: scaled inputs, relative penalties, a refit inside the search.
 
-The method of FISTAPruner (Zhao et al., EMNLP 2025) with four repairs: columns are scaled to unit energy, so the penalty means the same for every input;
-penalties are relative to the target, so they mean the same for every operator and token count;
-each candidate mask is refitted by least squares before it is judged; and the best candidate is
-kept row by row, so the result is never worse than its warm start.
+The method of FISTAPruner (Zhao et al., EMNLP 2025) with four repairs. Columns are scaled to unit
+energy, so the penalty means the same for every input; penalties are relative to the target, so
+they mean the same for every operator and token count; each candidate mask is refitted by least
+squares before it is judged; and the best candidate is kept row by row, so the result is never
+worse than its warm start.
 """
 
 from __future__ import annotations
