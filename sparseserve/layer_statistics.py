@@ -11,7 +11,6 @@ calibration set. The sums run over tokens and are not normalised.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -120,14 +119,6 @@ def relative_output_error(
     energy = output_energy(dense_weight, statistics).sum()
     error = output_error(weight, dense_weight, statistics).sum()
     return float((error / energy).sqrt()) if energy > 0 else float(error.sqrt())
-
-
-def merge_all(parts: Iterable[LayerStatistics]) -> LayerStatistics:
-    """Merge the statistics of any number of disjoint token sets."""
-    first, *rest = parts
-    for part in rest:
-        first = first.merged(part)
-    return first
 
 
 def _checked(inputs: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from sparseserve.errors import NumericalError
 from sparseserve.layer_statistics import (
     LayerStatistics,
-    merge_all,
     output_energy,
     output_error,
     relative_output_error,
@@ -52,7 +52,7 @@ def test_merging_equals_collecting_together(make_case: Any) -> None:
     case = make_case(corrected=True)
     x, dense = case.pruned_inputs, case.dense_inputs
     parts = [collect(x[i : i + 50], dense[i : i + 50], []) for i in range(0, 200, 50)]
-    merged = merge_all(parts)
+    merged = functools.reduce(LayerStatistics.merged, parts)
     assert merged.tokens == case.statistics.tokens
     torch.testing.assert_close(merged.cross, case.statistics.cross, rtol=1e-5, atol=1e-3)
 
