@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 WEIGHTS = "model.safetensors"
+DENSE_INPUTS = "-dense-inputs"
 NOT_SIDE_FILES = {WEIGHTS, "model.safetensors.index.json", "demo_source.json"}
 
 
@@ -36,7 +37,8 @@ def prune_with_llmcompressor(model: nn.Module, windows: Tensor, folder: Path, me
     """``oneshot`` with one modifier; all that is not named is left at the tool's defaults.
 
     Its defaults: decoder layers one after the other, each on what the pruned ones before it put
-    out; all linears of a layer at once; dampening 0.01, blocks of 128 columns.
+    out; all linears of a layer at once; dampening 0.01, blocks of 128 columns. With the ending
+    ``-dense-inputs``, its option to show every layer what the dense ones before it put out.
     """
     # Only this tool's environment has it; hence neither at the top nor known to the type checker.
     from llmcompressor import oneshot  # type: ignore[import-not-found]  # noqa: PLC0415
@@ -46,7 +48,8 @@ def prune_with_llmcompressor(model: nn.Module, windows: Tensor, folder: Path, me
     )
 
     kinds = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}
-    modifier = kinds[method](
+    name, dense_inputs = method.removesuffix(DENSE_INPUTS), method.endswith(DENSE_INPUTS)
+    modifier = kinds[name](
         sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"]
     )
     batches = [{"input_ids": window[None]} for window in windows]
@@ -55,6 +58,7 @@ def prune_with_llmcompressor(model: nn.Module, windows: Tensor, folder: Path, me
         tokenizer=str(folder),
         dataset=DataLoader(batches, batch_size=None),  # type: ignore[arg-type]  # a list has all it needs
         recipe=modifier,
+        **({"propagate_error": False} if dense_inputs else {}),
     )
 
 

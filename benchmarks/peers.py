@@ -151,10 +151,9 @@ def main(
     smoke: bool,
 ) -> None:
     quiet_libraries()
-    path = RESULTS / result
     if smoke:
-        samples, sequence_length, windows, only = 1, 32, 1, ("nvidia-modelopt:sparsegpt",)
-        path = Path(tempfile.mkdtemp()) / result
+        samples, sequence_length, windows, repeats = 1, 32, 1, 1
+        only = ("nvidia-modelopt:sparsegpt",)
     setting = Setting(
         model=model,
         pattern="2:4",
@@ -165,11 +164,13 @@ def main(
         texts={"speeches": None, **({"wikipedia": other_text} if other_text else {})},
     )
     wanted = chosen(only)
-    if time_against_ours:
-        timed = time_in_turns(model, _calibration(setting, 0), wanted, repeats)
-        write_json(path, timed)
-    else:
-        _measure_all(setting, wanted, [int(seed) for seed in seeds.split(",")], path, ours)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = (Path(scratch) if smoke else RESULTS) / result
+        if time_against_ours:
+            timed = time_in_turns(model, _calibration(setting, 0), wanted, repeats)
+            write_json(path, timed)
+        else:
+            _measure_all(setting, wanted, [int(seed) for seed in seeds.split(",")], path, ours)
 
 
 def chosen(only: Sequence[str]) -> list[tuple[Peer, str]]:

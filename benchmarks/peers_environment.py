@@ -45,7 +45,7 @@ class Peer:
 
 
 PEERS = (
-    Peer("llmcompressor", ("sparsegpt", "wanda")),
+    Peer("llmcompressor", ("sparsegpt", "wanda", "sparsegpt-dense-inputs")),
     Peer("nvidia-modelopt", ("sparsegpt",)),
 )
 

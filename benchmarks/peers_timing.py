@@ -19,6 +19,7 @@ from benchmarks.machine import Machine
 from benchmarks.peers_environment import Peer, PeerError, environment, run_peer, write_windows
 from sparseserve.artifact import Artifact
 from sparseserve.calibration import CalibrationSpec
+from sparseserve.pruners import PRUNERS
 from sparseserve.report import PruneReport
 
 OURS = "sparseserve"
@@ -38,7 +39,7 @@ class Timing:
 def time_in_turns(
     model: str, spec: CalibrationSpec, wanted: Sequence[tuple[Peer, str]], repeats: int
 ) -> dict[str, object]:
-    """Time every tool and method of ``wanted``, each followed by our method of the same name.
+    """Time every tool and method of ``wanted``, then our methods of the same names.
 
     Raises:
         PeerError: A run failed.
@@ -66,7 +67,7 @@ def time_in_turns(
                 )
                 timings += [theirs]
                 click.echo(theirs, err=True)
-            for method in dict.fromkeys(method for _, method in wanted):
+            for method in dict.fromkeys(name for _, name in wanted if name in PRUNERS):
                 timings += [_time_ours(model, spec, method, repeat)]
                 click.echo(timings[-1], err=True)
     return {
