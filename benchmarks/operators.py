@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import click
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.machine import Machine
+from benchmarks.operator_data import ROOT, OperatorData, fixture_operator
 from sparseserve.checkpoint import write_json
-from sparseserve.layer_statistics import LayerStatistics, relative_output_error
+from sparseserve.layer_statistics import LayerStatistics
 from sparseserve.pruners import PRUNERS, PrunedWeight, Pruner
 from sparseserve.pruners.fista import Fista
 from sparseserve.solvers.conjugate_gradient import refit
@@ -29,7 +28,6 @@ from sparseserve.solvers.linalg import largest_eigenvalue
 from sparseserve.solvers.problem import layer_problem
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern, UnstructuredPattern
 
-ROOT = Path(__file__).parents[1]
 PATTERNS: tuple[SparsityPattern, ...] = (TWO_FOUR, UnstructuredPattern(0.5))
 
 
@@ -93,32 +91,25 @@ def variants() -> dict[str, Pruner]:
     }
 
 
-def measure(
-    pruner: Pruner, pattern: SparsityPattern, operator: dict[str, Tensor]
-) -> dict[str, object]:
-    weight = operator["weight"]
-    seen, other = (_statistics(operator[name]) for name in ("gram", "gram_heldout"))
+def measure(pruner: Pruner, pattern: SparsityPattern, operator: OperatorData) -> dict[str, object]:
     start = time.perf_counter()
-    result = pruner.prune(weight, seen, pattern)
+    result = pruner.prune(operator.weight, operator.seen, pattern)
+    seconds = time.perf_counter() - start
+    errors = operator.errors(result.weight)
     return {
         "pattern": str(pattern),
-        "calibration_error": relative_output_error(result.weight, weight, seen),
-        "heldout_error": relative_output_error(result.weight, weight, other),
+        "calibration_error": errors.calibration,
+        "heldout_error": errors.heldout,
         "gram_products": result.gram_products,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
     }
-
-
-def _statistics(gram: Tensor) -> LayerStatistics:
-    double = gram.double()
-    return LayerStatistics(double, double, double, 0)
 
 
 @click.command()
 @click.option("--result", default="operators.json", show_default=True)
 @click.option("--smoke", is_flag=True, help="Wanda only, nothing written: does the script run?")
 def main(result: str, smoke: bool) -> None:
-    operator = load_file(ROOT / "tests" / "data" / "operator.safetensors")
+    operator = fixture_operator()
     chosen = {"wanda": PRUNERS["wanda"]()} if smoke else variants()
     rows = []
     for name, pruner in chosen.items():
