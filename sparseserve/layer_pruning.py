@@ -1,9 +1,9 @@
-"""Pruning one decoder layer, operator by operator."""
+"""Pruning one decoder layer: its operators group by group, then the layer as a whole."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,26 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from sparseserve.errors import NumericalError, SparseServeError
+from sparseserve.group_statistics import group_statistics
+from sparseserve.layer_run import LayerRun
 from sparseserve.layer_statistics import LayerStatistics, relative_output_error
-from sparseserve.models.layer_call import LayerCall
-from sparseserve.models.layers import (
-    copy_layer,
-    group_input,
-    layer_inputs,
-    layer_weight,
-    set_layer_weight,
-)
-from sparseserve.models.structure import LayerStructure, Operator, OperatorGroup
+from sparseserve.models.layers import copy_layer, layer_weight, set_layer_weight
+from sparseserve.models.structure import LayerStructure, Operator
 from sparseserve.recipe import PruneRecipe
+from sparseserve.reconstruction import reconstruct
 from sparseserve.report import LayerReport, OperatorReport
 
 
 @dataclass(frozen=True, slots=True)
 class PrunedLayer:
-    """The new weights of one decoder layer ``{full module name: [out, in]}`` and its report."""
+    """The parameters of one decoder layer that changed, and its report.
 
-    weights: dict[str, Tensor]
+    ``parameters`` maps names in the layer, such as ``mlp.up_proj.weight``, to tensors in the
+    orientation and dtype that the model stores.
+    """
+
+    parameters: dict[str, Tensor]
     report: LayerReport
+
+    def write_to(self, module: nn.Module) -> None:
+        """Copy the parameters into the decoder layer ``module``."""
+        for name, value in self.parameters.items():
+            module.get_parameter(name).detach().copy_(value)
 
 
 class PruneProgress(Protocol):
@@ -73,50 +78,6 @@ def planned_operators(layer: LayerStructure, recipe: PruneRecipe) -> list[Operat
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerRun:
-    """A decoder layer about to be pruned.
-
-    Attributes:
-        layer: Its structure.
-        dense: A dense copy on ``device`` in ``dtype``.
-        call: Its other arguments, likewise.
-        hidden: What enters it, ``[1, tokens, hidden]`` a window, kept on the CPU.
-        device: Where it runs.
-        dtype: What it computes in.
-        storage_dtype: What its weights are stored in.
-    """
-
-    layer: LayerStructure
-    dense: nn.Module
-    call: LayerCall
-    hidden: Sequence[Tensor]
-    device: torch.device
-    dtype: torch.dtype
-    storage_dtype: torch.dtype
-
-    @classmethod
-    def start(
-        cls,
-        module: nn.Module,
-        layer: LayerStructure,
-        call: LayerCall,
-        hidden: Sequence[Tensor],
-        device: torch.device,
-    ) -> LayerRun:
-        """Copy ``module`` to ``device``."""
-        storage = next(module.parameters()).dtype
-        # The 16-bit arithmetic of CPUs is slow where it is exact and inexact where it is not.
-        dtype = torch.float32 if device.type == "cpu" else storage
-        dense = copy_layer(module, device, dtype)
-        return cls(layer, dense, call.to(device, dtype), hidden, device, dtype, storage)
-
-    def windows(self) -> Iterator[Tensor]:
-        """Yield the hidden states of one window at a time on the device; they wait on the CPU."""
-        for window in self.hidden:
-            yield window.to(self.device, self.dtype)
-
-
 def prune_layer(run: LayerRun, recipe: PruneRecipe, progress: PruneProgress) -> PrunedLayer:
     """Prune every planned operator of the layer, in the order in which data reaches them.
 
@@ -124,92 +85,105 @@ def prune_layer(run: LayerRun, recipe: PruneRecipe, progress: PruneProgress) -> 
         NumericalError: Names the operator.
     """
     started = time.perf_counter()
-    planned = {operator.name for operator in planned_operators(run.layer, recipe)}
+    planned = planned_operators(run.layer, recipe)
     groups = [
         group
         for group in run.layer.groups
-        if any(operator.name in planned for operator in group.operators)
+        if any(operator in planned for operator in group.operators)
     ]
-    corrected = recipe.error_correction == "intra"
-    shared = [] if corrected else _dense_statistics(run, groups)
     pruned = copy_layer(run.dense)
-    weights: dict[str, Tensor] = {}
-    reports = []
-    for number, group in enumerate(groups):
-        if corrected:
-            statistics = _corrected_statistics(run, pruned, group, first=not weights)
-        else:
-            statistics = shared[number]
-        for operator in group.operators:
-            if operator.name not in planned:
-                continue
-            weight, report = _prune_operator(run, operator, statistics, recipe)
-            set_layer_weight(pruned, operator, weight)
-            weights[report.name] = weight.cpu()
-            reports.append(report)
-            progress.operator_pruned(report)
+    reports: list[OperatorReport] = []
+    found = group_statistics(run, pruned, groups, recipe.error_correction, recipe.inter_weight)
+    for group, statistics in zip(groups, found, strict=True):
+        operators = [operator for operator in group.operators if operator in planned]
+        for share in _shares(operators, recipe):
+            for operator, weight, report in _prune_together(run, share, statistics, recipe):
+                set_layer_weight(pruned, operator, weight)
+                reports.append(report)
+                progress.operator_pruned(report)
+    reconstruction = None
+    if planned and recipe.reconstruction.epochs:
+        masked = [f"{operator.name}.weight" for operator in planned]
+        pruned, reconstruction = reconstruct(run, pruned, masked, recipe.reconstruction)
     seconds = time.perf_counter() - started
-    return PrunedLayer(weights, LayerReport(run.layer.name, tuple(reports), seconds))
+    return PrunedLayer(
+        _changed(run, pruned, planned, recipe),
+        LayerReport(run.layer.name, tuple(reports), seconds, reconstruction),
+    )
 
 
-def _dense_statistics(run: LayerRun, groups: Sequence[OperatorGroup]) -> list[LayerStatistics]:
-    """Sum the second moments of every group's dense inputs in one pass over the windows."""
-    collected = [
-        LayerStatistics.empty(group.operators[0].in_features, corrected=False, device=run.device)
-        for group in groups
-    ]
-    for window in run.windows():
-        inputs, _ = layer_inputs(run.dense, window, run.call, groups)
-        collected = [part.updated(x) for part, x in zip(collected, inputs, strict=True)]
-    return collected
+def _shares(operators: Sequence[Operator], recipe: PruneRecipe) -> list[list[Operator]]:
+    """Return the operators of one input that are pruned as one matrix: all, or each alone.
 
-
-def _corrected_statistics(
-    run: LayerRun, pruned: nn.Module, group: OperatorGroup, *, first: bool
-) -> LayerStatistics:
-    """Sum the second moments of a group's dense and pruned inputs, token by token.
-
-    For the ``first`` group of a layer the two inputs are equal and one is enough.
+    Where no row knows of another, the rows of several operators may be stacked: what depends on
+    the input alone, such as a factorisation, is then done once.
     """
-    statistics = LayerStatistics.empty(
-        group.operators[0].in_features, corrected=not first, device=run.device
-    )
-    for window in run.windows():
-        dense_inputs = group_input(run.dense, window, run.call, group)
-        if first:
-            statistics = statistics.updated(dense_inputs)
-        else:
-            pruned_inputs = group_input(pruned, window, run.call, group)
-            statistics = statistics.updated(pruned_inputs, dense_inputs)
-    return statistics
+    if recipe.pattern.rows_are_independent and recipe.pruner.rows_are_independent:
+        return [list(operators)]
+    return [[operator] for operator in operators]
 
 
-def _prune_operator(
-    run: LayerRun, operator: Operator, statistics: LayerStatistics, recipe: PruneRecipe
-) -> tuple[Tensor, OperatorReport]:
+def _prune_together(
+    run: LayerRun,
+    operators: Sequence[Operator],
+    statistics: LayerStatistics,
+    recipe: PruneRecipe,
+) -> list[tuple[Operator, Tensor, OperatorReport]]:
+    """Prune ``operators``, stacked, and return each with its weight and report."""
     started = time.perf_counter()
-    name = f"{run.layer.name}.{operator.name}"
-    dense_weight = layer_weight(run.dense, operator)
+    names = [run.layer.full_name(operator) for operator in operators]
+    dense = [layer_weight(run.dense, operator) for operator in operators]
     try:
-        result = recipe.pruner.prune(dense_weight, statistics, recipe.pattern)
+        result = recipe.pruner.prune(torch.cat(dense), statistics, recipe.pattern)
     except SparseServeError as error:
-        raise type(error)(f"{name}: {error}") from error
-    # Adding zero turns the -0.0 that a kept weight may have become into 0.0.
-    weight = result.weight.to(run.storage_dtype) + 0.0
-    if not bool(torch.isfinite(weight).all()):
-        raise NumericalError(
-            f"{name}: the pruned weight is not finite in {weight.dtype}: "
-            "choose --dtype bfloat16 or float32"
+        raise type(error)(f"{', '.join(names)}: {error}") from error
+    seconds = time.perf_counter() - started
+    rows = [operator.out_features for operator in operators]
+    return [
+        (
+            operator,
+            weight,
+            OperatorReport(
+                name=name,
+                shape=(weight.shape[0], weight.shape[1]),
+                sparsity=float((weight == 0).float().mean()),
+                relative_error=relative_output_error(weight, dense_weight, statistics),
+                gram_products=result.gram_products,
+                seconds=seconds * len(weight) / sum(rows),
+                transposed=operator.transposed,
+            ),
         )
-    if violation := recipe.pattern.first_violation(weight):
-        raise AssertionError(f"{name}: pruner broke pattern {recipe.pattern} at {violation}")
-    report = OperatorReport(
-        name=name,
-        shape=(weight.shape[0], weight.shape[1]),
-        sparsity=float((weight == 0).float().mean()),
-        relative_error=relative_output_error(weight, dense_weight, statistics),
-        gram_products=result.gram_products,
-        seconds=time.perf_counter() - started,
-        transposed=operator.transposed,
-    )
-    return weight, report
+        for operator, name, dense_weight, weight in zip(
+            operators, names, dense, torch.split(result.weight, rows), strict=True
+        )
+    ]
+
+
+def _changed(
+    run: LayerRun, pruned: nn.Module, planned: Sequence[Operator], recipe: PruneRecipe
+) -> dict[str, Tensor]:
+    """Return the parameters that differ from the dense ones, as the model stores them.
+
+    Raises:
+        NumericalError: One is not finite in the dtype it is stored in; names it.
+    """
+    weights = {f"{operator.name}.weight" for operator in planned}
+    changed = {}
+    for name, parameter in pruned.named_parameters():
+        if name not in weights and torch.equal(parameter, run.dense.get_parameter(name)):
+            continue
+        # Adding zero turns the -0.0 that a kept weight may have become into 0.0.
+        stored = parameter.detach().to(run.storage_dtype) + 0.0
+        if not bool(torch.isfinite(stored).all()):
+            raise NumericalError(
+                f"{run.layer.name}.{name.removesuffix('.weight')}: the pruned weight is not finite "
+                f"in {stored.dtype}: choose --dtype bfloat16 or float32"
+            )
+        changed[name] = stored.cpu()
+    for operator in planned:
+        stored = changed[f"{operator.name}.weight"]
+        violation = recipe.pattern.first_violation(stored.T if operator.transposed else stored)
+        if violation:
+            name = run.layer.full_name(operator)
+            raise AssertionError(f"{name}: pattern {recipe.pattern} is broken at {violation}")
+    return changed

@@ -73,6 +73,23 @@ class LayerStatistics:
             self.dense_gram.add_(dense.T @ dense)
         return LayerStatistics(self.gram, self.cross, self.dense_gram, self.tokens + len(x))
 
+    def mixed(self, weight: float) -> LayerStatistics:
+        """Return the statistics whose dense inputs are ``weight X + (1 - weight) X*``.
+
+        With ``weight`` 1 the target ``W0 X`` stays as it is; with 0 it becomes ``W0 X*``, and no
+        error of the inputs is repaired.
+        """
+        if not self.corrected or weight == 1:
+            return self
+        rest = 1 - weight
+        drift = weight * rest * (self.cross + self.cross.T)
+        return LayerStatistics(
+            self.gram,
+            weight * self.cross + rest * self.gram,
+            weight**2 * self.dense_gram + drift + rest**2 * self.gram,
+            self.tokens,
+        )
+
     def merged(self, other: LayerStatistics) -> LayerStatistics:
         """Return the statistics of both token sets; neither operand is changed."""
         if self.corrected != other.corrected:

@@ -2,15 +2,18 @@
 
 For every layer, on all calibration windows:
 
-1. Copy the layer twice: one copy stays dense, the other is pruned operator by operator.
+1. Copy the layer twice: one copy stays dense, the other is pruned. Run the dense one to the next
+   layer's inputs.
 2. For each group of operators that read the same input, in the order in which data reaches them:
    run both copies up to that input, sum its second moments, and prune the group's weights.
    With ``intra`` error correction the inputs of the pruned copy (``X*``) carry the errors of the
    operators pruned before, and the target stays the dense output ``W0 X``.
-3. Write the layer to disk, and run the dense copy on to the next layer's inputs.
+3. If the recipe asks for it, train the kept weights of the whole layer towards its dense output.
+4. Write the layer to disk. With a correction across layers, run it to what the next one sees.
 
-Every layer starts from dense hidden states, so layers are independent of each other: a run that
-was killed goes on at the first layer that is not on disk and ends with the same weights.
+With ``none`` and ``intra`` every layer starts from dense hidden states, so layers are independent
+of each other. A run that was killed goes on at the first layer that is not on disk and ends with
+the same weights.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -25,14 +29,10 @@ from torch import nn
 
 from sparseserve.calibration import CalibrationSet
 from sparseserve.errors import RecipeError
-from sparseserve.layer_pruning import (
-    LayerRun,
-    PrunedLayer,
-    PruneProgress,
-    planned_operators,
-    prune_layer,
-)
-from sparseserve.models.layers import capture_layer_calls, run_layer, set_layer_weight
+from sparseserve.group_statistics import CHAINED
+from sparseserve.layer_pruning import PrunedLayer, PruneProgress, planned_operators, prune_layer
+from sparseserve.layer_run import HiddenStreams
+from sparseserve.models.layers import capture_layer_calls, entering_states
 from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.recipe import PruneRecipe
 from sparseserve.report import Environment, PruneReport
@@ -47,6 +47,10 @@ class LayerStore(Protocol):
 
     def save(self, layer: str, pruned: PrunedLayer) -> None:
         """Keep a finished layer, whole or not at all."""
+        ...
+
+    def fresh(self, name: str) -> Path:
+        """Return the path of a folder, not there yet, for what need not outlive the run."""
         ...
 
 
@@ -65,7 +69,7 @@ def prune_model(
         model: A causal language model on the CPU.
         recipe: What to do.
         calibration: Token windows of equal length.
-        store: Keeps finished layers.
+        store: Keeps finished layers, and the hidden states between layers.
         progress: Told of every step.
         device: Where layers run and are pruned; one layer at a time is copied there.
 
@@ -78,23 +82,25 @@ def prune_model(
     # A few tokens show the structure; more would only cost logits.
     structure = trace_structure(model, calibration.windows[0][:8])
     check_plan(structure, recipe)
-    inputs = capture_layer_calls(model, structure, calibration.windows)
-    hidden = list(inputs.hidden)
+    calls = capture_layer_calls(model, structure, calibration.windows)
+    streams = HiddenStreams.start(
+        store.fresh("hidden"),
+        entering_states(model, structure, calibration.windows),
+        chained=recipe.error_correction in CHAINED,
+    )
     reports = []
-    for number, layer in enumerate(structure.layers, start=1):
+    for number, (layer, call) in enumerate(zip(structure.layers, calls, strict=True), start=1):
         progress.layer_started(layer.name, number, len(structure.layers))
         module = model.get_submodule(layer.name)
-        run = LayerRun.start(module, layer, inputs.calls[number - 1], hidden, device)
+        run = streams.enter(module, layer, call, device)
         pruned = store.load(layer.name)
         if pruned is None:
             pruned = prune_layer(run, recipe, progress)
             store.save(layer.name, pruned)
-        for operator in planned_operators(layer, recipe):
-            set_layer_weight(module, operator, pruned.weights[f"{layer.name}.{operator.name}"])
+        pruned.write_to(module)
+        streams = streams.leave(run, module)
         reports.append(pruned.report)
         progress.layer_finished(pruned.report)
-        if number < len(structure.layers):
-            hidden = [run_layer(run.dense, window, run.call).cpu() for window in run.windows()]
     return PruneReport(
         layers=tuple(reports),
         dense_modules=ignored_modules(structure, recipe),

@@ -5,13 +5,17 @@ letter. A TOML file states the same keys::
 
     version = 1
     pattern = "2:4"               # or N:M, or "50%"
-    error_correction = "intra"    # or "none"
+    error_correction = "intra"    # or "none", "intra+inter", "sequential"
+    inter_weight = 0.5            # how much of the layers' errors "intra+inter" repairs, 0 to 1
     ignore = ["layers\\.0\\."]     # regular expressions; matching linears stay dense
     dtype = "auto"                # or float32, bfloat16, float16: of the stored weights
 
     [method]
     name = "fista"                # any pruner, with its own knobs below
     iterations = 10
+
+    [reconstruction]
+    epochs = 4                    # passes over the windows for each decoder layer; 0 for none
 
     [calibration]
     source = "text.txt"           # file, folder or dataset name; left out: the packaged text
@@ -27,19 +31,20 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import torch
 
 from sparseserve.calibration import CalibrationSpec
 from sparseserve.errors import RecipeError, unknown_name
+from sparseserve.group_statistics import ErrorCorrection
 from sparseserve.pruners import PRUNERS, Pruner
 from sparseserve.pruners.fista import Fista
 from sparseserve.pruners.fista_paper import PaperFista
+from sparseserve.reconstruction import Reconstruction
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 
 RECIPE_VERSION = 1
-ErrorCorrection = Literal["none", "intra"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _T = TypeVar("_T")
@@ -53,7 +58,10 @@ class PruneRecipe:
         pattern: Where zeros must be.
         pruner: Which method, with its knobs.
         error_correction: ``intra`` lets every operator repair the errors of those already pruned
-            in its decoder layer; ``none`` shows every operator the dense inputs.
+            in its decoder layer, ``intra+inter`` those of earlier layers too; ``none`` shows every
+            operator the dense inputs, ``sequential`` those that the pruned layers before produce.
+        inter_weight: Share of the errors that ``intra+inter`` repairs, 0 to 1.
+        reconstruction: How each layer is trained towards its dense outputs afterwards.
         calibration: Which text.
         ignore: Regular expressions searched in full module names; matches stay dense.
         dtype: Of the stored weights; ``auto`` keeps the model's own.
@@ -62,6 +70,8 @@ class PruneRecipe:
     pattern: SparsityPattern = TWO_FOUR
     pruner: Pruner = field(default_factory=Fista)
     error_correction: ErrorCorrection = "intra"
+    inter_weight: float = 0.5
+    reconstruction: Reconstruction = field(default_factory=Reconstruction)
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     ignore: tuple[str, ...] = ()
     dtype: str = "auto"
@@ -72,6 +82,8 @@ class PruneRecipe:
             raise RecipeError(
                 unknown_name("error_correction", self.error_correction, get_args(ErrorCorrection))
             )
+        if not 0 <= self.inter_weight <= 1:
+            raise RecipeError(f"inter_weight {self.inter_weight} must be between 0 and 1")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise RecipeError(unknown_name("dtype", self.dtype, ("auto", *DTYPES)))
         for expression in self.ignore:
@@ -102,9 +114,11 @@ class PruneRecipe:
             "version": RECIPE_VERSION,
             "pattern": str(self.pattern),
             "error_correction": self.error_correction,
+            "inter_weight": self.inter_weight,
             "ignore": list(self.ignore),
             "dtype": self.dtype,
             "method": {"name": self.method, **asdict(self.pruner)},  # type: ignore[call-overload]  # every entry of PRUNERS is a dataclass
+            "reconstruction": asdict(self.reconstruction),
             "calibration": asdict(self.calibration),
         }
 
@@ -149,6 +163,7 @@ def recipe_from_mapping(data: Mapping[str, object]) -> PruneRecipe:
         raise RecipeError(f"version {version!r} is not {RECIPE_VERSION}")
     method = _table(rest, "method")
     calibration = _table(rest, "calibration")
+    reconstruction = _table(rest, "reconstruction")
     if "pattern" in rest:
         rest["pattern"] = SparsityPattern.parse(str(rest["pattern"]))
     defaults = PruneRecipe()
@@ -157,6 +172,7 @@ def recipe_from_mapping(data: Mapping[str, object]) -> PruneRecipe:
         {
             **rest,
             "pruner": pruner_from_mapping(method) if method else defaults.pruner,
+            "reconstruction": _build(Reconstruction, reconstruction),
             "calibration": _build(CalibrationSpec, calibration),
         },
     )

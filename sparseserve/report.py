@@ -35,12 +35,28 @@ class OperatorReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ReconstructionReport:
+    """What reconstruction did to a decoder layer, on windows held out from it.
+
+    Attributes:
+        epochs: Passes over the training windows that are kept; 0 if none made it better.
+        error_before: ``||f(h*) - f0(h)|| / ||f0(h)||`` of the layer as it was pruned.
+        error_after: The same of the layer that is kept.
+    """
+
+    epochs: int
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerReport:
     """One decoder layer; ``seconds`` is wall time, statistics included."""
 
     name: str
     operators: tuple[OperatorReport, ...]
     seconds: float
+    reconstruction: ReconstructionReport | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerReport:
@@ -48,7 +64,13 @@ class LayerReport:
         operators = tuple(
             OperatorReport(**{**item, "shape": tuple(item["shape"])}) for item in data["operators"]
         )
-        return cls(data["name"], operators, data["seconds"])
+        reconstruction = data.get("reconstruction")
+        return cls(
+            data["name"],
+            operators,
+            data["seconds"],
+            ReconstructionReport(**reconstruction) if reconstruction else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

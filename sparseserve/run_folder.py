@@ -68,7 +68,7 @@ class RunFolder:
         folder = self._layers / layer
         with writing(folder):
             folder.mkdir(exist_ok=True)
-        save_tensors(folder / "model.safetensors", pruned.weights)
+        save_tensors(folder / "model.safetensors", pruned.parameters)
         write_json(folder / "report.json", asdict(pruned.report))
 
     def fresh(self, name: str) -> Path:

@@ -2,9 +2,9 @@
 
 from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.layers import (
-    LayerInputs,
     capture_layer_calls,
     copy_layer,
+    entering_states,
     group_input,
     layer_inputs,
     layer_weight,
@@ -22,7 +22,6 @@ from sparseserve.models.structure import (
 
 __all__ = [
     "LayerCall",
-    "LayerInputs",
     "LayerStructure",
     "LoadedModel",
     "ModelStructure",
@@ -30,6 +29,7 @@ __all__ = [
     "OperatorGroup",
     "capture_layer_calls",
     "copy_layer",
+    "entering_states",
     "group_input",
     "layer_inputs",
     "layer_weight",

@@ -8,8 +8,7 @@ one window of ``T`` tokens into those of the next layer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,26 +26,12 @@ from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.structure import ModelStructure, Operator, OperatorGroup
 
 
-@dataclass(frozen=True, slots=True)
-class LayerInputs:
-    """What the decoder layers need to run: the first layer's input and each layer's call.
-
-    Attributes:
-        hidden: Hidden states ``[1, T, hidden]`` entering the first layer, one for each window.
-        calls: The other arguments, one call for each layer.
-    """
-
-    hidden: tuple[Tensor, ...]
-    calls: tuple[LayerCall, ...]
-
-
 def capture_layer_calls(
     model: nn.Module, structure: ModelStructure, windows: Sequence[Tensor]
-) -> LayerInputs:
-    """Record how ``model`` calls its layers, and the hidden states of ``windows`` entering them.
+) -> tuple[LayerCall, ...]:
+    """Record how ``model`` calls its layers: one call for each.
 
-    The layers themselves run for two windows only, which shows that their other arguments do not
-    depend on the tokens; for the rest the pass ends at the first layer.
+    Two windows are run, which shows that the other arguments do not depend on the tokens.
 
     Args:
         model: The model, in evaluation mode.
@@ -55,26 +40,30 @@ def capture_layer_calls(
 
     Raises:
         UnsupportedModelError: A layer argument depends on the tokens or cannot be replayed.
-        NumericalError: The hidden states entering the first layer are NaN or infinite.
     """
     if not windows or len({window.shape for window in windows}) != 1:
         raise ValueError("windows of one common length are needed, at least one")
     names = [layer.name for layer in structure.layers]
-    recorded = _record(model, names, windows[0])
-    calls = tuple(call for _, call in recorded)
+    calls = tuple(call for _, call in _record(model, names, windows[0]))
     # One window alone says nothing about other tokens: its reverse stands in for the second.
     second = windows[1] if len(windows) > 1 else windows[0].flip(-1)
-    probe = _record(model, names, second)
-    _refuse_token_dependence(calls, [call for _, call in probe])
+    _refuse_token_dependence(calls, [call for _, call in _record(model, names, second)])
+    return calls
 
-    first_layer = names[:1]
-    hidden = [recorded[0][0]]
-    if len(windows) > 1:
-        hidden.append(probe[0][0])
-    hidden += [_record(model, first_layer, window)[0][0] for window in windows[2:]]
-    for number, states in enumerate(hidden):
-        _require_finite(states, f"{names[0]}: the hidden states entering it (window {number})")
-    return LayerInputs(tuple(hidden), calls)
+
+def entering_states(
+    model: nn.Module, structure: ModelStructure, windows: Iterable[Tensor]
+) -> Iterator[Tensor]:
+    """Yield the hidden states ``[1, T, hidden]`` that enter the first layer, window by window.
+
+    Raises:
+        NumericalError: They are NaN or infinite.
+    """
+    first = structure.layers[0].name
+    for number, window in enumerate(windows):
+        states = _record(model, [first], window)[0][0]
+        _require_finite(states, f"{first}: the hidden states entering it (window {number})")
+        yield states
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:

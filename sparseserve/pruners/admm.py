@@ -10,6 +10,7 @@ which halves the products of an iteration.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -38,6 +39,8 @@ class Admm:
         final_refit: Conjugate-gradient steps on what is kept of the two.
         damping: Share of the mean diagonal added to both Gram matrices; pulls towards ``W0``.
     """
+
+    rows_are_independent: ClassVar[bool] = True
 
     warm_start: str = "wanda"
     first_penalty: float = 0.1

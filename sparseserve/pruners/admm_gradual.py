@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,6 +31,8 @@ class GradualAdmm:
         iterations: Projections in all.
         damping: Added to the unit diagonal of both scaled Gram matrices; pulls towards ``W0``.
     """
+
+    rows_are_independent: ClassVar[bool] = False
 
     penalty: float = 1.0
     ramp: int = 15

@@ -47,6 +47,11 @@ class Dsnot:
         if self.cycles < 1:
             raise RecipeError(f"dsnot: cycles {self.cycles} must be positive")
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether rows can be stacked: as for the pruner it starts from."""
+        return ONE_SHOT[self.warm_start].rows_are_independent
+
     def prune(
         self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:

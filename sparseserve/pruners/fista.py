@@ -10,7 +10,7 @@ worse than its warm start.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -42,6 +42,8 @@ class Fista:
         final_refit: Conjugate-gradient steps on the mask that won.
         damping: Share of the mean diagonal added to both Gram matrices; pulls towards ``W0``.
     """
+
+    rows_are_independent: ClassVar[bool] = True
 
     warm_start: WarmStart = "admm"
     penalties: tuple[float, ...] = (0.5, 0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class PaperFista:
         interval_tolerance: Bisection stops when the interval is shorter than this share of its
             upper end.
     """
+
+    rows_are_independent: ClassVar[bool] = False
 
     warm_start: WarmStart = "wanda"
     first_lambda: float = 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from sparseserve.sparsity import SparsityPattern
 @dataclass(frozen=True, slots=True)
 class Magnitude:
     """Keep the weights of largest absolute value (Han et al. 2015, NeurIPS)."""
+
+    rows_are_independent: ClassVar[bool] = True
 
     def prune(
         self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern

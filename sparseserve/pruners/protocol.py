@@ -28,6 +28,15 @@ class PrunedWeight:
 class Pruner(Protocol):
     """A frozen dataclass of knobs with one method."""
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether a row's result depends on no other row, so operators of one input can be stacked.
+
+        When an iteration over all rows stops may depend on all of them. Holds for patterns
+        whose rows are independent.
+        """
+        ...
+
     def prune(
         self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:

@@ -41,6 +41,11 @@ class Refit:
         if self.iterations < 1 or not self.damping > 0:
             raise RecipeError("refit: iterations and damping must be positive")
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether rows can be stacked: as for the pruner it starts from."""
+        return BASES[self.base].rows_are_independent
+
     def prune(
         self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Ria:
     Attributes:
         exponent: ``a``.
     """
+
+    rows_are_independent: ClassVar[bool] = False
 
     exponent: float = 0.5
 

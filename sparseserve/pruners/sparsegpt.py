@@ -7,6 +7,7 @@ one-shot", algorithm 1 and section 3.4 (semi-structured sparsity).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class SparseGPT:
         block_size: Columns updated together before the rest of the matrix is; for unstructured
             patterns also the width in which the mask is chosen.
     """
+
+    rows_are_independent: ClassVar[bool] = True
 
     damping: float = 0.01
     block_size: int = 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from sparseserve.sparsity import SparsityPattern
 @dataclass(frozen=True, slots=True)
 class Wanda:
     """Score ``|w_ij| ||x_j||_2`` and keep the best; weights are not changed (Sun et al. 2024)."""
+
+    rows_are_independent: ClassVar[bool] = True
 
     def prune(
         self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sparseserve.models import (
     OperatorGroup,
     capture_layer_calls,
     copy_layer,
+    entering_states,
     group_input,
     layer_inputs,
     layer_weight,
@@ -93,6 +95,21 @@ class ScaledChain(nn.Module):
         return output
 
 
+@dataclass(frozen=True)
+class Captured:
+    """How the layers are called, and what enters the first of them for each window."""
+
+    calls: tuple[LayerCall, ...]
+    hidden: list[Tensor]
+
+
+def capture(model: nn.Module, structure: ModelStructure, texts: Sequence[Tensor]) -> Captured:
+    return Captured(
+        capture_layer_calls(model, structure, texts),
+        list(entering_states(model, structure, texts)),
+    )
+
+
 @pytest.fixture(params=TINY_FAMILIES)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(request.param)
@@ -102,7 +119,7 @@ def test_a_chain_of_layers_gives_the_hidden_states_of_the_model(model: PreTraine
     structure = trace_structure(model, windows(1)[0])
     names = [layer.name for layer in structure.layers]
     texts = windows(4)  # the last two play no part in capturing the calls
-    captured = capture_layer_calls(model, structure, texts)
+    captured = capture(model, structure, texts)
 
     for window, hidden in zip(texts, captured.hidden, strict=True):
         expected = seen_in_the_model(model, names, window)
@@ -116,11 +133,11 @@ def test_a_chain_of_layers_gives_the_hidden_states_of_the_model(model: PreTraine
 
 def test_calls_captured_from_some_windows_serve_all_others(model: PreTrainedModel) -> None:
     structure = trace_structure(model, windows(1)[0])
-    calls = capture_layer_calls(model, structure, windows(1)).calls
+    calls = capture_layer_calls(model, structure, windows(1))
     others = windows(2, seed=9)
     last = structure.layers[-1].name
 
-    entering = capture_layer_calls(model, structure, others).hidden
+    entering = list(entering_states(model, structure, others))
     for window, hidden in zip(others, entering, strict=True):
         states = hidden
         for layer, call in zip(modules_of(model, structure), calls, strict=True):
@@ -131,7 +148,7 @@ def test_calls_captured_from_some_windows_serve_all_others(model: PreTrainedMode
 
 def test_group_inputs_are_what_the_operators_see_in_the_model(model: PreTrainedModel) -> None:
     structure = trace_structure(model, windows(1)[0])
-    captured = capture_layer_calls(model, structure, windows(3))
+    captured = capture(model, structure, windows(3))
     layer, call, found = structure.layers[0], captured.calls[0], captured.hidden[2]
     module = model.get_submodule(layer.name)
     seen = seen_in_the_model(
@@ -151,7 +168,7 @@ def test_group_inputs_are_what_the_operators_see_in_the_model(model: PreTrainedM
 
 def test_an_operator_is_a_product_with_its_layer_weight(model: PreTrainedModel) -> None:
     structure = trace_structure(model, windows(1)[0])
-    captured = capture_layer_calls(model, structure, windows(2))
+    captured = capture(model, structure, windows(2))
     layer = structure.layers[0]
     module = model.get_submodule(layer.name)
     inputs, _ = layer_inputs(module, captured.hidden[0], captured.calls[0], layer.groups)
@@ -167,7 +184,7 @@ def test_an_operator_is_a_product_with_its_layer_weight(model: PreTrainedModel) 
 
 def test_a_new_weight_changes_the_operator_as_a_plain_product_says(model: PreTrainedModel) -> None:
     structure = trace_structure(model, windows(1)[0])
-    captured = capture_layer_calls(model, structure, windows(2))
+    captured = capture(model, structure, windows(2))
     layer = structure.layers[0]
     module = copy_layer(model.get_submodule(layer.name), dtype=torch.float64)
     hidden, call = captured.hidden[0].double(), captured.calls[0].to(CPU, torch.float64)
@@ -198,7 +215,7 @@ def test_writing_a_weight_back_changes_nothing(model: PreTrainedModel) -> None:
 
 def test_a_copy_runs_in_another_dtype_and_leaves_the_model_alone(model: PreTrainedModel) -> None:
     structure = trace_structure(model, windows(1)[0])
-    captured = capture_layer_calls(model, structure, windows(2))
+    captured = capture(model, structure, windows(2))
     layer, module = structure.layers[0], modules_of(model, structure)[0]
     hidden, call = captured.hidden[0], captured.calls[0]
     expected = run_layer(module, hidden, call)
@@ -216,7 +233,7 @@ def test_a_copy_runs_in_another_dtype_and_leaves_the_model_alone(model: PreTrain
 def test_moving_a_call_casts_floating_tensors_only() -> None:
     model = tiny_model("gemma2")
     structure = trace_structure(model, windows(1)[0])
-    call = capture_layer_calls(model, structure, windows(2)).calls[0]
+    call = capture_layer_calls(model, structure, windows(2))[0]
 
     moved = call.to(CPU, torch.bfloat16)
 
@@ -234,7 +251,7 @@ def test_local_and_global_attention_layers_have_calls_of_their_own(family: str) 
     model = tiny_model(family)
     structure = trace_structure(model, windows(1)[0])
 
-    calls = capture_layer_calls(model, structure, windows(2)).calls
+    calls = capture_layer_calls(model, structure, windows(2))
 
     local = calls[0]
     alike = [local.first_difference(call) is None for call in calls]
@@ -320,7 +337,7 @@ def test_hidden_states_given_by_keyword_are_replayed_by_keyword() -> None:
 
     model = ByKeyword()
     structure = trace_structure(model, windows(1)[0])
-    captured = capture_layer_calls(model, structure, windows(2))
+    captured = capture(model, structure, windows(2))
     hidden = captured.hidden[1]
     for layer, call in zip(modules_of(model, structure), captured.calls, strict=True):
         hidden = run_layer(layer, hidden, call)
@@ -339,7 +356,7 @@ def test_a_layer_that_works_in_place_leaves_its_caller_s_tensors_alone() -> None
     model.eval().requires_grad_(False)
     window = windows(1)[0]
     structure = trace_structure(model, window)
-    captured = capture_layer_calls(model, structure, [window, window.flip(0)])
+    captured = capture(model, structure, [window, window.flip(0)])
     hidden, layer = captured.hidden[0], structure.layers[0]
 
     assert torch.equal(hidden, model.embedding(window[None]))
@@ -378,7 +395,7 @@ def _hooked(module: nn.Module) -> bool:
 def test_activations_that_are_not_finite_are_named_by_layer(poison: float) -> None:
     model = tiny_model("llama")
     structure = trace_structure(model, windows(1)[0])
-    captured = capture_layer_calls(model, structure, windows(2))
+    captured = capture(model, structure, windows(2))
     layer = structure.layers[1]
     module, call, hidden = model.get_submodule(layer.name), captured.calls[1], captured.hidden[0]
     queries: OperatorGroup = layer.groups[0]
@@ -403,13 +420,13 @@ def test_an_embedding_that_is_not_finite_is_named_with_its_window() -> None:
     model.get_submodule("model.embed_tokens").weight[7] = float("nan")
 
     with pytest.raises(NumericalError, match=r"model\.layers\.0: .* entering it \(window 2\)"):
-        capture_layer_calls(model, structure, texts)
+        list(entering_states(model, structure, texts))
 
 
 def test_group_input_leaves_no_hook_behind_and_runs_nothing_after_the_group() -> None:
     model = tiny_model("llama")
     structure = trace_structure(model, windows(1)[0])
-    captured = capture_layer_calls(model, structure, windows(2))
+    captured = capture(model, structure, windows(2))
     layer = structure.layers[0]
     module = copy_layer(model.get_submodule(layer.name))
     ran: list[str] = []

@@ -1,0 +1,84 @@
+"""The second moments of a layer's operators under each kind of error correction.
+
+    correction     X (what the target is computed from)     X* (what the pruned operator sees)
+    none           dense layer on dense hidden states       the same
+    intra          dense layer on dense hidden states       pruned layer on dense hidden states
+    intra+inter    dense layer on dense hidden states       pruned layer on pruned hidden states
+    sequential     dense layer on pruned hidden states      the same
+
+``intra`` is FISTAPruner's (Zhao et al. 2025): an operator repairs the errors of the operators
+before it in its layer, and layers stay independent. ``sequential`` is what SparseGPT and Wanda
+do. With ``intra+inter`` the target is ``W0 (w X + (1 - w) X*)``: ``w`` = 1 repairs the errors of
+all layers before in full, ``w`` = 0 accepts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from torch import nn
+
+from sparseserve.layer_run import LayerRun
+from sparseserve.layer_statistics import LayerStatistics
+from sparseserve.models.layers import group_input, layer_inputs
+from sparseserve.models.structure import OperatorGroup
+
+ErrorCorrection = Literal["none", "intra", "intra+inter", "sequential"]
+#: The corrections under which a layer's inputs depend on how the layers before were pruned.
+CHAINED: tuple[ErrorCorrection, ...] = ("intra+inter", "sequential")
+
+
+def group_statistics(
+    run: LayerRun,
+    pruned: nn.Module,
+    groups: Sequence[OperatorGroup],
+    correction: ErrorCorrection,
+    weight: float,
+) -> Iterator[LayerStatistics]:
+    """Yield the statistics of each of ``groups`` in turn.
+
+    Args:
+        run: The layer and what enters it.
+        pruned: The layer as far as it is pruned. The caller writes the new weights of a group
+            into it before asking for the next one.
+        groups: In the order in which data reaches them.
+        correction: Which inputs to compare.
+        weight: ``w`` above, in [0, 1]; plays a part in ``intra+inter`` only.
+    """
+    if correction in ("none", "sequential"):
+        yield from _one_pass(run, groups, correction)
+        return
+    for group in groups:
+        # Data reaches the first group unchanged, so there the two inputs are equal.
+        same = group is run.layer.groups[0] and run.pruned_hidden is None
+        statistics = _paired(run, pruned, group, same=same)
+        yield statistics.mixed(weight) if correction == "intra+inter" else statistics
+
+
+def _one_pass(
+    run: LayerRun, groups: Sequence[OperatorGroup], correction: ErrorCorrection
+) -> list[LayerStatistics]:
+    collected = [
+        LayerStatistics.empty(group.in_features, corrected=False, device=run.device)
+        for group in groups
+    ]
+    for window in run.pruned_windows() if correction == "sequential" else run.dense_windows():
+        inputs, _ = layer_inputs(run.dense, window, run.call, groups)
+        collected = [part.updated(x) for part, x in zip(collected, inputs, strict=True)]
+    return collected
+
+
+def _paired(
+    run: LayerRun, pruned: nn.Module, group: OperatorGroup, *, same: bool
+) -> LayerStatistics:
+    """Sum the second moments of a group's dense and pruned inputs, token by token."""
+    statistics = LayerStatistics.empty(group.in_features, corrected=not same, device=run.device)
+    for dense_window, pruned_window in zip(run.dense_windows(), run.pruned_windows(), strict=True):
+        dense_inputs = group_input(run.dense, dense_window, run.call, group)
+        if same:
+            statistics = statistics.updated(dense_inputs)
+        else:
+            pruned_inputs = group_input(pruned, pruned_window, run.call, group)
+            statistics = statistics.updated(pruned_inputs, dense_inputs)
+    return statistics

@@ -1,0 +1,72 @@
+"""Hidden states of the calibration windows, on disk: memory must not grow with their number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from sparseserve.checkpoint import writing
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenStates(Sequence[Tensor]):
+    """A file of equally shaped tensors, each read from the disk when it is asked for.
+
+    Attributes:
+        path: The file, raw and in the byte order of this machine.
+        shape: Of each tensor, ``[1, tokens, hidden]``.
+        dtype: Of each tensor.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def write(cls, path: Path, windows: Iterable[Tensor]) -> HiddenStates:
+        """Write ``windows`` (at least one) to ``path``, never holding more than one of them.
+
+        Raises:
+            ArtifactError: The disk is full or cannot be written.
+        """
+        shape: tuple[int, ...] = ()
+        dtype = torch.float32
+        with writing(path), path.open("wb") as file:
+            for window in windows:
+                if shape and (tuple(window.shape) != shape or window.dtype != dtype):
+                    raise ValueError(f"a window of {tuple(window.shape)} among those of {shape}")
+                shape, dtype = tuple(window.shape), window.dtype
+                file.write(window.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if not shape:
+            raise ValueError("there are no hidden states to write")
+        return cls(path, shape, dtype)
+
+    def __len__(self) -> int:
+        """How many tensors there are."""
+        return self.path.stat().st_size // self._bytes
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        """Read a tensor, or several; each is new and may be changed."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        with self.path.open("rb") as file:
+            file.seek(index * self._bytes)
+            data = bytearray(file.read(self._bytes))
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
+    @property
+    def _bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize

@@ -1,0 +1,186 @@
+r"""Reconstruction of a whole decoder layer against its dense outputs, the masks fixed.
+
+    minimise over the kept weights, biases and norms   sum ||f(h*) - f0(h)||^2
+
+``f0`` is the dense layer on what enters it in the dense model, ``f`` the pruned one on what enters
+it in the pruned model. Operator-wise pruning cannot see that attention and activation functions
+let some errors through and damp others; the gradient through the layer does. Adam with a cosine
+schedule; windows held out decide which epoch is kept, or none.
+
+Shen et al. 2025, "Wanda++" (regional optimisation); Makni et al. 2025, "3BASiL" (transformer
+matching); Wagner et al. 2025, "A free lunch in LLM compression".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparseserve.errors import NumericalError, RecipeError
+from sparseserve.layer_run import LayerRun
+from sparseserve.models.hooks import hidden_output
+from sparseserve.models.layer_call import LayerCall
+from sparseserve.models.layer_list import linear_modules
+from sparseserve.models.layers import copy_layer
+from sparseserve.report import ReconstructionReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconstruction:
+    """How to reconstruct a layer.
+
+    Attributes:
+        epochs: Passes over the windows; 0 leaves the layer as it was pruned.
+        learning_rate: Of Adam, at its highest, relative to the root mean square of each tensor.
+        batch: Windows a step.
+        held_out: Share of the windows that are not trained on and decide; at least one window.
+    """
+
+    epochs: int = 0
+    learning_rate: float = 0.002
+    batch: int = 1
+    held_out: float = 0.125
+
+    def __post_init__(self) -> None:
+        """Check the knobs."""
+        if self.epochs < 0 or self.batch < 1 or not self.learning_rate > 0:
+            raise RecipeError(
+                f"reconstruction: epochs {self.epochs} must not be negative, batch {self.batch} "
+                f"and learning_rate {self.learning_rate} must be positive"
+            )
+        if not 0 < self.held_out < 1:
+            raise RecipeError(f"reconstruction: held_out {self.held_out} must be between 0 and 1")
+
+
+def reconstruct(
+    run: LayerRun, pruned: nn.Module, masked: Sequence[str], knobs: Reconstruction
+) -> tuple[nn.Module, ReconstructionReport]:
+    """Train the pruned layer towards the dense one; return it, or what it was if that is worse.
+
+    Args:
+        run: The dense layer, what enters the two and what leaves the dense one.
+        pruned: The pruned layer; left untouched.
+        masked: Names in the layer of the weights that were pruned. Their zeros stay zero; the
+            other matrices stay as they are, biases and norms are trained.
+        knobs: How; at least one epoch.
+
+    Returns:
+        The layer in float32, and what training did to ``||f(h*) - f0(h)|| / ||f0(h)||``.
+
+    Raises:
+        RecipeError: There are fewer than two windows, so none can be held out.
+        NumericalError: The error of the pruned layer is not finite.
+    """
+    student = copy_layer(pruned, dtype=torch.float32)
+    trained = _Trained.of(student, masked)
+    windows = _Windows.of(run, knobs)
+    start = lowest = windows.held_out_error(student)
+    if not math.isfinite(start):
+        raise NumericalError(f"{run.layer.name}: its output error is {start} before reconstruction")
+    best, best_epoch = trained.snapshot(), 0
+    optimizer = torch.optim.Adam(trained.groups(knobs.learning_rate), betas=(0.9, 0.95))
+    steps = knobs.epochs * math.ceil(windows.training / knobs.batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for epoch in range(1, knobs.epochs + 1):
+        for batch in torch.split(windows.shuffled(epoch), knobs.batch):
+            optimizer.zero_grad()
+            for index in batch.tolist():
+                (windows.error(student, index) / len(batch)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            trained.apply_masks()
+        error = windows.held_out_error(student)
+        if error < lowest:
+            lowest, best, best_epoch = error, trained.snapshot(), epoch
+    trained.restore(best)
+    return student.requires_grad_(False), ReconstructionReport(best_epoch, start, lowest)
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """The parameters that are trained, and where the pruned ones may differ from zero."""
+
+    parameters: dict[str, Tensor]
+    masks: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, student: nn.Module, masked: Sequence[str]) -> _Trained:
+        matrices = {f"{name}.weight" for name, _ in linear_modules(student)} - set(masked)
+        parameters = {
+            name: parameter.requires_grad_()
+            for name, parameter in student.named_parameters()
+            if name not in matrices
+        }
+        return cls(parameters, {name: parameters[name].detach() != 0 for name in masked})
+
+    def groups(self, learning_rate: float) -> list[dict[str, object]]:
+        """Return Adam's parameter groups: its steps have one size, weights have many."""
+        return [
+            {"params": [parameter], "lr": learning_rate * _scale(parameter)}
+            for parameter in self.parameters.values()
+        ]
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        for name, mask in self.masks.items():
+            self.parameters[name].mul_(mask)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.parameters[name].copy_(value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """What enters the pruned layer and what should leave it; the last windows are held out."""
+
+    entering: Sequence[Tensor]
+    leaving: Sequence[Tensor]
+    call: LayerCall
+    device: torch.device
+    training: int
+
+    @classmethod
+    def of(cls, run: LayerRun, knobs: Reconstruction) -> _Windows:
+        count = len(run.entering)
+        held_out = max(1, round(knobs.held_out * count))
+        if held_out >= count:
+            raise RecipeError(
+                f"reconstruction holds {held_out} of {count} calibration windows out, which leaves "
+                "none to train on: raise --samples"
+            )
+        call = run.call.to(run.device, torch.float32)
+        return cls(run.entering, run.dense_output, call, run.device, count - held_out)
+
+    def shuffled(self, seed: int) -> Tensor:
+        """Return the training windows in an order of their own for each epoch."""
+        return torch.randperm(self.training, generator=torch.Generator().manual_seed(seed))
+
+    def error(self, student: nn.Module, index: int) -> Tensor:
+        """Return ``||f(h*) - f0(h)||^2 / ||f0(h)||^2`` of one window."""
+        target = self.leaving[index].to(self.device, torch.float32)
+        entering = self.entering[index].to(self.device, torch.float32)
+        output = hidden_output(self.call.apply(student, entering))
+        assert output is not None
+        return (output - target).square().sum() / target.square().sum()
+
+    @torch.no_grad()
+    def held_out_error(self, student: nn.Module) -> float:
+        """Return the root of the mean over the windows held out."""
+        held_out = range(self.training, len(self.entering))
+        return math.sqrt(math.fsum(float(self.error(student, i)) for i in held_out) / len(held_out))
+
+
+def _scale(parameter: Tensor) -> float:
+    """Return the root mean square of a tensor without its zeros; 1 where nothing else is left."""
+    kept = parameter.detach()
+    kept = kept[kept != 0]
+    return float(kept.square().mean().sqrt()) if len(kept) else 1.0
