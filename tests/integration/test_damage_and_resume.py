@@ -156,11 +156,12 @@ class KilledAfter:
         pass
 
 
+@pytest.mark.parametrize("correction", ["intra", "intra+inter"])
 @pytest.mark.parametrize("operators", [1, 6, 9])
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
-    prune: Any, with_pruner: Any, operators: int
+    prune: Any, with_pruner: Any, operators: int, correction: str
 ) -> None:
-    recipe = with_pruner(SparseGPT())
+    recipe = with_pruner(SparseGPT(), error_correction=correction)
     whole = prune("gemma3_text", "whole", recipe=recipe)
     with pytest.raises(Killed):
         prune("gemma3_text", "killed", recipe=recipe, progress=KilledAfter(operators))

@@ -20,7 +20,9 @@ from sparseserve.inspection import inspect_checkpoint
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.fista import Fista
 from sparseserve.pruners.sparsegpt import SparseGPT
+from sparseserve.pruners.wanda import Wanda
 from sparseserve.recipe import recipe_from_mapping
+from sparseserve.reconstruction import Reconstruction
 from sparseserve.report import PruneReport
 from sparseserve.sparsity import TWO_FOUR, UnstructuredPattern
 from sparseserve.testing import TINY_FAMILIES, save_tiny_model
@@ -151,6 +153,41 @@ def test_intra_layer_correction_lowers_the_error_of_the_whole_layer(
             )
         errors[correction] = float((dense_states - pruned_states).norm())
     assert errors["intra"] < errors["none"]
+
+
+def test_inter_layer_correction_without_weight_only_sees_the_pruned_layers_before(
+    prune: Any, with_pruner: Any
+) -> None:
+    """Whatever the correction, the first layer's first operators see dense inputs only."""
+    weights = {}
+    for correction in ("none", "intra", "intra+inter", "sequential"):
+        recipe = with_pruner(SparseGPT(), error_correction=correction)
+        out = prune("llama", correction, recipe=recipe, export_format="dense")
+        weights[correction] = dict(out.checkpoint.tensors())
+    first, second = (f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1))
+    for found in weights.values():
+        assert torch.equal(found[first], weights["none"][first])
+    assert torch.equal(weights["intra"][second], weights["none"][second])
+    for chained in ("intra+inter", "sequential"):
+        assert not torch.equal(weights[chained][second], weights["none"][second])
+
+
+def test_reconstruction_is_reported_and_its_norms_are_stored(
+    prune: Any, with_pruner: Any, tmp_path: Path
+) -> None:
+    knobs = Reconstruction(epochs=3, learning_rate=0.02)
+    recipe = with_pruner(Wanda(), reconstruction=knobs)
+    recipe = replace(recipe, calibration=replace(recipe.calibration, samples=8))
+    packed = prune("gpt2", recipe=recipe)
+    report = PruneReport.from_json(packed.manifest.report)
+    for layer in report.layers:
+        assert layer.reconstruction is not None
+        assert layer.reconstruction.error_after < layer.reconstruction.error_before
+    stored = load_dense_state(verify(packed.path).path)
+    original = load_model(tmp_path / "model-gpt2").model.state_dict()
+    changed = {name for name, value in stored.items() if not torch.equal(value, original[name])}
+    assert {"transformer.h.0.ln_1.weight", "transformer.h.1.mlp.c_fc.bias"} < changed
+    assert not any("wte" in name or "wpe" in name or "ln_f" in name for name in changed)
 
 
 @pytest.mark.parametrize("pruner", [SparseGPT(), Fista()])

@@ -56,6 +56,18 @@ def test_pruning_twice_gives_the_same_bits(name: str, pattern: SparsityPattern, 
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("name", [n for n, kind in PRUNERS.items() if kind().rows_are_independent])
+def test_operators_of_one_input_may_be_pruned_as_one_matrix(name: str, make_case: Any) -> None:
+    """ADMM and FISTA stop, or scale, by all rows, which may tip a mask here and there."""
+    case = make_case(corrected=True, rows=24, columns=16)
+    prune = PRUNERS[name]().prune
+    together = prune(case.weight, case.statistics, TWO_FOUR).weight
+    apart = torch.cat([prune(p, case.statistics, TWO_FOUR).weight for p in case.weight.split(8)])
+    assert case.error(together) == pytest.approx(case.error(apart), rel=0.01)
+    if name not in ("admm", "fista"):
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", PRUNERS)
 def test_permuting_the_outputs_permutes_the_result(name: str, make_case: Any) -> None:
     case = make_case(rows=10)

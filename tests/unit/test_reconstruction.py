@@ -1,0 +1,132 @@
+"""Reconstruction lowers a layer's output error on windows it has not seen, or changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparseserve.errors import RecipeError
+from sparseserve.layer_run import HiddenStreams, LayerRun
+from sparseserve.models import (
+    capture_layer_calls,
+    copy_layer,
+    entering_states,
+    layer_weight,
+    set_layer_weight,
+    trace_structure,
+)
+from sparseserve.reconstruction import Reconstruction, reconstruct
+from sparseserve.sparsity import TWO_FOUR
+from sparseserve.testing import TINY_FAMILIES, tiny_model
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A layer, its copy with every operator projected, and the names of the projected weights."""
+
+    run: LayerRun
+    module: nn.Module
+    masked: list[str]
+
+
+def pruned_layer(folder: Path, family: str = "llama", windows: int = 8) -> Pruned:
+    model = tiny_model(family)
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(0, 256, (24,), generator=generator) for _ in range(windows)]
+    structure = trace_structure(model, texts[0])
+    calls = capture_layer_calls(model, structure, texts)
+    entering = entering_states(model, structure, texts)
+    streams = HiddenStreams.start(folder / "streams", entering, chained=False)
+    layer = structure.layers[0]
+    cpu = torch.device("cpu")
+    run = streams.enter(model.get_submodule(layer.name), layer, calls[0], cpu)
+    module = copy_layer(run.dense)
+    for operator in layer.operators:
+        set_layer_weight(module, operator, TWO_FOUR.project(layer_weight(module, operator)))
+    return Pruned(run, module, [f"{operator.name}.weight" for operator in layer.operators])
+
+
+KNOBS = Reconstruction(epochs=6, learning_rate=0.02)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_the_error_on_held_out_windows_falls_and_zeros_stay(tmp_path: Path, family: str) -> None:
+    pruned = pruned_layer(tmp_path, family)
+    before = {name: value.clone() for name, value in pruned.module.named_parameters()}
+    result, report = reconstruct(pruned.run, pruned.module, pruned.masked, KNOBS)
+    assert report.epochs > 0
+    assert report.error_after < report.error_before
+    for name in pruned.masked:
+        weight = result.get_parameter(name)
+        assert not weight[before[name] == 0].any()
+        assert not torch.equal(weight, before[name])
+    for name, value in pruned.module.named_parameters():
+        assert torch.equal(value, before[name])
+
+
+def test_the_reported_errors_are_those_of_the_layers_on_the_last_windows(tmp_path: Path) -> None:
+    pruned = pruned_layer(tmp_path)
+    result, report = reconstruct(pruned.run, pruned.module, pruned.masked, KNOBS)
+
+    def error(module: nn.Module) -> float:
+        entering, leaving = pruned.run.dense_hidden[7], pruned.run.dense_output[7]
+        output = pruned.run.call.apply(module, entering)
+        assert isinstance(output, torch.Tensor)
+        return float((output - leaving).norm() / leaving.norm())
+
+    assert report.error_before == pytest.approx(error(pruned.module), rel=1e-4)
+    assert report.error_after == pytest.approx(error(result), rel=1e-4)
+
+
+def test_matrices_that_were_not_pruned_stay_as_they_are(tmp_path: Path) -> None:
+    pruned = pruned_layer(tmp_path)
+    kept = "mlp.down_proj.weight"
+    result, _ = reconstruct(
+        pruned.run, pruned.module, [name for name in pruned.masked if name != kept], KNOBS
+    )
+    assert torch.equal(result.get_parameter(kept), pruned.module.get_parameter(kept))
+    norm = "input_layernorm.weight"
+    assert not torch.equal(result.get_parameter(norm), pruned.module.get_parameter(norm))
+
+
+def test_training_that_only_hurts_is_thrown_away(tmp_path: Path) -> None:
+    pruned = pruned_layer(tmp_path)
+    wild = Reconstruction(epochs=2, learning_rate=50.0)
+    result, report = reconstruct(pruned.run, pruned.module, pruned.masked, wild)
+    assert report.epochs == 0
+    assert report.error_after == report.error_before
+    for name, value in pruned.module.named_parameters():
+        assert torch.equal(result.get_parameter(name), value)
+
+
+def test_reconstructing_twice_gives_the_same_bits(tmp_path: Path) -> None:
+    pruned = pruned_layer(tmp_path)
+    first, second = (
+        reconstruct(pruned.run, pruned.module, pruned.masked, KNOBS)[0] for _ in range(2)
+    )
+    for name, value in first.named_parameters():
+        assert torch.equal(value, second.get_parameter(name))
+
+
+def test_one_window_cannot_be_held_out_and_trained_on(tmp_path: Path) -> None:
+    pruned = pruned_layer(tmp_path, windows=1)
+    with pytest.raises(RecipeError, match="1 of 1 calibration windows out"):
+        reconstruct(pruned.run, pruned.module, pruned.masked, KNOBS)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"epochs": -1}, "epochs -1 must not be negative"),
+        ({"batch": 0}, "batch 0"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0 must be positive"),
+        ({"held_out": 1.0}, "held_out 1.0 must be between 0 and 1"),
+    ],
+)
+def test_knobs_out_of_range_are_named(knobs: dict[str, float], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Reconstruction(**knobs)  # type: ignore[arg-type]  # the values are the point
