@@ -24,6 +24,7 @@ from sparseserve.models import (
     LayerStructure,
     OperatorGroup,
     capture_layer_calls,
+    entering_states,
     layer_inputs,
     layer_weight,
     load_model,
@@ -135,13 +136,13 @@ def decoder_layers(
         seed=windows.seed,
     )
     structure = trace_structure(loaded.model, drawn[0][:8])
-    inputs = capture_layer_calls(loaded.model, structure, drawn)
-    hidden = list(inputs.hidden)
+    calls = capture_layer_calls(loaded.model, structure, drawn)
+    hidden = list(entering_states(loaded.model, structure, drawn))
     # Windows come in the order of the text; which are held out is drawn.
     order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(windows.seed))
     seen, other = order[: windows.samples].tolist(), order[windows.samples :].tolist()
     for number in range(max(numbers) + 1):
-        layer, call = structure.layers[number], inputs.calls[number]
+        layer, call = structure.layers[number], calls[number]
         module = loaded.model.get_submodule(layer.name)
         click.echo(f"{layer.name}", err=True)
         if number in numbers:

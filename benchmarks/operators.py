@@ -44,6 +44,8 @@ class RisingPenalty:
     iterations: int = 10
     refit: int = 30
 
+    rows_are_independent: ClassVar[bool] = False
+
     def prune(
         self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
