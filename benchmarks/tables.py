@@ -17,6 +17,8 @@ from typing import Any
 
 import click
 
+from sparseserve.recipe import PruneRecipe
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/method.md", "docs/serving.md")
@@ -94,10 +96,58 @@ def operators_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def peers_table(result: dict[str, Any]) -> str:
+    """Perplexity by tool and method, ours of the same methods and setting among them."""
+    setting = result["setting"]
+    texts = list(setting["texts"])
+    lines = [
+        f"| tool | method | {' | '.join(f'perplexity, {text}' for text in texts)} "
+        "| kept weights changed |",
+        "|---|---|" + "---|" * (len(texts) + 1),
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in result["runs"]:
+        tool = f"{run['worker']['tool']} {run['worker']['version']}"
+        groups.setdefault((tool, run["worker"]["method"]), []).append(run)
+    for (tool, method), runs in groups.items():
+        changed = f"{statistics.fmean(run['changed_weights'] for run in runs):.0%}"
+        lines.append(f"| {tool} | {method} | {_perplexities(runs, texts)} | {changed} |")
+    for label, runs in _our_runs(result, {method for _, method in groups}).items():
+        lines.append(f"| sparseserve | {label} | {_perplexities(runs, texts)} | |")
+    lines.append(
+        f"\n`{Path(setting['model']).name}`, {setting['pattern']}, the same "
+        f"{setting['samples'] * setting['sequence_length']:,} calibration tokens a seed for all "
+        f"(mean, lowest to highest over seeds; one seed where one figure stands); evaluated alike; "
+        f"{result['machine']['date']}."
+    )
+    return "\n".join(lines)
+
+
+def _our_runs(result: dict[str, Any], methods: set[str]) -> dict[str, list[dict[str, Any]]]:
+    """Our runs of ``methods`` and of the default recipe, from a result of the same setting."""
+    if not result["ours"]:
+        return {}
+    ours = json.loads((RESULTS / result["ours"]).read_text(encoding="utf-8"))
+    if ours["setting"] != result["setting"]:
+        raise click.ClickException(f"{result['ours']} was measured with another setting")
+    default = PruneRecipe()
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in ours["runs"]:
+        key = (run["method"], run["error_correction"])
+        if run["method"] in methods or key == (default.method, default.error_correction):
+            groups.setdefault(f"{key[0]}, error correction {key[1]}", []).append(run)
+    return groups
+
+
+def _perplexities(runs: list[dict[str, Any]], texts: list[str]) -> str:
+    return " | ".join(_spread([run["perplexity"][text] for run in runs]) for text in texts)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality-smollm2-2of4": quality_table,
     "bench-smollm2-2of4": bench_table,
     "operators": operators_table,
+    "peers-smollm2-2of4": peers_table,
 }
 
 

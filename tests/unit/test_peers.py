@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click import ClickException
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from benchmarks import peer_worker
+from benchmarks import peer_worker, tables
 from benchmarks.peers import chosen, compare, stored_runs
 from benchmarks.peers_environment import (
     INSTALLED,
@@ -214,3 +215,37 @@ def test_only_names_a_tool_and_its_method() -> None:
     assert len(chosen(())) == sum(len(peer.methods) for peer in PEERS)
     with pytest.raises(PeerError, match="nvidia-modelopt:wanda"):
         chosen(("nvidia-modelopt:wanda",))
+
+
+def test_the_table_takes_our_figures_only_from_the_same_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    ours = {
+        "setting": asdict(SETTING),
+        "runs": [
+            {"method": method, "error_correction": "none", "perplexity": {"speeches": perplexity}}
+            for method, perplexity in (("sparsegpt", 11.0), ("magnitude", 99.0))
+        ],
+    }
+    (tmp_path / "ours.json").write_text(json.dumps(ours), encoding="utf-8")
+    result = {
+        "setting": asdict(SETTING),
+        "machine": {"date": "today"},
+        "ours": "ours.json",
+        "runs": [
+            {
+                "seed": seed,
+                "worker": {"tool": "tool", "version": "1.2", "method": "sparsegpt"},
+                "perplexity": {"speeches": perplexity},
+                "changed_weights": 0.25,
+            }
+            for seed, perplexity in ((0, 12.0), (1, 14.0))
+        ],
+    }
+    table = tables.peers_table(result).splitlines()
+    assert "| tool 1.2 | sparsegpt | 13.00 (12.00 to 14.00) | 25% |" in table
+    assert "| sparseserve | sparsegpt, error correction none | 11.00 | |" in table
+    assert not any("magnitude" in line for line in table)
+    with pytest.raises(ClickException, match="another setting"):
+        tables.peers_table({**result, "setting": asdict(replace(SETTING, samples=4))})
