@@ -18,7 +18,7 @@ from sparseserve.exporters.side_files import copy_side_files
 from sparseserve.layer_pruning import PruneProgress, Silence, planned_operators
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import trace_structure
-from sparseserve.pipeline import check_plan, ignored_modules, prune_model
+from sparseserve.pipeline import LayerStore, check_plan, ignored_modules, prune_model
 from sparseserve.recipe import PruneRecipe
 from sparseserve.report import PruneReport
 from sparseserve.run_folder import RunFolder, require_free
@@ -72,6 +72,7 @@ def prune_and_export(
     *,
     export_format: Format = "packed24",
     device: torch.device | None = None,
+    store: LayerStore | None = None,
     progress: PruneProgress | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Artifact:
@@ -85,6 +86,7 @@ def prune_and_export(
         recipe: What to do.
         export_format: How to store the result.
         device: Where to prune; None is a CUDA device if there is one.
+        store: Keeps finished layers; None for the run's own folder.
         progress: Told of every layer and operator; None for nobody.
         on_stage: Told what is going on before, between and after.
 
@@ -113,7 +115,7 @@ def prune_and_export(
         loaded.model,
         recipe,
         calibration,
-        store=run,
+        store=store or run,
         progress=progress or Silence(),
         device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
