@@ -33,10 +33,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparseserve.errors import NumericalError
-from sparseserve.layer_pruning import planned_operators
+from sparseserve.layer_pruning import PrunedLayer, planned_operators
 from sparseserve.models.hooks import ForwardStopped, hidden_output, hooks, run_model
-from sparseserve.models.layers import layer_weight, set_layer_weight
-from sparseserve.models.structure import LayerStructure, Operator, trace_structure
+from sparseserve.models.structure import LayerStructure, trace_structure
 from sparseserve.prediction_loss import Example, dense_predictions, prediction_loss
 from sparseserve.recipe import PruneRecipe
 
@@ -72,9 +71,19 @@ class UnitSensitivity:
 
     @property
     def label(self) -> str:
-        """A short name: the operators after the part of their names that they share."""
+        """A short name: what the names share, and the last parts of all of them."""
         parents, leaves = zip(*(name.rpartition(".")[::2] for name in self.operators), strict=True)
         return f"{parents[0]}.{'+'.join(leaves)}" if len(set(parents)) == 1 else self.operators[0]
+
+    @property
+    def layer(self) -> int:
+        """Number of its decoder layer, from 0: the first number in the names."""
+        return next(int(part) for part in self.operators[0].split(".") if part.isdigit())
+
+    @property
+    def kind(self) -> str:
+        """What it is called in every layer: the label after the layer's number."""
+        return self.label.partition(f".{self.layer}.")[2]
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> UnitSensitivity:
@@ -88,10 +97,10 @@ class UnitSensitivity:
 
 
 class SensitivityStore(Protocol):
-    """Where the pruned weights come from and measured layers are kept."""
+    """Where pruned layers come from and measured ones are kept."""
 
-    def pruned_weights(self, layer: str) -> Mapping[str, Tensor]:
-        """Return the pruned weights ``{full name: [out, in]}`` of a layer's operators."""
+    def pruned(self, layer: str) -> PrunedLayer:
+        """Return a layer whose operators were all pruned, each for itself."""
         ...
 
     def load(self, layer: str) -> tuple[UnitSensitivity, ...] | None:
@@ -108,7 +117,7 @@ def measure_sensitivities(
     recipe: PruneRecipe,
     windows: Sequence[Tensor],
     store: SensitivityStore,
-    on_layer: Callable[[int, int], None] = lambda done, total: None,
+    on_layer: Callable[[str, int, int], None] = lambda name, number, total: None,
 ) -> tuple[UnitSensitivity, ...]:
     """Prune one unit of the dense ``model`` at a time and measure; ``model`` ends as it began.
 
@@ -117,8 +126,8 @@ def measure_sensitivities(
             float32: 16-bit arithmetic there is slow, and its errors hide the cheap units.
         recipe: Says which operators would be pruned.
         windows: Token ids ``[T]`` of one length.
-        store: Gives the pruned weights and keeps what was measured.
-        on_layer: Told how many decoder layers are done, of how many.
+        store: Gives the pruned layers and keeps what was measured.
+        on_layer: Told the name and number, from 1, of every decoder layer, and how many there are.
 
     Raises:
         UnsupportedModelError: The structure of the model cannot be found.
@@ -134,14 +143,14 @@ def measure_sensitivities(
     entering: list[object] = [None] * len(windows)
     found: list[UnitSensitivity] = []
     for number, layer in enumerate(structure.layers):
+        on_layer(layer.name, number + 1, len(modules))
         before = modules[:number]
         units = store.load(layer.name)
         if units is None:
             tail = _Tail(model, before, entering, examples, dense_losses)
-            units = tuple(_layer_units(tail, layer, recipe, store.pruned_weights(layer.name)))
+            units = tuple(_layer_units(tail, layer, recipe, store.pruned(layer.name)))
             store.save(layer.name, units)
         found += units
-        on_layer(number + 1, len(modules))
         if number + 1 < len(modules):
             entering = [
                 _layer_output(model, before, output, modules[number], window)
@@ -182,7 +191,7 @@ class _Tail:
 
 
 def _layer_units(
-    tail: _Tail, layer: LayerStructure, recipe: PruneRecipe, pruned: Mapping[str, Tensor]
+    tail: _Tail, layer: LayerStructure, recipe: PruneRecipe, pruned: PrunedLayer
 ) -> Iterator[UnitSensitivity]:
     module = tail.model.get_submodule(layer.name)
     planned = planned_operators(layer, recipe)
@@ -191,15 +200,16 @@ def _layer_units(
         if not operators:
             continue
         names = tuple(layer.full_name(operator) for operator in operators)
-        weights = [pruned[name] for name in names]
+        keys = [f"{operator.name}.weight" for operator in operators]
+        weights = {key: pruned.parameters[key] for key in keys}
         try:
-            with _replaced(module, operators, weights):
+            with _replaced(module, weights):
                 increases, divergences = tail.prices()
         except NumericalError as error:
             raise NumericalError(f"{names[0]}, pruned alone: {error}") from error
         yield UnitSensitivity(
             operators=names,
-            weights=sum(weight.numel() for weight in weights),
+            weights=sum(weight.numel() for weight in weights.values()),
             loss_increases=increases,
             divergences=divergences,
         )
@@ -216,18 +226,19 @@ def _losses(model: PreTrainedModel, example: Example) -> tuple[float, float]:
 
 
 @contextmanager
-def _replaced(
-    layer: nn.Module, operators: Sequence[Operator], weights: Sequence[Tensor]
-) -> Iterator[None]:
-    """Let ``operators`` of ``layer`` have other ``weights`` ``[out, in]`` while the block runs."""
-    kept = [layer_weight(layer, operator).clone() for operator in operators]
+def _replaced(layer: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let parameters of ``layer`` have other ``values`` while the block runs."""
+    kept = {name: layer.get_parameter(name).detach().clone() for name in values}
     try:
-        for operator, weight in zip(operators, weights, strict=True):
-            set_layer_weight(layer, operator, weight)
+        _write(layer, values)
         yield
     finally:
-        for operator, weight in zip(operators, kept, strict=True):
-            set_layer_weight(layer, operator, weight)
+        _write(layer, kept)
+
+
+def _write(layer: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        layer.get_parameter(name).detach().copy_(value)
 
 
 @contextmanager
