@@ -2,9 +2,9 @@
 
 ``benchmarks/peers.py`` starts it. It gives the tool exactly the token windows of a file, checks
 that the model saw those and no others, and writes a checkpoint like the dense one with the tool's
-values in the place of the old ones: names, dtype and ties of the dense one stay. ``run.json``
-beside it says what was used, how long the tool's own entry point took (loading and saving not
-counted) and how much memory the process had used by then.
+values in the place of the old ones: names, dtype and ties of the dense one stay. A report
+says what was used, how long the tool's own entry point took (importing, loading and
+saving not counted) and how much memory the process had used by then.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ DENSE_INPUTS = "-dense-inputs"
 NOT_SIDE_FILES = {WEIGHTS, "model.safetensors.index.json", "demo_source.json"}
 
 
-def prune_with_llmcompressor(model: nn.Module, windows: Tensor, folder: Path, method: str) -> None:
+Prune = Callable[[nn.Module, Tensor], None]
+
+
+def llmcompressor(folder: Path, method: str) -> Prune:
     """``oneshot`` with one modifier; all that is not named is left at the tool's defaults.
 
     Its defaults: decoder layers one after the other, each on what the pruned ones before it put
@@ -52,17 +55,21 @@ def prune_with_llmcompressor(model: nn.Module, windows: Tensor, folder: Path, me
     modifier = kinds[name](
         sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"]
     )
-    batches = [{"input_ids": window[None]} for window in windows]
-    oneshot(
-        model=model,
-        tokenizer=str(folder),
-        dataset=DataLoader(batches, batch_size=None),  # type: ignore[arg-type]  # a list has all it needs
-        recipe=modifier,
-        **({"propagate_error": False} if dense_inputs else {}),
-    )
+
+    def prune(model: nn.Module, windows: Tensor) -> None:
+        batches = [{"input_ids": window[None]} for window in windows]
+        oneshot(
+            model=model,
+            tokenizer=str(folder),
+            dataset=DataLoader(batches, batch_size=None),  # type: ignore[arg-type]  # a list has all it needs
+            recipe=modifier,
+            **({"propagate_error": False} if dense_inputs else {}),
+        )
+
+    return prune
 
 
-def prune_with_modelopt(model: nn.Module, windows: Tensor, folder: Path, method: str) -> None:
+def modelopt(folder: Path, method: str) -> Prune:
     """``sparsify`` and ``export``; all that is not named is left at the tool's defaults.
 
     Its defaults: one pass through the dense model for all layers, dampening 0.1, blocks of 128
@@ -71,17 +78,21 @@ def prune_with_modelopt(model: nn.Module, windows: Tensor, folder: Path, method:
     # Only this tool's environment has it; hence neither at the top nor known to the type checker.
     import modelopt.torch.sparsity as mts  # type: ignore[import-not-found]  # noqa: PLC0415
 
-    def forward_loop(dense: nn.Module) -> None:
-        for window in windows:
-            dense(input_ids=window[None])
+    def prune(model: nn.Module, windows: Tensor) -> None:
+        def forward_loop(dense: nn.Module) -> None:
+            for window in windows:
+                dense(input_ids=window[None])
 
-    mts.sparsify(model, mode=method, config={"forward_loop": forward_loop, "verbose": True})
-    mts.export(model)
+        mts.sparsify(model, mode=method, config={"forward_loop": forward_loop, "verbose": True})
+        mts.export(model)
+
+    return prune
 
 
-TOOLS: dict[str, Callable[[nn.Module, Tensor, Path, str], None]] = {
-    "llmcompressor": prune_with_llmcompressor,
-    "nvidia-modelopt": prune_with_modelopt,
+# Each imports the tool, which is not timed, and returns what is.
+TOOLS: dict[str, Callable[[Path, str], Prune]] = {
+    "llmcompressor": llmcompressor,
+    "nvidia-modelopt": modelopt,
 }
 
 
@@ -163,10 +174,11 @@ def peak_memory() -> int:
 def run(options: argparse.Namespace) -> dict[str, object]:
     torch.manual_seed(0)
     windows = load_file(options.windows)["windows"]
+    prune = TOOLS[options.tool](options.model, options.method)
     model = load_dense(options.model)
     seen = SeenTokens(model)
     start = time.perf_counter()
-    TOOLS[options.tool](model, windows, options.model, options.method)
+    prune(model, windows)
     seconds, peak = time.perf_counter() - start, peak_memory()
     seen.require(windows)
     if options.checkpoint:

@@ -47,10 +47,8 @@ SETTING = Setting(
 # A distribution that is installed here plays the other tool, so that its version can be read.
 STAND_IN = "torch"
 
-Prune = Callable[[nn.Module, Tensor, Path, str], None]
 
-
-def prune_by_magnitude(model: nn.Module, windows: Tensor, folder: Path, method: str) -> None:
+def prune_by_magnitude(model: nn.Module, windows: Tensor) -> None:
     for window in windows:
         model(input_ids=window[None])
     for name, module in model.named_modules():
@@ -66,11 +64,11 @@ def dense(tmp_path: Path) -> Path:
 @pytest.fixture
 def run_worker(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Prune], WorkerReport]:
+) -> Callable[[peer_worker.Prune], WorkerReport]:
     """Run the worker in this process with a function in the place of a tool."""
 
-    def run(prune: Prune) -> WorkerReport:
-        monkeypatch.setitem(peer_worker.TOOLS, STAND_IN, prune)
+    def run(prune: peer_worker.Prune) -> WorkerReport:
+        monkeypatch.setitem(peer_worker.TOOLS, STAND_IN, lambda folder, method: prune)
         windows, report = tmp_path / "windows.safetensors", tmp_path / "report.json"
         write_windows(str(dense), SPEC, windows)
         arguments = ["--model", dense, "--windows", windows, "--tool", STAND_IN]
@@ -96,7 +94,7 @@ def test_the_file_holds_the_windows_that_our_methods_calibrate_on(
 
 
 def test_a_checkpoint_of_the_worker_is_the_dense_one_but_for_what_was_pruned(
-    run_worker: Callable[[Prune], WorkerReport], dense: Path, tmp_path: Path
+    run_worker: Callable[[peer_worker.Prune], WorkerReport], dense: Path, tmp_path: Path
 ) -> None:
     report = run_worker(prune_by_magnitude)
     names = operators(dense)
@@ -111,7 +109,7 @@ def test_a_checkpoint_of_the_worker_is_the_dense_one_but_for_what_was_pruned(
 
 
 def test_kept_weights_that_the_tool_did_not_change_count_as_unchanged(
-    run_worker: Callable[[Prune], WorkerReport], dense: Path, tmp_path: Path
+    run_worker: Callable[[peer_worker.Prune], WorkerReport], dense: Path, tmp_path: Path
 ) -> None:
     run_worker(prune_by_magnitude)
     difference = compare(tmp_path / "pruned", dense, operators(dense))
@@ -120,10 +118,10 @@ def test_kept_weights_that_the_tool_did_not_change_count_as_unchanged(
 
 
 def test_a_changed_weight_is_counted(
-    run_worker: Callable[[Prune], WorkerReport], dense: Path, tmp_path: Path
+    run_worker: Callable[[peer_worker.Prune], WorkerReport], dense: Path, tmp_path: Path
 ) -> None:
-    def prune(model: nn.Module, windows: Tensor, folder: Path, method: str) -> None:
-        prune_by_magnitude(model, windows, folder, method)
+    def prune(model: nn.Module, windows: Tensor) -> None:
+        prune_by_magnitude(model, windows)
         model.get_submodule(operators(dense)[0]).weight.mul_(2)  # type: ignore[operator]  # a Tensor
 
     run_worker(prune)
@@ -133,12 +131,12 @@ def test_a_changed_weight_is_counted(
 
 
 def test_a_checkpoint_that_is_not_two_four_is_refused_by_name(
-    run_worker: Callable[[Prune], WorkerReport], dense: Path, tmp_path: Path
+    run_worker: Callable[[peer_worker.Prune], WorkerReport], dense: Path, tmp_path: Path
 ) -> None:
     culprit = operators(dense)[-1]
 
-    def prune(model: nn.Module, windows: Tensor, folder: Path, method: str) -> None:
-        prune_by_magnitude(model, windows, folder, method)
+    def prune(model: nn.Module, windows: Tensor) -> None:
+        prune_by_magnitude(model, windows)
         model.get_submodule(culprit).weight[1, 4:8] = 1.0  # type: ignore[operator]  # a Tensor
 
     run_worker(prune)
@@ -147,10 +145,10 @@ def test_a_checkpoint_that_is_not_two_four_is_refused_by_name(
 
 
 def test_a_tool_that_calibrates_on_other_tokens_is_refused(
-    run_worker: Callable[[Prune], WorkerReport],
+    run_worker: Callable[[peer_worker.Prune], WorkerReport],
 ) -> None:
-    def prune(model: nn.Module, windows: Tensor, folder: Path, method: str) -> None:
-        prune_by_magnitude(model, windows.flip(dims=(1,)), folder, method)
+    def prune(model: nn.Module, windows: Tensor) -> None:
+        prune_by_magnitude(model, windows.flip(dims=(1,)))
 
     with pytest.raises(SystemExit, match="other tokens"):
         run_worker(prune)
