@@ -123,6 +123,19 @@ def fixture_operator() -> OperatorData:
     )
 
 
+def small_operator() -> OperatorData:
+    """Return a corner of :func:`fixture_operator`, 16 outputs of 64 inputs, for smoke runs."""
+    whole, columns = fixture_operator(), 64
+    seen, other = (part.gram[:columns, :columns] for part in (whole.seen, whole.other))
+    return OperatorData(
+        whole.name,
+        whole.weight[:16, :columns],
+        LayerStatistics(seen, seen, seen, 0),
+        LayerStatistics(other, other, other, 0),
+        whole.inputs[:, :columns],
+    )
+
+
 def decoder_layers(
     model: str, numbers: Collection[int], windows: Windows
 ) -> Iterator[LayerWindows]:

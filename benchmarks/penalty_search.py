@@ -8,7 +8,7 @@ half between the neighbours of the best point. Optuna's TPE runs with its Hyperb
 a poor trial ends early and its products are saved) and without::
 
     pip install -e '.[dev]'
-    python -m benchmarks.penalty_search
+    OMP_NUM_THREADS=1 python -m benchmarks.penalty_search
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor
 from benchmarks.operator_data import (
     MODEL,
     OperatorData,
-    fixture_operator,
     model_operators,
+    small_operator,
     write_result,
 )
 from sparseserve.layer_statistics import relative_output_error
@@ -221,20 +221,20 @@ def geometric(low: float, high: float, count: int) -> list[float]:
 @click.command()
 @click.option("--model", default=MODEL, show_default=True)
 @click.option("--operator", "names", multiple=True, default=NAMES, show_default=True)
-@click.option("--smoke", is_flag=True, help="A few rows and trials, nothing written.")
+@click.option("--smoke", is_flag=True, help="A corner of one operator, nothing written.")
 def main(model: str, names: tuple[str, ...], smoke: bool) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.manual_seed(0)
-    operators = (fixture_operator(),) if smoke else model_operators(model, names)
+    operators = (small_operator(),) if smoke else model_operators(model, names)
+    setting = {"rows": ROWS, "optuna": optuna.__version__, "rungs": RUNGS, "refit": REFIT}
     rows = []
     for operator in operators:
         for start in STARTS[:1] if smoke else STARTS:
-            part = operator.rows(2 if smoke else ROWS)
+            part = operator.rows(4 if smoke else ROWS)
             rows += list(compare(part, start, (3,) if smoke else TRIALS))
             click.echo(f"{operator.name} {start}: {rows[-1]}", err=True)
-    if not smoke:
-        setting = {"rows": ROWS, "optuna": optuna.__version__, "rungs": RUNGS, "refit": REFIT}
-        write_result("penalty-search.json", setting, rows)
+            if not smoke:
+                write_result("penalty-search.json", setting, rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""The experiments on operators and decoder layers run, and compare like with like."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from benchmarks import (
+    first_order,
+    gradient_blocks,
+    penalty_search,
+    stacked_penalties,
+    warm_starts,
+)
+from benchmarks.operator_data import Windows, decoder_layers, model_operators, small_operator
+from benchmarks.penalty_search import Trial, within
+from sparseserve.solvers.problem import layer_problem
+from sparseserve.sparsity import TWO_FOUR
+from sparseserve.testing import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [first_order, penalty_search, warm_starts, stacked_penalties],
+    ids=lambda script: script.__name__.split(".")[-1],
+)
+def test_a_smoke_run_measures_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, script: ModuleType
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a smoke run wrote a result")
+
+    monkeypatch.setattr(script, "write_result", refuse)
+    run = CliRunner().invoke(script.main, ["--smoke"], catch_exceptions=False)
+    assert run.exit_code == 0
+    assert "error" in run.output
+
+
+def test_blocks_are_trained_and_stay_in_the_pattern(tiny: Path) -> None:
+    layer = next(decoder_layers(str(tiny), (0,), Windows(samples=1, heldout=1, length=16)))
+    block = gradient_blocks.Block.of(layer)
+    free, steps = gradient_blocks.train(block, {}, 0.2, rate=1e-3, penalty=0.1, masked=False)
+    start = gradient_blocks.rounded(block, free)
+    kept, _ = gradient_blocks.train(block, start, 0.2, rate=1e-3, penalty=0, masked=True)
+    assert steps > 0
+    for name, weight in kept.items():
+        assert TWO_FOUR.first_violation(weight) is None
+        assert not torch.equal(weight, start[name])
+    refitted = gradient_blocks.refitted(block, start)
+    before, after = (block.row("", weights, 0.0).calibration_error for weights in (start, refitted))
+    assert after < before
+
+
+def test_operators_see_the_dense_model_on_windows_that_do_not_overlap(tiny: Path) -> None:
+    windows = Windows(samples=2, heldout=1, length=16)
+    (found,) = model_operators(str(tiny), ["1.mlp.down_proj"], windows)
+    assert found.seen.tokens == len(found.inputs) == 32
+    assert found.other.tokens == 16
+    torch.testing.assert_close(found.inputs.T @ found.inputs, found.seen.gram.float())
+    assert found.errors(found.weight).heldout == 0
+    assert found.errors(torch.zeros_like(found.weight)).heldout == pytest.approx(1)
+
+
+def test_minibatch_gradients_of_an_epoch_average_to_the_gradient() -> None:
+    problem = first_order.task(small_operator(), "scaled", 0.1, 50)
+    weight = problem.start
+    gradient = first_order.minibatch_gradient(problem)
+    batches = len(problem.operator.inputs) // first_order.BATCH
+    mean = sum((gradient(weight) for _ in range(batches)), torch.zeros_like(weight)) / batches
+    torch.testing.assert_close(mean, problem.problem.gradient(weight), rtol=1e-3, atol=1e-3)
+
+
+def test_no_method_gets_below_the_minimum() -> None:
+    problem = first_order.task(small_operator(), "scaled", 0.1, 3000)
+    assert problem.certificate < 1e-6
+    for steps in (1, 10, 100):
+        gaps = (
+            problem.gap(first_order.accelerated(problem, steps, restart=True)),
+            problem.gap(first_order.ista(problem, steps)),
+        )
+        assert min(gaps) > -1e-6
+    assert problem.gap(problem.start) == pytest.approx(1)
+
+
+def test_stacked_penalties_give_what_they_give_one_by_one() -> None:
+    row = stacked_penalties.compare(small_operator())
+    assert row.difference < 1e-5
+
+
+def test_a_stack_is_its_parts_one_above_the_other() -> None:
+    operator = small_operator()
+    problem = layer_problem(operator.weight, operator.seen, 0.01)
+    weight = torch.randn(2 * len(operator.weight), operator.weight.shape[1])
+    upper, lower = weight.chunk(2)
+    stack = stacked_penalties.stacked(problem, 2)
+    expected = torch.cat([problem.gradient(upper), problem.gradient(lower)])
+    torch.testing.assert_close(stack.gradient(weight), expected)
+
+
+def test_only_trials_that_end_within_the_products_count() -> None:
+    cheap = Trial(error=0.3, rounding=0.5, products=10)
+    found = [cheap, replace(cheap, error=0.2), replace(cheap, error=0.1, products=11)]
+    assert within(found, 20) == 0.2
+    assert within(found, 31) == 0.1
