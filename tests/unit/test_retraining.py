@@ -25,7 +25,7 @@ from sparseserve.retraining import Retraining, RetrainReport, retrain
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import TINY_FAMILIES, tiny_model
 
-QUICK = Retraining(rank=4, learning_rate=3e-3, epochs=2, batch=2, likeliest=32)
+QUICK = Retraining(rank=4, learning_rate=3e-3, epochs=2, batch=2, distillation=1.0, likeliest=32)
 
 
 @dataclass(frozen=True)
