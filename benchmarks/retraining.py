@@ -225,6 +225,42 @@ def main(
                 _write(path, setting, runs)
 
 
+def retraining_table(result: dict[str, Any]) -> str:
+    """Perplexity and seconds of every pruner, as pruned and retrained."""
+    setting, machine = result["setting"], result["machine"]
+    texts = list(setting["texts"])
+    lines = [
+        f"| pruner | retraining | {' | '.join(f'perplexity, {text}' for text in texts)} "
+        "| held-out cross-entropy | seconds |",
+        "|---|---|" + "---|" * (len(texts) + 2),
+    ]
+    for run in sorted(result["runs"], key=lambda run: _row(run["pruner"])):
+        cells = [f"{run['perplexity'][text]:.2f}" for text in texts]
+        held_out = ""
+        if run["held_out_before"] is not None:
+            held_out = f"{run['held_out_before']:.3f} to {run['held_out_after']:.3f}"
+        lines.append(
+            f"| {run['pruner']} | {run['retraining']} | {' | '.join(cells)} | {held_out} "
+            f"| {run['seconds']:.0f} |"
+        )
+    calibration, knobs = setting["calibration"], setting["retraining"]
+    lines.append(
+        f"\n`{Path(setting['model']).name}`, 2:4, {calibration['samples']} calibration windows of "
+        f"{calibration['sequence_length']} tokens of the packaged speeches, one seed; retraining: "
+        f"rank {knobs['rank']}, learning rate {knobs['learning_rate']:g}, {knobs['epochs']} epochs "
+        f"over the same windows; perplexity on {setting['evaluation_windows']} windows of each "
+        f"text; seconds are those of pruning, or of retraining alone; {machine['cpu']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}, "
+        f"{machine['date']}."
+    )
+    return "\n".join(lines)
+
+
+def _row(pruner: str) -> int:
+    """Return the place of a pruner in the table, the dense model first."""
+    return list(PRUNERS).index(pruner) if pruner in PRUNERS else -1
+
+
 def _write(path: Path, setting: Setting, runs: Sequence[Run]) -> None:
     write_json(
         path,
