@@ -178,7 +178,7 @@ def missing(runs: Sequence[Run], pruners: Iterable[str]) -> dict[str, list[str]]
 @click.option("--result", default="retraining-smollm2-2of4.json", show_default=True)
 @click.option("--samples", default=16, show_default=True)
 @click.option("--sequence-length", default=512, show_default=True)
-@click.option("--epochs", default=Retraining().epochs, show_default=True)
+@click.option("--epochs", default=2, show_default=True)
 @click.option("--windows", default=30, show_default=True, help="Evaluation windows a text.")
 @click.option("--other-text", help="Evaluation text of another domain than the packaged one.")
 @click.option("--only", multiple=True, type=click.Choice(list(PRUNERS)), help="Default: all.")

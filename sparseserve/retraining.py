@@ -44,7 +44,7 @@ class Retraining:
         likeliest: How many of the dense model's likeliest tokens the divergence tells apart.
         learning_rate: Of AdamW, at its highest.
         warmup: Share of the steps in which it rises from 0; then it falls linearly to 0.
-        epochs: Passes over the windows that are not held out.
+        epochs: Passes over the windows that are not held out; 0 leaves the model as pruned.
         batch: Windows a step.
         clip: Largest norm of a step's gradient.
         held_out: Share of windows not trained on.
@@ -60,7 +60,7 @@ class Retraining:
     likeliest: int = 256
     learning_rate: float = 1e-3
     warmup: float = 0.1
-    epochs: int = 2
+    epochs: int = 0
     batch: int = 1
     clip: float = 1.0
     held_out: float = 0.125
@@ -69,9 +69,9 @@ class Retraining:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.rank < 0 or min(self.likeliest, self.epochs, self.batch) < 1:
+        if min(self.rank, self.epochs) < 0 or min(self.likeliest, self.batch) < 1:
             raise RecipeError(
-                "retraining: rank must not be negative, likeliest, epochs and batch at least 1"
+                "retraining: rank and epochs must not be negative, likeliest and batch at least 1"
             )
         if not min(self.scale, self.learning_rate, self.clip) > 0:
             raise RecipeError("retraining: scale, learning_rate and clip must be positive")
@@ -134,7 +134,7 @@ def retrain(
             computes in float32 whatever its dtype.
         operators: Full names of the pruned linears.
         windows: Token ids ``[T]``, at least two windows.
-        knobs: How.
+        knobs: How; at least one epoch.
         dense: The dense model's predictions in these windows; needed for distillation.
         on_window: Told how many windows were trained on, of how many in all, and the last loss.
 

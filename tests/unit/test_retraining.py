@@ -266,7 +266,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_restores_the_model() -> Non
     "knobs",
     [
         {"rank": -1},
-        {"epochs": 0},
+        {"epochs": -1},
         {"learning_rate": 0.0},
         {"distillation": 1.5},
         {"warmup": 1.0},
