@@ -23,6 +23,7 @@ from sparseserve.dial_report import DialReport, Goal, MaxPerplexityIncrease, Rou
 from sparseserve.dial_rounds import DialWork
 from sparseserve.dial_search import Trial, next_prediction
 from sparseserve.errors import RecipeError
+from sparseserve.exporters.packed24 import require_two_four
 from sparseserve.layer_pruning import PruneProgress, Silence
 from sparseserve.recipe import PruneRecipe
 from sparseserve.sensitivity_run import HeldOutSpec, SensitivityRun
@@ -64,6 +65,8 @@ def dial_and_export(
         RecipeError: Only the dense model is within the budget, or nothing better was found.
         SparseServeError: Of another kind, from pruning; nothing is left at ``out``.
     """
+    if export_format == "packed24":
+        require_two_four(str(recipe.pattern))
     on_stage(f"loading {source}")
     run = SensitivityRun.open(source, out, recipe, held_out or HeldOutSpec(), device)
     progress = progress or Silence()

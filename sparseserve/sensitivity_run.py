@@ -20,7 +20,7 @@ from sparseserve.pipeline import prune_model
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.recipe import PruneRecipe
 from sparseserve.reconstruction import Reconstruction
-from sparseserve.run_folder import RunFolder
+from sparseserve.run_folder import RunFolder, require_free
 from sparseserve.sensitivity import UnitSensitivity, measure_sensitivities
 from sparseserve.text import TextFile, position_limit, read_text
 from sparseserve.workflow import source_fingerprint
@@ -98,6 +98,7 @@ class SensitivityRun:
         Raises:
             SparseServeError: The model or a text cannot be used, or ``out`` is not empty.
         """
+        require_free(out)
         loaded = load_model(source, dtype=recipe.torch_dtype)
         calibration = load_calibration(
             recipe.calibration, loaded.tokenizer, position_limit(loaded.model.config)

@@ -84,7 +84,7 @@ def pruning_progress() -> Iterator[PruningProgress]:
         yield PruningProgress(bar, bar.add_task("", total=None, visible=False))
 
 
-def _output() -> Console:
+def output_console() -> Console:
     """Return standard output, wide enough for long names where it is a file or a pipe."""
     return Console() if sys.stdout.isatty() else Console(width=200)
 
@@ -99,12 +99,12 @@ def print_summary(artifact: Artifact) -> None:
     table.add_row("mean relative error", f"{manifest.report['mean_relative_error']:.4f}")
     table.add_row("weights on disk", f"{artifact.checkpoint.weight_bytes / 2**20:,.1f} MiB")
     table.add_row("time", f"{manifest.report['seconds']:.0f} s")
-    _output().print(table, highlight=False)
+    output_console().print(table, highlight=False)
 
 
 def print_inspection(found: Inspection) -> None:
     """Print a checkpoint's facts and one line for each matrix."""
-    console = _output()
+    console = output_console()
     if found.manifest:
         manifest = found.manifest
         console.print(

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sparseserve.cli.dial import DialOptions, dial_options, run_dial
+
 if TYPE_CHECKING:
+    from sparseserve.artifact import Format
     from sparseserve.recipe import PruneRecipe
 
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", help="auto, float32, bfloat16 or float16, of the stored weights.")
 @click.option("--ignore", multiple=True, help="Regular expression; matching linears stay dense.")
 @click.option("--device", help="Where to prune: cpu or cuda; default: cuda if there is one.")
+@dial_options
 @click.option("--dry-run", is_flag=True, help="Only list what would be pruned.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def prune_command(
@@ -50,6 +54,7 @@ def prune_command(
     dtype: str | None,
     ignore: tuple[str, ...],
     device: str | None,
+    dial: DialOptions,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -60,6 +65,7 @@ def prune_command(
     from sparseserve.cli.console import quiet_libraries
 
     quiet_libraries()
+    dial.check(dry_run=dry_run)
     settings = _recipe(
         recipe,
         method=method,
@@ -78,6 +84,16 @@ def prune_command(
     )
     if dry_run:
         _print_plan(model, settings, as_json)
+    elif dial.given:
+        run_dial(
+            model,
+            output,
+            dial,
+            recipe=settings,
+            export_format=_format(settings, export_format),
+            device=device,
+            as_json=as_json,
+        )
     elif output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     else:
@@ -85,10 +101,18 @@ def prune_command(
             model,
             output,
             recipe=settings,
-            export_format=export_format,
+            export_format=_format(settings, export_format),
             device=device,
             as_json=as_json,
         )
+
+
+def _format(recipe: PruneRecipe, asked: str | None) -> Format:
+    """Return what was ``asked`` for, or the format that fits the pattern."""
+    from sparseserve.sparsity import TWO_FOUR
+
+    default = "packed24" if recipe.pattern == TWO_FOUR else "dense"
+    return "dense" if (asked or default) == "dense" else "packed24"
 
 
 def _recipe(
@@ -123,21 +147,19 @@ def _prune(
     output: Path,
     *,
     recipe: PruneRecipe,
-    export_format: str | None,
+    export_format: Format,
     device: str | None,
     as_json: bool,
 ) -> None:
     from sparseserve.cli.console import print_summary, pruning_progress
-    from sparseserve.sparsity import TWO_FOUR
     from sparseserve.workflow import prune_and_export, torch_device
 
-    default = "packed24" if recipe.pattern == TWO_FOUR else "dense"
     with pruning_progress() as progress:
         artifact = prune_and_export(
             model,
             output,
             recipe,
-            export_format="dense" if (export_format or default) == "dense" else "packed24",
+            export_format=export_format,
             device=torch_device(device),
             progress=progress,
             on_stage=progress.stage,
