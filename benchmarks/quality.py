@@ -7,6 +7,11 @@ written to the JSON as soon as it is done; runs already there are not repeated::
     python -m benchmarks.demo_assets smollm2
     python -m benchmarks.demo_assets wikipedia
     python -m benchmarks.quality demo/models/smollm2-135m --result quality-smollm2-2of4.json
+
+A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
+``,reconstruct`` and ``,retrain`` for the steps after pruning::
+
+    --only sparsegpt:sequential --only admm:intra+inter@0.5 --only admm:intra,retrain
 """
 
 from __future__ import annotations
@@ -21,22 +26,27 @@ from typing import Any
 import click
 
 from benchmarks.machine import Machine
-from sparseserve.calibration import CalibrationSpec
 from sparseserve.checkpoint import write_json
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.measurement import EvaluationSpec, evaluate
-from sparseserve.recipe import PruneRecipe, pruner_from_mapping
+from sparseserve.recipe import PruneRecipe, recipe_from_mapping
 from sparseserve.report import PruneReport
-from sparseserve.sparsity import SparsityPattern
+from sparseserve.retraining import Retraining
 from sparseserve.workflow import prune_and_export
 
 RESULTS = Path(__file__).parent / "results"
-METHODS = (
-    ("magnitude", "none"),
-    ("wanda", "none"),
-    ("sparsegpt", "none"),
-    ("fista", "none"),
-    ("fista", "intra"),
+VARIANTS = (
+    "magnitude:none",
+    "wanda:none",
+    "wanda:sequential",
+    "sparsegpt:none",
+    "sparsegpt:intra",
+    "sparsegpt:sequential",
+    "fista:none",
+    "fista:intra",
+    "fista-paper:intra",
+    "admm:none",
+    "admm:intra",
 )
 
 
@@ -55,10 +65,9 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One method with one seed; ``method`` is ``dense`` for the model itself."""
+    """One variant with one seed; ``dense`` is the model itself."""
 
-    method: str
-    error_correction: str
+    variant: str
     seed: int
     perplexity: dict[str, float]
     mean_relative_error: float
@@ -67,15 +76,34 @@ class Run:
     gram_products: int
 
 
-def measure(setting: Setting, method: str, correction: str, seed: int) -> Run:
-    recipe = PruneRecipe(
-        pattern=SparsityPattern.parse(setting.pattern),
-        pruner=pruner_from_mapping({"name": method}),
-        error_correction="intra" if correction == "intra" else "none",
-        calibration=CalibrationSpec(
-            samples=setting.samples, sequence_length=setting.sequence_length, seed=seed
-        ),
-    )
+def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
+    """Read a variant, as the head of this file defines it."""
+    head, *steps = variant.split(",")
+    method, _, correction = head.partition(":")
+    correction, _, weight = correction.partition("@")
+    if unknown := set(steps) - {"reconstruct", "retrain"}:
+        raise click.UsageError(f"{variant}: no such step: {', '.join(sorted(unknown))}")
+    data: dict[str, object] = {
+        "pattern": setting.pattern,
+        "method": {"name": method},
+        "error_correction": correction or "none",
+        "calibration": {
+            "samples": setting.samples,
+            "sequence_length": setting.sequence_length,
+            "seed": seed,
+        },
+    }
+    if weight:
+        data["inter_weight"] = float(weight)
+    if "reconstruct" in steps:
+        data["reconstruction"] = {"epochs": 4}
+    if "retrain" in steps:
+        data["retraining"] = asdict(Retraining())
+    return recipe_from_mapping(data)
+
+
+def measure(setting: Setting, variant: str, seed: int) -> Run:
+    recipe = recipe_of(variant, setting, seed)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "pruned"
         start = time.perf_counter()
@@ -86,8 +114,7 @@ def measure(setting: Setting, method: str, correction: str, seed: int) -> Run:
         seconds = time.perf_counter() - start
         report = PruneReport.from_json(artifact.manifest.report)
         return Run(
-            method=method,
-            error_correction=correction,
+            variant=variant,
             seed=seed,
             perplexity=perplexities(setting, str(out)),
             mean_relative_error=report.mean_relative_error,
@@ -116,7 +143,7 @@ def perplexities(setting: Setting, model: str) -> dict[str, float]:
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--windows", default=30, show_default=True, help="Evaluation windows a text.")
 @click.option("--other-text", help="Evaluation text of another domain than the packaged one.")
-@click.option("--only", multiple=True, help="METHOD:CORRECTION; default: all.")
+@click.option("--only", multiple=True, help="A variant, see above; default: the usual ones.")
 @click.option("--smoke", is_flag=True, help="One seed, magnitude only: does the script run?")
 def main(
     *,
@@ -144,39 +171,34 @@ def main(
         evaluation_length=sequence_length,
         texts=texts,
     )
-    chosen = [tuple(item.split(":")) for item in only] or list(METHODS)
-    wanted = [
-        (name, fix, seed)
-        for seed in range(seeds)
-        for name, fix in chosen
-        if seed == 0 or name != "magnitude"  # which sees no calibration text
-    ]
-    if smoke:
-        wanted = [("magnitude", "none", 0)]
+    chosen = ["magnitude:none"] if smoke else list(only or VARIANTS)
     path = RESULTS / result
     runs = [Run(**run) for run in _stored(path, setting)]
-    if not any(run.method == "dense" for run in runs):
+    if not any(run.variant == "dense" for run in runs):
         runs.append(_dense(setting))
-    for method, correction, seed in wanted:
-        if any((r.method, r.error_correction, r.seed) == (method, correction, seed) for r in runs):
-            continue
-        click.echo(f"{method}, correction {correction}, seed {seed}", err=True)
-        runs.append(measure(setting, method, correction, seed))
-        write_json(
-            path,
-            {
-                "setting": asdict(setting),
-                "machine": asdict(Machine.here()),
-                "runs": [asdict(run) for run in runs],
-            },
-        )
-        click.echo(json.dumps(asdict(runs[-1])), err=True)
+    for seed in range(1 if smoke else seeds):
+        for variant in chosen:
+            # Magnitude sees no calibration text, so one seed is all.
+            if seed and variant.startswith("magnitude"):
+                continue
+            if any((run.variant, run.seed) == (variant, seed) for run in runs):
+                continue
+            click.echo(f"{variant}, seed {seed}", err=True)
+            runs.append(measure(setting, variant, seed))
+            write_json(
+                path,
+                {
+                    "setting": asdict(setting),
+                    "machine": asdict(Machine.here()),
+                    "runs": [asdict(run) for run in runs],
+                },
+            )
+            click.echo(json.dumps(asdict(runs[-1])), err=True)
 
 
 def _dense(setting: Setting) -> Run:
     return Run(
-        method="dense",
-        error_correction="none",
+        variant="dense",
         seed=0,
         perplexity=perplexities(setting, setting.model),
         mean_relative_error=0.0,

@@ -33,13 +33,15 @@ def quality_table(result: dict[str, Any]) -> str:
         f"| method | error correction | {' | '.join(f'perplexity, {text}' for text in texts)} |",
         "|---|---|" + "---|" * len(texts),
     ]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for run in result["runs"]:
-        groups.setdefault((run["method"], run["error_correction"]), []).append(run)
-    for (method, correction), runs in groups.items():
+        groups.setdefault(run["variant"], []).append(run)
+    for variant, runs in groups.items():
         cells = [_spread([run["perplexity"][text] for run in runs]) for text in texts]
-        label = correction if method != "dense" else ""
-        lines.append(f"| {method} | {label} | {' | '.join(cells)} |")
+        head, *steps = variant.split(",")
+        method, _, correction = head.partition(":")
+        label = ", then ".join([method, *steps])
+        lines.append(f"| {label} | {correction} | {' | '.join(cells)} |")
     seeds = max(len(runs) for runs in groups.values())
     tokens = setting["samples"] * setting["sequence_length"]
     drawn = f"{seeds} calibration seeds (mean, lowest to highest; one where one figure stands)"
@@ -133,9 +135,9 @@ def _our_runs(result: dict[str, Any], methods: set[str]) -> dict[str, list[dict[
     default = PruneRecipe()
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in ours["runs"]:
-        key = (run["method"], run["error_correction"])
-        if run["method"] in methods or key == (default.method, default.error_correction):
-            groups.setdefault(f"{key[0]}, error correction {key[1]}", []).append(run)
+        method, _, correction = run["variant"].partition(":")
+        if method in methods or run["variant"] == f"{default.method}:{default.error_correction}":
+            groups.setdefault(f"{method}, error correction {correction}", []).append(run)
     return groups
 
 

@@ -74,6 +74,47 @@ class LayerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOutLoss:
+    """Means over the held-out windows, in nats a token: the loss, and its cross-entropy alone."""
+
+    loss: float
+    cross_entropy: float
+
+
+@dataclass(frozen=True, slots=True)
+class RetrainReport:
+    """What retraining did.
+
+    Attributes:
+        before: The loss of the pruned model.
+        after: That of the model as it was left, in its stored dtype.
+        epochs: That after each epoch, before rounding to the stored dtype.
+        kept_epoch: The epoch that was kept, from 1; 0 if the model was left as it was.
+        trained_parameters: Number of trained values.
+        steps: Steps of the optimiser.
+        seconds: Wall time.
+    """
+
+    before: HeldOutLoss
+    after: HeldOutLoss
+    epochs: tuple[HeldOutLoss, ...]
+    kept_epoch: int
+    trained_parameters: int
+    steps: int
+    seconds: float
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RetrainReport:
+        """Read back what ``dataclasses.asdict`` wrote."""
+        losses = {
+            "before": HeldOutLoss(**data["before"]),
+            "after": HeldOutLoss(**data["after"]),
+            "epochs": tuple(HeldOutLoss(**epoch) for epoch in data["epochs"]),
+        }
+        return cls(**{**data, **losses})
+
+
+@dataclass(frozen=True, slots=True)
 class Environment:
     """The software and machine a result came from."""
 
@@ -105,6 +146,7 @@ class PruneReport:
         seconds: Wall time of all layers.
         peak_memory_bytes: Largest resident size of the process, or of the CUDA allocator.
         environment: Where it ran.
+        retraining: What training of the whole model did at the end, if there was any.
     """
 
     layers: tuple[LayerReport, ...]
@@ -112,6 +154,7 @@ class PruneReport:
     seconds: float
     peak_memory_bytes: int
     environment: Environment
+    retraining: RetrainReport | None = None
 
     @property
     def operators(self) -> tuple[OperatorReport, ...]:
@@ -131,10 +174,12 @@ class PruneReport:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PruneReport:
         """Read back what ``to_json`` wrote."""
+        retraining = data.get("retraining")
         return cls(
             layers=tuple(LayerReport.from_json(layer) for layer in data["layers"]),
             dense_modules=tuple(data["dense_modules"]),
             seconds=data["seconds"],
             peak_memory_bytes=data["peak_memory_bytes"],
             environment=Environment(**data["environment"]),
+            retraining=RetrainReport.from_json(retraining) if retraining else None,
         )

@@ -26,6 +26,7 @@ from sparseserve.errors import NumericalError, RecipeError
 from sparseserve.full_backward import checkpointed_layers, float32_on_cpu
 from sparseserve.masked_updates import Update, installed, low_rank_updates, vector_updates
 from sparseserve.prediction_loss import DensePrediction, Example, prediction_loss
+from sparseserve.report import HeldOutLoss, RetrainReport
 
 OnWindow = Callable[[int, int, float], None]
 
@@ -82,37 +83,6 @@ class Retraining:
             )
         if not (self.rank or self.norms or self.biases):
             raise RecipeError("retraining: nothing to train: set rank, norms or biases")
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOutLoss:
-    """Means over the held-out windows, in nats a token: the loss, and its cross-entropy alone."""
-
-    loss: float
-    cross_entropy: float
-
-
-@dataclass(frozen=True, slots=True)
-class RetrainReport:
-    """What retraining did.
-
-    Attributes:
-        before: The loss of the pruned model.
-        after: That of the model as it was left, in its stored dtype.
-        epochs: That after each epoch, before rounding to the stored dtype.
-        kept_epoch: The epoch that was kept, from 1; 0 if the model was left as it was.
-        trained_parameters: Number of trained values.
-        steps: Steps of the optimiser.
-        seconds: Wall time.
-    """
-
-    before: HeldOutLoss
-    after: HeldOutLoss
-    epochs: tuple[HeldOutLoss, ...]
-    kept_epoch: int
-    trained_parameters: int
-    steps: int
-    seconds: float
 
 
 def retrain(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from sparseserve.artifact import Artifact, Format, Manifest, write_manifest
 from sparseserve.calibration import CalibrationSet, load_calibration
@@ -19,8 +20,10 @@ from sparseserve.layer_pruning import PruneProgress, Silence, planned_operators
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import trace_structure
 from sparseserve.pipeline import LayerStore, check_plan, ignored_modules, prune_model
+from sparseserve.prediction_loss import DensePrediction, dense_predictions
 from sparseserve.recipe import PruneRecipe
 from sparseserve.report import PruneReport
+from sparseserve.retraining import retrain
 from sparseserve.run_folder import RunFolder, require_free
 from sparseserve.text import position_limit
 
@@ -110,6 +113,8 @@ def prune_and_export(
         "calibration": calibration.record.digest,
     }
     run = RunFolder.open(out, fingerprint)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dense = _dense_predictions(loaded.model, recipe, calibration, device=device, on_stage=on_stage)
     on_stage("finding the model's structure")
     report = prune_model(
         loaded.model,
@@ -117,7 +122,10 @@ def prune_and_export(
         calibration,
         store=store or run,
         progress=progress or Silence(),
-        device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
+    )
+    report = _retrained(
+        loaded.model, recipe, calibration, report, dense, device=device, on_stage=on_stage
     )
     on_stage("writing the checkpoint")
     artifact = _write_dense(run.fresh("dense"), loaded, recipe, calibration, report)
@@ -126,6 +134,55 @@ def prune_and_export(
         artifact = EXPORTERS[export_format](artifact, run.fresh(export_format))
     run.publish(artifact.path)
     return replace(artifact, path=out)
+
+
+def _dense_predictions(
+    model: PreTrainedModel,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    *,
+    device: torch.device,
+    on_stage: Callable[[str], None],
+) -> tuple[DensePrediction, ...]:
+    """Return what the dense model predicts, if the recipe retrains towards that."""
+    knobs = recipe.retraining
+    if knobs is None or not knobs.distillation:
+        return ()
+    on_stage("recording the dense model's predictions")
+    found = dense_predictions(model.to(device), calibration.windows, knobs.likeliest)
+    model.to("cpu")
+    return found
+
+
+def _retrained(
+    model: PreTrainedModel,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    report: PruneReport,
+    dense: tuple[DensePrediction, ...],
+    *,
+    device: torch.device,
+    on_stage: Callable[[str], None],
+) -> PruneReport:
+    """Retrain the pruned model in place, if the recipe says so, and add that to the report."""
+    if recipe.retraining is None:
+        return report
+
+    def say(done: int, total: int, loss: float) -> None:
+        if done % len(calibration.windows) == 0 or done == total:
+            on_stage(f"retraining: {done} of {total} windows, loss {loss:.4f}")
+
+    operators = [operator.name for operator in report.operators]
+    found = retrain(
+        model.to(device),
+        operators,
+        calibration.windows,
+        recipe.retraining,
+        dense=dense,
+        on_window=say,
+    )
+    model.to("cpu")
+    return replace(report, retraining=found, seconds=report.seconds + found.seconds)
 
 
 def source_fingerprint(source: str, loaded: LoadedModel) -> str:

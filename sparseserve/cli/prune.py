@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 @click.command("prune-and-export")
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder to write.")
-@click.option("--method", help="fista, sparsegpt, wanda or magnitude; default from the recipe.")
+@click.option("--method", help="fista, admm, sparsegpt, wanda and others; default from the recipe.")
 @click.option("--recipe", default="default", show_default=True, help="default, paper or FILE.toml.")
 @click.option("--pattern", help="2:4, any N:M, or a share of zeros such as 50%.")
-@click.option("--error-correction", help="none or intra.")
+@click.option("--error-correction", help="none, intra, intra+inter or sequential.")
+@click.option("--inter-weight", type=float, help="Of intra+inter: errors repaired, 0 to 1.")
+@click.option("--reconstruct", type=int, help="Epochs of training each layer; 0 for none.")
+@click.option(
+    "--retrain/--no-retrain", default=None, help="Train the whole model under its masks at the end."
+)
 @click.option("--calibration", help="Text file, folder or dataset name; default: packaged text.")
 @click.option("--samples", type=int, help="Calibration windows.")
 @click.option("--sequence-length", type=int, help="Tokens per calibration window.")
@@ -46,6 +51,9 @@ def prune_command(
     recipe: str,
     pattern: str | None,
     error_correction: str | None,
+    inter_weight: float | None,
+    reconstruct: int | None,
+    retrain: bool | None,
     calibration: str | None,
     samples: int | None,
     sequence_length: int | None,
@@ -72,6 +80,7 @@ def prune_command(
         values={
             "pattern": pattern,
             "error_correction": error_correction,
+            "inter_weight": inter_weight,
             "dtype": dtype,
             "ignore": list(ignore) or None,
         },
@@ -81,6 +90,8 @@ def prune_command(
             "sequence_length": sequence_length,
             "seed": seed,
         },
+        reconstruct=reconstruct,
+        retrain=retrain,
     )
     if dry_run:
         _print_plan(model, settings, as_json)
@@ -121,12 +132,25 @@ def _recipe(
     method: str | None,
     values: dict[str, object],
     calibration: dict[str, object],
+    reconstruct: int | None,
+    retrain: bool | None,
 ) -> PruneRecipe:
     """Overlay the options that were given on the recipe."""
+    from dataclasses import replace
+
     from sparseserve.errors import RecipeError
     from sparseserve.recipe import load_recipe, recipe_from_mapping
+    from sparseserve.retraining import Retraining
 
-    base = load_recipe(name).to_json()
+    recipe = load_recipe(name)
+    if retrain is not None:
+        recipe = replace(
+            recipe, retraining=(recipe.retraining or Retraining()) if retrain else None
+        )
+    if reconstruct is not None:
+        knobs = replace(recipe.reconstruction, epochs=reconstruct)
+        recipe = replace(recipe, reconstruction=knobs)
+    base = recipe.to_json()
     own = base["method"]
     spec = base["calibration"]
     if not isinstance(own, dict) or not isinstance(spec, dict):

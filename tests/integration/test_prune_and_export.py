@@ -24,6 +24,7 @@ from sparseserve.pruners.wanda import Wanda
 from sparseserve.recipe import recipe_from_mapping
 from sparseserve.reconstruction import Reconstruction
 from sparseserve.report import PruneReport
+from sparseserve.retraining import Retraining
 from sparseserve.sparsity import TWO_FOUR, UnstructuredPattern
 from sparseserve.testing import TINY_FAMILIES, save_tiny_model
 from sparseserve.workflow import export, plan
@@ -188,6 +189,28 @@ def test_reconstruction_is_reported_and_its_norms_are_stored(
     changed = {name for name, value in stored.items() if not torch.equal(value, original[name])}
     assert {"transformer.h.0.ln_1.weight", "transformer.h.1.mlp.c_fc.bias"} < changed
     assert not any("wte" in name or "wpe" in name or "ln_f" in name for name in changed)
+
+
+@pytest.mark.parametrize("distillation", [0.0, 1.0])
+def test_retraining_is_reported_keeps_the_zeros_and_packs(
+    prune: Any, with_pruner: Any, distillation: float
+) -> None:
+    knobs = Retraining(epochs=2, rank=2, distillation=distillation, learning_rate=0.01)
+    recipe = with_pruner(Wanda(), retraining=knobs)
+    recipe = replace(recipe, calibration=replace(recipe.calibration, samples=6))
+    plain = prune("llama", "plain", recipe=replace(recipe, retraining=None))
+    packed = verify(prune("llama", "trained", recipe=recipe).path)
+    assert recipe_from_mapping(packed.manifest.recipe) == recipe
+    report = PruneReport.from_json(packed.manifest.report)
+    assert json.loads(json.dumps(report.to_json())) == packed.manifest.report
+    assert report.retraining is not None
+    assert report.retraining.after.loss < report.retraining.before.loss
+    before, after = load_dense_state(plain.path), load_dense_state(packed.path)
+    for name in packed.manifest.pruned:
+        weight = after[f"{name}.weight"]
+        assert not weight[before[f"{name}.weight"] == 0].any()
+        assert not torch.equal(weight, before[f"{name}.weight"])
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("pruner", [SparseGPT(), Fista()])

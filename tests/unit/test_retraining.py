@@ -21,7 +21,8 @@ from sparseserve.prediction_loss import (
     next_token_logits,
     prediction_loss,
 )
-from sparseserve.retraining import Retraining, RetrainReport, retrain
+from sparseserve.report import RetrainReport
+from sparseserve.retraining import Retraining, retrain
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import TINY_FAMILIES, tiny_model
 
