@@ -235,7 +235,7 @@ class TestBadInputIsOneLineAndExitCodeOne:
             ("--pattern 2-4", "pattern '2-4'"),
             ("--method fsta", "did you mean 'fista'"),
             ("--recipe defalt", "did you mean 'default'"),
-            ("--error-correction inter", "available: intra, none"),
+            ("--error-correction inter", "available: intra, intra+inter, none, sequential"),
             ("--dtype int4", "unknown dtype 'int4'"),
             ("--samples 0", "--samples 0 must be at least 1"),
             ("--sequence-length 100000", "100000"),
