@@ -128,3 +128,18 @@ def test_json_brings_a_unit_back() -> None:
     assert UnitSensitivity.from_json(asdict(unit)) == unit
     assert unit.loss_increase == 0.375
     assert TINY_VOCABULARY > 256  # so that the divergence lumps some tokens together
+
+
+def test_agreement_between_halves_is_a_rank_correlation_of_means() -> None:
+    from benchmarks.dial import split_half_agreement
+
+    units = [
+        UnitSensitivity(
+            operators=("a.0.q",),
+            weights=1,
+            loss_increases=(price, price**2, price, price**2),
+            divergences=(-price, -price, 1.0, 1.0),
+        )
+        for price in (0.1, 0.5, 0.3, 0.2)
+    ]
+    assert split_half_agreement(units) == pytest.approx({"loss increase": 1, "divergence": -1})
