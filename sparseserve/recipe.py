@@ -17,8 +17,8 @@ letter. A TOML file states the same keys::
     [reconstruction]
     epochs = 4                    # passes over the windows for each decoder layer; 0 for none
 
-    [retraining]                  # left out: none
-    epochs = 4
+    [retraining]
+    epochs = 3                    # passes over the windows for the whole model; 0 for none
 
     [calibration]
     source = "text.txt"           # file, folder or dataset name; left out: the packaged text
@@ -66,8 +66,7 @@ class PruneRecipe:
             operator the dense inputs, ``sequential`` those that the pruned layers before produce.
         inter_weight: Share of the errors that ``intra+inter`` repairs, 0 to 1.
         reconstruction: How each layer is trained towards its dense outputs afterwards.
-        retraining: How the whole model is trained on the calibration text at the end; None for
-            not at all.
+        retraining: How the whole model is trained on the calibration text at the end.
         calibration: Which text.
         ignore: Regular expressions searched in full module names; matches stay dense.
         dtype: Of the stored weights; ``auto`` keeps the model's own.
@@ -78,7 +77,7 @@ class PruneRecipe:
     error_correction: ErrorCorrection = "intra"
     inter_weight: float = 0.5
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
-    retraining: Retraining | None = None
+    retraining: Retraining = field(default_factory=Retraining)
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     ignore: tuple[str, ...] = ()
     dtype: str = "auto"
@@ -126,7 +125,7 @@ class PruneRecipe:
             "dtype": self.dtype,
             "method": {"name": self.method, **asdict(self.pruner)},  # type: ignore[call-overload]  # every entry of PRUNERS is a dataclass
             "reconstruction": asdict(self.reconstruction),
-            "retraining": asdict(self.retraining) if self.retraining else None,
+            "retraining": asdict(self.retraining),
             "calibration": asdict(self.calibration),
         }
 
@@ -172,8 +171,7 @@ def recipe_from_mapping(data: Mapping[str, object]) -> PruneRecipe:
     method = _table(rest, "method")
     calibration = _table(rest, "calibration")
     reconstruction = _table(rest, "reconstruction")
-    retraining = _table(rest, "retraining") if rest.get("retraining") is not None else None
-    rest.pop("retraining", None)
+    retraining = _table(rest, "retraining")
     if "pattern" in rest:
         rest["pattern"] = SparsityPattern.parse(str(rest["pattern"]))
     defaults = PruneRecipe()
@@ -183,7 +181,7 @@ def recipe_from_mapping(data: Mapping[str, object]) -> PruneRecipe:
             **rest,
             "pruner": pruner_from_mapping(method) if method else defaults.pruner,
             "reconstruction": _build(Reconstruction, reconstruction),
-            "retraining": None if retraining is None else _build(Retraining, retraining),
+            "retraining": _build(Retraining, retraining),
             "calibration": _build(CalibrationSpec, calibration),
         },
     )

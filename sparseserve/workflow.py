@@ -146,7 +146,7 @@ def _dense_predictions(
 ) -> tuple[DensePrediction, ...]:
     """Return what the dense model predicts, if the recipe retrains towards that."""
     knobs = recipe.retraining
-    if knobs is None or not knobs.distillation:
+    if not knobs.epochs or not knobs.distillation:
         return ()
     on_stage("recording the dense model's predictions")
     found = dense_predictions(model.to(device), calibration.windows, knobs.likeliest)
@@ -165,7 +165,7 @@ def _retrained(
     on_stage: Callable[[str], None],
 ) -> PruneReport:
     """Retrain the pruned model in place, if the recipe says so, and add that to the report."""
-    if recipe.retraining is None:
+    if not recipe.retraining.epochs:
         return report
 
     def say(done: int, total: int, loss: float) -> None:

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 @click.option("--error-correction", help="none, intra, intra+inter or sequential.")
 @click.option("--inter-weight", type=float, help="Of intra+inter: errors repaired, 0 to 1.")
 @click.option("--reconstruct", type=int, help="Epochs of training each layer; 0 for none.")
-@click.option(
-    "--retrain/--no-retrain", default=None, help="Train the whole model under its masks at the end."
-)
+@click.option("--retrain", type=int, help="Epochs of training the whole model; 0 for none.")
 @click.option("--calibration", help="Text file, folder or dataset name; default: packaged text.")
 @click.option("--samples", type=int, help="Calibration windows.")
 @click.option("--sequence-length", type=int, help="Tokens per calibration window.")
@@ -53,7 +51,7 @@ def prune_command(
     error_correction: str | None,
     inter_weight: float | None,
     reconstruct: int | None,
-    retrain: bool | None,
+    retrain: int | None,
     calibration: str | None,
     samples: int | None,
     sequence_length: int | None,
@@ -133,23 +131,20 @@ def _recipe(
     values: dict[str, object],
     calibration: dict[str, object],
     reconstruct: int | None,
-    retrain: bool | None,
+    retrain: int | None,
 ) -> PruneRecipe:
     """Overlay the options that were given on the recipe."""
     from dataclasses import replace
 
     from sparseserve.errors import RecipeError
     from sparseserve.recipe import load_recipe, recipe_from_mapping
-    from sparseserve.retraining import Retraining
 
     recipe = load_recipe(name)
-    if retrain is not None:
-        recipe = replace(
-            recipe, retraining=(recipe.retraining or Retraining()) if retrain else None
-        )
     if reconstruct is not None:
         knobs = replace(recipe.reconstruction, epochs=reconstruct)
         recipe = replace(recipe, reconstruction=knobs)
+    if retrain is not None:
+        recipe = replace(recipe, retraining=replace(recipe.retraining, epochs=retrain))
     base = recipe.to_json()
     own = base["method"]
     spec = base["calibration"]

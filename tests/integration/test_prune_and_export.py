@@ -198,7 +198,7 @@ def test_retraining_is_reported_keeps_the_zeros_and_packs(
     knobs = Retraining(epochs=2, rank=2, distillation=distillation, learning_rate=0.01)
     recipe = with_pruner(Wanda(), retraining=knobs)
     recipe = replace(recipe, calibration=replace(recipe.calibration, samples=6))
-    plain = prune("llama", "plain", recipe=replace(recipe, retraining=None))
+    plain = prune("llama", "plain", recipe=replace(recipe, retraining=Retraining()))
     packed = verify(prune("llama", "trained", recipe=recipe).path)
     assert recipe_from_mapping(packed.manifest.recipe) == recipe
     report = PruneReport.from_json(packed.manifest.report)
