@@ -13,7 +13,7 @@ If the dense model predicts as often right as it says it does, the expectation o
 second. But the first varies by the luck of the tokens: where a unit costs d nats, the difference
 of two log-likelihoods varies by about sqrt(2 d) from token to token and the divergence only by
 some d. So for the cheap units, which decide an allocation, the divergence says with thousands of
-tokens what the likelihood would need a hundred times as many for.
+tokens what the likelihood would need many times as many for.
 
 Of a model of L layers the unit in layer l needs only the layers from l on to run again: the layers
 before it give back the hidden states they gave the dense model, which are kept for one layer at a
