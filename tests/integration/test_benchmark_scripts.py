@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,8 +19,10 @@ from benchmarks import (
     stacked_penalties,
     warm_starts,
 )
+from benchmarks.evidence_tables import EVIDENCE_TABLES
 from benchmarks.operator_data import Windows, decoder_layers, model_operators, small_operator
 from benchmarks.penalty_search import Trial, within
+from sparseserve.pruners import PRUNERS
 from sparseserve.solvers.problem import layer_problem
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import save_tiny_model
@@ -112,3 +116,67 @@ def test_only_trials_that_end_within_the_products_count() -> None:
     found = [cheap, replace(cheap, error=0.2), replace(cheap, error=0.1, products=11)]
     assert within(found, 20) == 0.2
     assert within(found, 31) == 0.1
+
+
+def table(name: str, rows: Iterable[object], /, **setting: object) -> list[list[str]]:
+    """Return the cells of a table made from ``rows``, without its heads and rules."""
+    machine = dict.fromkeys(("cpu", "threads", "torch", "commit", "date"), "")
+    data = [asdict(row) for row in rows]  # type: ignore[call-overload]  # rows are dataclasses
+    result = {"machine": machine, "setting": setting, "rows": data}
+    lines = EVIDENCE_TABLES[name](json.loads(json.dumps(result))).splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    assert len({len(line) for line in cells}) <= 2  # tables of two widths at most
+    return cells
+
+
+def test_the_table_of_starts_is_relative_to_wanda() -> None:
+    operator = small_operator()
+    rows = [
+        row
+        for start in ("wanda", "dense")
+        for row in warm_starts.measure(operator, TWO_FOUR, start)
+    ]
+    head, wanda, dense = table("warm-starts", rows)
+    assert head == ["start, 2:4", "as it is", "refit", "fista, no refit", "fista"]
+    assert wanda[:2] == ["wanda", "1.000 / 1.000"]
+    assert all(float(cell.split(" / ")[0]) <= 1 for cell in [*wanda[1:], *dense[1:]])
+
+
+def test_the_table_of_searches_has_every_budget() -> None:
+    rows = list(penalty_search.compare(small_operator(), "wanda", (2, 3)))
+    head, *lines = table("penalty-search", rows, rows=16, optuna="")
+    assert head == ["search", "2 trials", "3 trials", "54 products", "81 products"]
+    assert len(lines) == 5
+    # More trials are never worse than fewer of the same run.
+    relative = next(line for line in lines if line[0] == "bisection, relative interval")
+    assert float(relative[2]) <= float(relative[1])
+
+
+def test_the_table_of_methods_has_every_budget_and_penalty() -> None:
+    problem = first_order.task(small_operator(), "scaled", 0.1, 500)
+    cells = table("first-order", first_order.compare(problem, (5, 20)), rows=16, batch=64)
+    assert cells[0] == ["gap to the minimum, scaled columns", "5", "20"]
+    assert cells[-1][0] == "minimiser"
+    fista = next(line for line in cells if line[0] == "fista")
+    assert float(fista[2]) < float(fista[1]) < 1
+
+
+def test_the_tables_of_costs_name_every_operator() -> None:
+    operator = small_operator()
+    (_, row) = table(
+        "stacked-penalties", [stacked_penalties.compare(operator)], penalties=[1], iterations=10
+    )
+    assert row[0] == f"{operator.name}, 16 x 64"
+    head, *lines = table("operator-costs", stacked_penalties.costs(operator), pattern="2:4")
+    assert head == ["products with G", operator.name]
+    assert [line[0] for line in lines] == list(PRUNERS)
+
+
+def test_the_table_of_blocks_shows_the_best_of_a_grid() -> None:
+    row = gradient_blocks.Row(
+        layer=1, method="a", seconds=2, calibration_error=0.5, heldout_error=0.4
+    )
+    worse = replace(row, heldout_error=0.6)
+    head, line = table("gradient-blocks", [worse, row], tokens=8)
+    assert head == ["method", "layer 1, held-out", "layer 1, calibration", "seconds"]
+    assert line == ["a", "0.4000", "0.5000", "2"]
