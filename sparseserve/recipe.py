@@ -1,18 +1,18 @@
 r"""A recipe: everything that decides what a pruning run computes.
 
-The presets are ``default``, the best plain setting measured, and ``paper``, FISTAPruner to the
-letter. A TOML file states the same keys::
+The presets are ``default``, the best plain setting measured, ``fast``, SparseGPT as its authors run
+it, and ``paper``, FISTAPruner to the letter. A TOML file states the same keys::
 
     version = 1
     pattern = "2:4"               # or N:M, or "50%"
-    error_correction = "intra"    # or "none", "intra+inter", "sequential"
+    error_correction = "intra+inter"  # or "none", "intra", "sequential"
     inter_weight = 0.5            # how much of the layers' errors "intra+inter" repairs, 0 to 1
     ignore = ["layers\\.0\\."]     # regular expressions; matching linears stay dense
     dtype = "auto"                # or float32, bfloat16, float16: of the stored weights
 
     [method]
-    name = "fista"                # any pruner, with its own knobs below
-    iterations = 10
+    name = "admm"                 # any pruner, with its own knobs below
+    damping = 0.1
 
     [reconstruction]
     epochs = 4                    # passes over the windows for each decoder layer; 0 for none
@@ -42,8 +42,9 @@ from sparseserve.calibration import CalibrationSpec
 from sparseserve.errors import RecipeError, unknown_name
 from sparseserve.group_statistics import ErrorCorrection
 from sparseserve.pruners import PRUNERS, Pruner
-from sparseserve.pruners.fista import Fista
+from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista_paper import PaperFista
+from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.reconstruction import Reconstruction
 from sparseserve.retraining import Retraining
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern
@@ -73,8 +74,8 @@ class PruneRecipe:
     """
 
     pattern: SparsityPattern = TWO_FOUR
-    pruner: Pruner = field(default_factory=Fista)
-    error_correction: ErrorCorrection = "intra"
+    pruner: Pruner = field(default_factory=lambda: Admm(damping=0.1))
+    error_correction: ErrorCorrection = "intra+inter"
     inter_weight: float = 0.5
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
     retraining: Retraining = field(default_factory=Retraining)
@@ -132,8 +133,11 @@ class PruneRecipe:
 
 PRESETS = {
     "default": PruneRecipe(),
+    "fast": PruneRecipe(pruner=SparseGPT(), error_correction="sequential"),
     "paper": PruneRecipe(
-        pruner=PaperFista(), calibration=CalibrationSpec(samples=128, sequence_length=2048)
+        pruner=PaperFista(),
+        error_correction="intra",
+        calibration=CalibrationSpec(samples=128, sequence_length=2048),
     ),
 }
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder to write.")
 @click.option("--method", help="fista, admm, sparsegpt, wanda and others; default from the recipe.")
-@click.option("--recipe", default="default", show_default=True, help="default, paper or FILE.toml.")
+@click.option(
+    "--recipe", default="default", show_default=True, help="default, fast, paper or FILE.toml."
+)
 @click.option("--pattern", help="2:4, any N:M, or a share of zeros such as 50%.")
 @click.option("--error-correction", help="none, intra, intra+inter or sequential.")
 @click.option("--inter-weight", type=float, help="Of intra+inter: errors repaired, 0 to 1.")

@@ -92,7 +92,7 @@ def test_prune_verify_evaluate_inspect_and_export_with_json(
     assert pruned.returncode == 0, pruned.stderr
     report = json.loads(pruned.stdout)
     assert report["format"] == "packed24"
-    assert report["recipe"]["method"]["name"] == "fista"
+    assert report["recipe"]["method"]["name"] == "admm"
     assert "model.layers.0" in pruned.stderr
 
     assert json.loads(cli("verify", "out", "--json").stdout)["ok"] is True
