@@ -36,16 +36,10 @@ from sparseserve.workflow import prune_and_export
 RESULTS = Path(__file__).parent / "results"
 VARIANTS = (
     "magnitude:none",
-    "wanda:none",
     "wanda:sequential",
-    "sparsegpt:none",
-    "sparsegpt:intra",
     "sparsegpt:sequential",
-    "fista:none",
     "fista:intra",
-    "fista-paper:intra",
-    "admm:none",
-    "admm:intra",
+    "admm:intra+inter",
 )
 
 

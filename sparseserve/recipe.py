@@ -74,7 +74,7 @@ class PruneRecipe:
     """
 
     pattern: SparsityPattern = TWO_FOUR
-    pruner: Pruner = field(default_factory=lambda: Admm(damping=0.1))
+    pruner: Pruner = field(default_factory=Admm)
     error_correction: ErrorCorrection = "intra+inter"
     inter_weight: float = 0.5
     reconstruction: Reconstruction = field(default_factory=Reconstruction)

@@ -10,7 +10,7 @@ worse than its warm start.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -27,7 +27,15 @@ from sparseserve.solvers.problem import LayerProblem, better_candidate, layer_pr
 from sparseserve.sparsity import SparsityPattern
 
 WarmStart = Literal["wanda", "sparsegpt", "admm"]
-WARM_STARTS: dict[str, Pruner] = {"wanda": Wanda(), "sparsegpt": SparseGPT(), "admm": Admm()}
+
+
+def warm_starts(damping: float) -> dict[str, Pruner]:
+    """Return the pruners to start from, which damp the problem as the search itself does."""
+    return {
+        "wanda": Wanda(),
+        "sparsegpt": SparseGPT(damping=damping),
+        "admm": Admm(damping=damping),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +58,13 @@ class Fista:
     iterations: int = 10
     candidate_refit: int = 6
     final_refit: int = 30
-    damping: float = 0.01
+    damping: float = 0.1
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        if self.warm_start not in WARM_STARTS:
+        if self.warm_start not in (known := get_args(WarmStart)):
             raise RecipeError(
-                f"fista: warm_start '{self.warm_start}' is not one of {', '.join(WARM_STARTS)}"
+                f"fista: warm_start '{self.warm_start}' is not one of {', '.join(known)}"
             )
         if any(not penalty > 0 for penalty in self.penalties):
             raise RecipeError(f"fista: penalties {list(self.penalties)} must be positive")
@@ -72,7 +80,7 @@ class Fista:
         Where the pattern binds rows together (unstructured over the matrix), candidates are
         compared as wholes instead.
         """
-        start = WARM_STARTS[self.warm_start].prune(dense_weight, statistics, pattern)
+        start = warm_starts(self.damping)[self.warm_start].prune(dense_weight, statistics, pattern)
         plain = layer_problem(dense_weight, statistics, self.damping)
         problem, scale = plain.column_scaled()
         warm = start.weight * scale

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
 from sparseserve.layer_statistics import LayerStatistics, output_error
-from sparseserve.pruners.fista import WARM_STARTS, WarmStart
+from sparseserve.pruners.fista import WarmStart, warm_starts
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.solvers.fista import fista
 from sparseserve.solvers.linalg import largest_eigenvalue
@@ -51,10 +51,9 @@ class PaperFista:
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        if self.warm_start not in WARM_STARTS:
+        if self.warm_start not in (known := get_args(WarmStart)):
             raise RecipeError(
-                f"fista-paper: warm_start '{self.warm_start}' is not one of "
-                f"{', '.join(WARM_STARTS)}"
+                f"fista-paper: warm_start '{self.warm_start}' is not one of {', '.join(known)}"
             )
         if not 0 < self.first_lambda < self.upper_lambda:
             raise RecipeError("fista-paper: first_lambda must lie between 0 and upper_lambda")
@@ -65,7 +64,8 @@ class PaperFista:
         self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Run algorithm 1; the best rounded weight by total error is returned."""
-        start = WARM_STARTS[self.warm_start].prune(dense_weight, statistics, pattern)
+        # The damping that SparseGPT and ALPS were published with.
+        start = warm_starts(0.01)[self.warm_start].prune(dense_weight, statistics, pattern)
         problem = layer_problem(dense_weight, statistics, damping=0.0)
         lipschitz = largest_eigenvalue(problem.gram)
 

@@ -1,0 +1,118 @@
+"""Runs the experiments on whole models behind docs/evidence.md, one after the other.
+
+Each is a call of ``benchmarks.quality`` with its own result file. What is already measured is not
+repeated, so the command can be stopped and given again::
+
+    python -m benchmarks.demo_assets smollm2
+    python -m benchmarks.demo_assets wikipedia
+    python -m benchmarks.evidence smollm2 demo/models/smollm2-135m \
+        --other-text demo/texts/wikipedia-evaluation.txt
+    python -m benchmarks.evidence opt-125m facebook/opt-125m --other-text wikitext
+
+``--list`` prints the calls instead. The model and the texts are folders, files or names on the
+hub; the first argument names the results.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import click
+
+# How much of earlier layers' errors is repaired: the weight of intra+inter.
+WEIGHTS = ("0", "0.25", "0.5", "0.75", "1")
+CORRECTIONS = ("none", "intra", "intra+inter@0.5", "intra+inter@1", "sequential")
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A question: which variants, on which pattern, with how many seeds and windows."""
+
+    name: str
+    variants: tuple[str, ...]
+    pattern: str = "2:4"
+    seeds: int = 1
+    samples: int = 16
+
+
+def experiments() -> Iterator[Experiment]:
+    """Yield them, the most important first."""
+    yield Experiment(
+        "2of4",
+        (
+            "magnitude:none",
+            "admm:intra+inter",
+            "admm:intra+inter,retrain",
+            "sparsegpt:none",
+            "sparsegpt:sequential",
+            "admm:none",
+            "admm:intra",
+            "wanda:sequential",
+            "fista:intra",
+            "fista-paper:intra",
+        ),
+        seeds=3,
+    )
+    yield Experiment("inter-weight", tuple(f"admm:intra+inter@{weight}" for weight in WEIGHTS))
+    yield Experiment(
+        "50percent", ("sparsegpt:sequential", "sparsegpt:none", "admm:intra+inter"), "50%"
+    )
+    yield Experiment(
+        "corrections-2of4",
+        tuple(f"{method}:{kind}" for method in ("admm", "sparsegpt") for kind in CORRECTIONS),
+    )
+    for percent in ("5%", "10%", "20%", "50%"):
+        variants = tuple(f"fista:{kind}" for kind in CORRECTIONS[:4])
+        yield Experiment(f"corrections-{percent.rstrip('%')}percent", variants, percent)
+    for samples in (8, 32, 64, 128):
+        variants = ("sparsegpt:sequential", "admm:intra+inter")
+        yield Experiment(f"samples-{samples}", variants, samples=samples)
+    yield Experiment(
+        "reconstruction",
+        (
+            "wanda:none",
+            "wanda:none,reconstruct",
+            "sparsegpt:sequential,reconstruct",
+            "admm:intra+inter,reconstruct",
+        ),
+    )
+
+
+def command(experiment: Experiment, name: str, model: str, other_text: str | None) -> list[str]:
+    """Return the call of ``benchmarks.quality``."""
+    call = [sys.executable, "-m", "benchmarks.quality", model]
+    call += ["--result", f"quality-{name}-{experiment.name}.json"]
+    call += ["--pattern", experiment.pattern, "--seeds", str(experiment.seeds)]
+    call += ["--samples", str(experiment.samples)]
+    if other_text:
+        call += ["--other-text", other_text]
+    return call + [part for variant in experiment.variants for part in ("--only", variant)]
+
+
+@click.command()
+@click.argument("name")
+@click.argument("model")
+@click.option("--other-text", help="Evaluation text of another domain than the packaged one.")
+@click.option("--only", multiple=True, help="Names of experiments; default: all.")
+@click.option("--list", "only_list", is_flag=True, help="Print the calls, run nothing.")
+def main(
+    *, name: str, model: str, other_text: str | None, only: tuple[str, ...], only_list: bool
+) -> None:
+    known = {experiment.name: experiment for experiment in experiments()}
+    if unknown := set(only) - set(known):
+        raise click.UsageError(f"no such experiment: {min(unknown)}; there are {', '.join(known)}")
+    for experiment in known.values():
+        if only and experiment.name not in only:
+            continue
+        call = command(experiment, name, model, other_text)
+        click.echo(shlex.join(call), err=not only_list)
+        if not only_list:
+            subprocess.run(call, check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The experiments name recipes that exist, and results that do not overwrite each other."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from benchmarks.evidence import command, experiments
+from benchmarks.quality import Setting, recipe_of
+from sparseserve.recipe import PruneRecipe
+
+SETTING = Setting(
+    model="m",
+    pattern="2:4",
+    samples=4,
+    sequence_length=8,
+    evaluation_windows=1,
+    evaluation_length=8,
+    texts={},
+)
+
+
+def test_every_variant_is_a_recipe_and_no_two_are_the_same() -> None:
+    for experiment in experiments():
+        recipes = [recipe_of(variant, SETTING, 0) for variant in experiment.variants]
+        assert len({repr(recipe) for recipe in recipes}) == len(recipes)
+
+
+def test_every_experiment_has_a_result_of_its_own() -> None:
+    calls = [command(experiment, "m", "folder", None) for experiment in experiments()]
+    results = [call[call.index("--result") + 1] for call in calls]
+    assert len(set(results)) == len(results)
+
+
+def test_a_variant_says_correction_weight_and_steps() -> None:
+    recipe = recipe_of("wanda:intra+inter@0.25,reconstruct,retrain", SETTING, 3)
+    assert recipe.method == "wanda"
+    assert (recipe.error_correction, recipe.inter_weight) == ("intra+inter", 0.25)
+    assert recipe.reconstruction.epochs > 0
+    assert recipe.retraining.epochs > 0
+    assert recipe.calibration.seed == 3
+
+
+def test_the_default_method_and_correction_name_the_default_recipe() -> None:
+    recipe = recipe_of("admm:intra+inter", SETTING, 0)
+    default = PruneRecipe()
+    assert (recipe.error_correction, recipe.inter_weight, recipe.pattern) == (
+        default.error_correction,
+        default.inter_weight,
+        default.pattern,
+    )
+    assert recipe.pruner == default.pruner
+
+
+def test_an_unknown_step_is_refused() -> None:
+    with pytest.raises(click.UsageError, match="no such step: retrian"):
+        recipe_of("wanda:none,retrian", SETTING, 0)
