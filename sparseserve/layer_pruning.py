@@ -139,6 +139,10 @@ def _prune_together(
         raise type(error)(f"{', '.join(names)}: {error}") from error
     seconds = time.perf_counter() - started
     rows = [operator.out_features for operator in operators]
+    weights = [
+        _stored(run, operator.name, weight)
+        for operator, weight in zip(operators, torch.split(result.weight, rows), strict=True)
+    ]
     return [
         (
             operator,
@@ -154,9 +158,25 @@ def _prune_together(
             ),
         )
         for operator, name, dense_weight, weight in zip(
-            operators, names, dense, torch.split(result.weight, rows), strict=True
+            operators, names, dense, weights, strict=True
         )
     ]
+
+
+def _stored(run: LayerRun, name: str, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` as the model stores it: in its dtype, finite, without -0.0.
+
+    Raises:
+        NumericalError: It is not finite in that dtype.
+    """
+    # Adding zero turns the -0.0 that a kept weight may have become into 0.0.
+    stored = tensor.to(run.storage_dtype) + 0.0
+    if not bool(torch.isfinite(stored).all()):
+        raise NumericalError(
+            f"{run.layer.name}.{name}: the pruned weight is not finite in {stored.dtype}: "
+            "choose --dtype bfloat16 or float32"
+        )
+    return stored
 
 
 def _changed(
@@ -172,14 +192,7 @@ def _changed(
     for name, parameter in pruned.named_parameters():
         if name not in weights and torch.equal(parameter, run.dense.get_parameter(name)):
             continue
-        # Adding zero turns the -0.0 that a kept weight may have become into 0.0.
-        stored = parameter.detach().to(run.storage_dtype) + 0.0
-        if not bool(torch.isfinite(stored).all()):
-            raise NumericalError(
-                f"{run.layer.name}.{name.removesuffix('.weight')}: the pruned weight is not finite "
-                f"in {stored.dtype}: choose --dtype bfloat16 or float32"
-            )
-        changed[name] = stored.cpu()
+        changed[name] = _stored(run, name.removesuffix(".weight"), parameter.detach()).cpu()
     for operator in planned:
         stored = changed[f"{operator.name}.weight"]
         violation = recipe.pattern.first_violation(stored.T if operator.transposed else stored)
