@@ -32,10 +32,10 @@ from sparseserve.solvers.problem import layer_problem
 from sparseserve.sparsity import TWO_FOUR
 
 LAYERS = (4, 12)
-WINDOWS = Windows(samples=8, heldout=8)
-RATES = (3e-4, 1e-3)
+WINDOWS = Windows()
+RATES = (1e-3, 3e-3)
 # Relative to a loss of 1 for a layer that adds nothing, and to the dense weights' own l1 norm.
-PENALTIES = (0.01, 0.1)
+PENALTIES = (0.1, 1.0)
 MASKED_RATE = 3e-4
 LAYER_WISE = ("wanda", "sparsegpt", "admm", "fista")
 
