@@ -12,7 +12,7 @@ it, and ``paper``, FISTAPruner to the letter. A TOML file states the same keys::
 
     [method]
     name = "admm"                 # any pruner, with its own knobs below
-    damping = 0.1
+    damping = 0.01
 
     [reconstruction]
     epochs = 4                    # passes over the windows for each decoder layer; 0 for none

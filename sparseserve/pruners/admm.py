@@ -50,7 +50,7 @@ class Admm:
     iterations: int = 120
     candidate_refit: int = 4
     final_refit: int = 12
-    damping: float = 0.1
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         """Check the knobs."""

@@ -58,7 +58,7 @@ class Fista:
     iterations: int = 10
     candidate_refit: int = 6
     final_refit: int = 30
-    damping: float = 0.1
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         """Check the knobs."""

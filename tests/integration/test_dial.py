@@ -144,15 +144,16 @@ def killed_when_written(stage: str) -> None:
         raise Killed
 
 
-def test_layers_that_stay_the_same_are_not_pruned_again(dial: Dial) -> None:
-    _, before = dial(KeepDenseFraction(0.06), "before")
+def test_layers_that_stay_the_same_are_not_pruned_again(dial: Dial, quick: PruneRecipe) -> None:
+    recipe = replace(quick, error_correction="intra")
+    _, before = dial(KeepDenseFraction(0.06), "before", recipe=recipe)
     with pytest.raises(Killed):
-        dial(KeepDenseFraction(0.06), on_stage=killed_when_written)
+        dial(KeepDenseFraction(0.06), recipe=recipe, on_stage=killed_when_written)
     again, other = Watch(), Watch()
     with pytest.raises(Killed):
-        dial(KeepDenseFraction(0.06), progress=again, on_stage=killed_when_written)
+        dial(KeepDenseFraction(0.06), recipe=recipe, progress=again, on_stage=killed_when_written)
     assert again.names == []
-    _, after = dial(KeepDenseFraction(0.12), progress=other)
+    _, after = dial(KeepDenseFraction(0.12), recipe=recipe, progress=other)
     moved = set(before.chosen.dense_operators) ^ set(after.chosen.dense_operators)
     changed = {layer for layer in ("layers.0.", "layers.1.") if any(layer in x for x in moved)}
     assert len(changed) == 1

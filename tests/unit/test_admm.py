@@ -205,7 +205,7 @@ def test_no_mask_is_better_than_brute_force_and_admm_is_close(
     offset = problem.loss_rows(free)
     ours, wanda = (
         problem.loss_rows(method.prune(case.weight, case.statistics, TWO_FOUR).weight.double())
-        for method in (Admm(damping=0.01), Refit(base="wanda"))
+        for method in (Admm(), Refit(base="wanda"))
     )
     assert (ours - least >= -1e-5 * (least - offset)).all()
     excess, greedy = (
@@ -223,11 +223,7 @@ def test_admm_is_never_worse_than_its_warm_start_in_any_row(
     warm = PRUNERS[warm_start]().prune(case.weight, case.statistics, pattern).weight
     refitted = Refit(base=warm_start, iterations=4)
     refitted_warm = refitted.prune(case.weight, case.statistics, pattern).weight
-    ours = (
-        Admm(warm_start=warm_start, damping=0.01)
-        .prune(case.weight, case.statistics, pattern)
-        .weight
-    )
+    ours = Admm(warm_start=warm_start).prune(case.weight, case.statistics, pattern).weight
     problem = layer_problem(case.weight, case.statistics, 0.01)
     for before in (problem.loss_rows(warm), problem.loss_rows(refitted_warm)):
         assert (problem.loss_rows(ours) <= before + 1e-4 * before.abs()).all()
@@ -237,7 +233,7 @@ def test_admm_is_never_worse_than_its_warm_start_in_any_row(
 @pytest.mark.parametrize("pattern", [TWO_FOUR, UnstructuredPattern(0.5)], ids=str)
 def test_the_warm_start_is_kept_where_admm_is_worse(case: Any, pattern: SparsityPattern) -> None:
     """Held at a huge penalty, ADMM never leaves its first mask, so SparseGPT's wins somewhere."""
-    stuck = Admm(warm_start="sparsegpt", first_penalty=1e6, iterations=1, damping=0.01)
+    stuck = Admm(warm_start="sparsegpt", first_penalty=1e6, iterations=1)
     ours = stuck.prune(case.weight, case.statistics, pattern).weight
     warm = Refit(base="sparsegpt", iterations=4).prune(case.weight, case.statistics, pattern).weight
     kept_rows = ((ours != 0) == (warm != 0)).all(dim=1)
@@ -254,7 +250,7 @@ def test_fista_from_admm_is_never_worse_than_admm(case: Any, pattern: SparsityPa
     problem = layer_problem(case.weight, case.statistics, 0.01)
     before, after = (
         problem.loss_rows(method.prune(case.weight, case.statistics, pattern).weight)
-        for method in (Admm(damping=0.01), Fista(warm_start="admm", damping=0.01))
+        for method in (Admm(), Fista(warm_start="admm"))
     )
     if pattern.rows_are_independent:
         assert (after <= before + 1e-4 * before.abs()).all()
@@ -278,15 +274,13 @@ class TestOnARealOperator:
     def test_admm_lands_on_the_error_of_alps(
         self, pattern: SparsityPattern, published: float
     ) -> None:
-        assert self.relative_error(Admm(damping=0.01), pattern) == pytest.approx(
-            published, rel=0.005
-        )
+        assert self.relative_error(Admm(), pattern) == pytest.approx(published, rel=0.005)
 
     def test_gradual_admm_lands_on_its_authors_error(self) -> None:
         assert self.relative_error(GradualAdmm(), TWO_FOUR) == pytest.approx(0.1398, rel=0.002)
 
     def test_a_slower_penalty_is_better(self) -> None:
-        assert self.relative_error(Admm(growth=1.15, damping=0.01), TWO_FOUR) < 0.1253
+        assert self.relative_error(Admm(growth=1.15), TWO_FOUR) < 0.1253
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_the_table_takes_our_figures_only_from_the_same_setting(
     ours = {
         "setting": asdict(SETTING),
         "runs": [
-            {"method": method, "error_correction": "none", "perplexity": {"speeches": perplexity}}
+            {"variant": f"{method}:none", "perplexity": {"speeches": perplexity}}
             for method, perplexity in (("sparsegpt", 11.0), ("magnitude", 99.0))
         ],
     }

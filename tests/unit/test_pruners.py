@@ -230,11 +230,7 @@ def test_with_correction_sparsegpt_prunes_the_corrected_target(make_case: Any) -
 @pytest.mark.parametrize("warm_start", ["wanda", "sparsegpt"])
 def test_fista_is_never_worse_than_its_warm_start_in_any_row(case: Any, warm_start: Any) -> None:
     warm = PRUNERS[warm_start]().prune(case.weight, case.statistics, TWO_FOUR).weight
-    ours = (
-        Fista(warm_start=warm_start, damping=0.01)
-        .prune(case.weight, case.statistics, TWO_FOUR)
-        .weight
-    )
+    ours = Fista(warm_start=warm_start).prune(case.weight, case.statistics, TWO_FOUR).weight
     problem = layer_problem(case.weight, case.statistics, 0.01)
     before, after = problem.loss_rows(warm), problem.loss_rows(ours)
     assert (after <= before + 1e-4 * before.abs()).all()
@@ -244,7 +240,7 @@ def test_fista_is_never_worse_than_its_warm_start_in_any_row(case: Any, warm_sta
 def test_fista_is_never_worse_than_its_warm_start_where_rows_are_bound_together(case: Any) -> None:
     pattern = UnstructuredPattern(0.5)
     warm = SparseGPT().prune(case.weight, case.statistics, pattern).weight
-    ours = Fista(damping=0.01).prune(case.weight, case.statistics, pattern).weight
+    ours = Fista().prune(case.weight, case.statistics, pattern).weight
     problem = layer_problem(case.weight, case.statistics, 0.01)
     assert problem.loss_rows(ours).sum() < problem.loss_rows(warm).sum()
 
