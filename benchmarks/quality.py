@@ -9,7 +9,8 @@ written to the JSON as soon as it is done; runs already there are not repeated::
     python -m benchmarks.quality demo/models/smollm2-135m --result quality-smollm2-2of4.json
 
 A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
-``,reconstruct`` and ``,retrain`` for the steps after pruning::
+``,reconstruct`` and ``,retrain`` for the steps after pruning. The method of the default recipe has
+the knobs it has there::
 
     --only sparsegpt:sequential --only admm:intra+inter@0.5 --only admm:intra,retrain
 """
@@ -76,9 +77,10 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     correction, _, weight = correction.partition("@")
     if unknown := set(steps) - {"reconstruct", "retrain"}:
         raise click.UsageError(f"{variant}: no such step: {', '.join(sorted(unknown))}")
+    default = PruneRecipe().to_json()
     data: dict[str, object] = {
         "pattern": setting.pattern,
-        "method": {"name": method},
+        "method": default["method"] if method == PruneRecipe().method else {"name": method},
         "error_correction": correction or "none",
         "calibration": {
             "samples": setting.samples,
