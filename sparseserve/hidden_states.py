@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from sparseserve.checkpoint import writing
 
 
 @dataclass(frozen=True, slots=True)
-class HiddenStates(Sequence[Tensor]):
+class HiddenStates:
     """A file of equally shaped tensors, each read from the disk when it is asked for.
 
     Attributes:
@@ -50,16 +49,12 @@ class HiddenStates(Sequence[Tensor]):
         """How many tensors there are."""
         return self.path.stat().st_size // self._bytes
 
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
+    def __iter__(self) -> Iterator[Tensor]:
+        """Read them one after the other."""
+        return (self[index] for index in range(len(self)))
 
-    @overload
-    def __getitem__(self, index: slice) -> list[Tensor]: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
-        """Read a tensor, or several; each is new and may be changed."""
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Tensor:
+        """Read a tensor; it is new and may be changed."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         with self.path.open("rb") as file:

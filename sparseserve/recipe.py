@@ -1,7 +1,7 @@
 r"""A recipe: everything that decides what a pruning run computes.
 
-The presets are ``default``, the best plain setting measured, ``fast``, SparseGPT as its authors run
-it, and ``paper``, FISTAPruner to the letter. A TOML file states the same keys::
+The presets are ``default``, the best setting found without training, ``fast``, SparseGPT as its
+authors run it, and ``paper``, FISTAPruner to the letter. A TOML file states the same keys::
 
     version = 1
     pattern = "2:4"               # or N:M, or "50%"

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseserve.errors import NumericalError, RecipeError
+from sparseserve.hidden_states import HiddenStates
 from sparseserve.layer_run import LayerRun
 from sparseserve.models.hooks import hidden_output
 from sparseserve.models.layer_call import LayerCall
@@ -142,8 +143,8 @@ class _Trained:
 class _Windows:
     """What enters the pruned layer and what should leave it; the last windows are held out."""
 
-    entering: Sequence[Tensor]
-    leaving: Sequence[Tensor]
+    entering: HiddenStates
+    leaving: HiddenStates
     call: LayerCall
     device: torch.device
     training: int

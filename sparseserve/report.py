@@ -18,8 +18,8 @@ class OperatorReport:
         name: Full module name.
         shape: ``[out_features, in_features]``.
         sparsity: Share of exact zeros in the stored weight.
-        relative_error: ``||W X* - W0 X||_F / ||W0 X||_F`` of the stored weight on the
-            calibration tokens.
+        relative_error: ``||W X* - W0 X||_F / ||W0 X||_F`` of the pruned weight on the calibration
+            tokens, before reconstruction and retraining; ``X`` as the error correction sees it.
         gram_products: Products with the Gram matrix that the pruner spent.
         seconds: Wall time of the pruner, without the statistics.
         transposed: Whether the model stores the dense weight ``[in, out]``.

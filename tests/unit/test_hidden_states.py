@@ -18,7 +18,6 @@ def test_every_tensor_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype)
     assert len(stored) == 4
     assert all(torch.equal(a, b) for a, b in zip(stored, windows, strict=True))
     assert torch.equal(stored[2], windows[2])
-    assert [torch.equal(a, b) for a, b in zip(stored[1:3], windows[1:3], strict=True)] == [True] * 2
 
 
 def test_a_tensor_that_was_read_may_be_changed_without_changing_the_file(tmp_path: Path) -> None:
