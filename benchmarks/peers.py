@@ -36,8 +36,7 @@ from benchmarks.peers_environment import (
     write_windows,
 )
 from benchmarks.peers_timing import time_in_turns
-from benchmarks.quality import RESULTS, Setting, perplexities
-from sparseserve.calibration import CalibrationSpec
+from benchmarks.quality import RESULTS, TEXT_HELP, Setting, named_texts, perplexities
 from sparseserve.checkpoint import Checkpoint, write_json
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.recipe import PruneRecipe
@@ -100,7 +99,7 @@ def measure(setting: Setting, peer: Peer, method: str, seed: int) -> PeerRun:
     operators = [name for name, _ in plan(setting.model, PruneRecipe()).operators]
     with tempfile.TemporaryDirectory() as scratch:
         windows, out = Path(scratch) / "windows.safetensors", Path(scratch) / "pruned"
-        digest = write_windows(setting.model, _calibration(setting, seed), windows)
+        digest = write_windows(setting.model, setting.calibration_spec(seed), windows)
         report = run_peer(
             peer, method, python=python, model=setting.model, windows=windows, checkpoint=out
         )
@@ -116,12 +115,6 @@ def measure(setting: Setting, peer: Peer, method: str, seed: int) -> PeerRun:
         )
 
 
-def _calibration(setting: Setting, seed: int) -> CalibrationSpec:
-    return CalibrationSpec(
-        samples=setting.samples, sequence_length=setting.sequence_length, seed=seed
-    )
-
-
 @click.command()
 @click.argument("model")
 @click.option("--result", required=True, help="File name in benchmarks/results/.")
@@ -129,7 +122,8 @@ def _calibration(setting: Setting, seed: int) -> CalibrationSpec:
 @click.option("--samples", default=16, show_default=True)
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--windows", default=30, show_default=True, help="Evaluation windows a text.")
-@click.option("--other-text", help="Evaluation text of another domain than the packaged one.")
+@click.option("--calibration", help="Calibration text; default: the packaged one.")
+@click.option("--text", "texts", multiple=True, callback=named_texts, help=TEXT_HELP)
 @click.option("--only", multiple=True, help="TOOL:METHOD; default: all.")
 @click.option("--ours", help="Result file of benchmarks/quality.py that the table shows as ours.")
 @click.option("--time-against-ours", is_flag=True, help="Time pruning only, in turns with ours.")
@@ -143,7 +137,8 @@ def main(
     samples: int,
     sequence_length: int,
     windows: int,
-    other_text: str | None,
+    calibration: str | None,
+    texts: dict[str, str | None],
     only: tuple[str, ...],
     ours: str | None,
     time_against_ours: bool,
@@ -157,17 +152,18 @@ def main(
     setting = Setting(
         model=model,
         pattern="2:4",
+        calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
         evaluation_windows=windows,
         evaluation_length=sequence_length,
-        texts={"speeches": None, **({"wikipedia": other_text} if other_text else {})},
+        texts=texts,
     )
     wanted = chosen(only)
     with tempfile.TemporaryDirectory() as scratch:
         path = (Path(scratch) if smoke else RESULTS) / result
         if time_against_ours:
-            timed = time_in_turns(model, _calibration(setting, 0), wanted, repeats)
+            timed = time_in_turns(model, setting.calibration_spec(0), wanted, repeats)
             write_json(path, timed)
         else:
             _measure_all(setting, wanted, [int(seed) for seed in seeds.split(",")], path, ours)

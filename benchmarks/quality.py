@@ -6,7 +6,8 @@ written to the JSON as soon as it is done; runs already there are not repeated::
 
     python -m benchmarks.demo_assets smollm2
     python -m benchmarks.demo_assets wikipedia
-    python -m benchmarks.quality demo/models/smollm2-135m --result quality-smollm2-2of4.json
+    python -m benchmarks.quality demo/models/smollm2-135m --result quality-smollm2-2of4.json \
+        --text speeches=packaged --text wikipedia=demo/texts/wikipedia-evaluation.txt
 
 A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
 ``,reconstruct`` and ``,retrain`` for the steps after pruning. The method of the default recipe has
@@ -27,6 +28,7 @@ from typing import Any
 import click
 
 from benchmarks.machine import Machine
+from sparseserve.calibration import CalibrationSpec
 from sparseserve.checkpoint import write_json
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.measurement import EvaluationSpec, evaluate
@@ -35,6 +37,7 @@ from sparseserve.report import PruneReport
 from sparseserve.workflow import prune_and_export
 
 RESULTS = Path(__file__).parent / "results"
+TEXT_HELP = "Evaluation text NAME=SOURCE, may be repeated; default: speeches=packaged."
 VARIANTS = (
     "magnitude:none",
     "wanda:sequential",
@@ -50,11 +53,20 @@ class Setting:
 
     model: str
     pattern: str
+    calibration: str | None
     samples: int
     sequence_length: int
     evaluation_windows: int
     evaluation_length: int
     texts: dict[str, str | None]
+
+    def calibration_spec(self, seed: int) -> CalibrationSpec:
+        return CalibrationSpec(
+            source=self.calibration,
+            samples=self.samples,
+            sequence_length=self.sequence_length,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,11 +94,7 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
         "pattern": setting.pattern,
         "method": default["method"] if method == PruneRecipe().method else {"name": method},
         "error_correction": correction or "none",
-        "calibration": {
-            "samples": setting.samples,
-            "sequence_length": setting.sequence_length,
-            "seed": seed,
-        },
+        "calibration": asdict(setting.calibration_spec(seed)),
     }
     if weight:
         data["inter_weight"] = float(weight)
@@ -129,6 +137,16 @@ def perplexities(setting: Setting, model: str) -> dict[str, float]:
     }
 
 
+def named_texts(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str | None]:
+    """Read ``NAME=SOURCE``; the source ``packaged`` is the text that comes with the package."""
+    if wrong := [value for value in values if not value.partition("=")[2]]:
+        raise click.BadParameter(f"'{wrong[0]}' is not NAME=SOURCE")
+    pairs = (value.partition("=")[::2] for value in values or ("speeches=packaged",))
+    return {name: None if source == "packaged" else source for name, source in pairs}
+
+
 @click.command()
 @click.argument("model")
 @click.option("--result", required=True, help="File name in benchmarks/results/.")
@@ -137,7 +155,8 @@ def perplexities(setting: Setting, model: str) -> dict[str, float]:
 @click.option("--samples", default=16, show_default=True)
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--windows", default=30, show_default=True, help="Evaluation windows a text.")
-@click.option("--other-text", help="Evaluation text of another domain than the packaged one.")
+@click.option("--calibration", help="Calibration text; default: the packaged one.")
+@click.option("--text", "texts", multiple=True, callback=named_texts, help=TEXT_HELP)
 @click.option("--only", multiple=True, help="A variant, see above; default: the usual ones.")
 @click.option("--smoke", is_flag=True, help="One seed, magnitude only: does the script run?")
 def main(
@@ -149,17 +168,16 @@ def main(
     samples: int,
     sequence_length: int,
     windows: int,
-    other_text: str | None,
+    calibration: str | None,
+    texts: dict[str, str | None],
     only: tuple[str, ...],
     smoke: bool,
 ) -> None:
     quiet_libraries()
-    texts: dict[str, str | None] = {"speeches": None}
-    if other_text:
-        texts["wikipedia"] = other_text
     setting = Setting(
         model=model,
         pattern=pattern,
+        calibration=calibration,
         samples=samples,
         sequence_length=sequence_length,
         evaluation_windows=windows,

@@ -47,12 +47,17 @@ def quality_table(result: dict[str, Any]) -> str:
     drawn = f"{seeds} calibration seeds (mean, lowest to highest; one where one figure stands)"
     lines.append(
         f"\n`{Path(setting['model']).name}`, {setting['pattern']}, {tokens:,} calibration tokens "
-        f"of the packaged speeches, {drawn if seeds > 1 else 'one calibration seed'}, perplexity "
-        f"on {setting['evaluation_windows']} held-out windows of {setting['evaluation_length']} "
-        f"tokens of each text; {machine['cpu']}, torch {machine['torch']}, commit "
-        f"{machine['commit']}, {machine['date']}."
+        f"of {_calibration_text(setting)}, {drawn if seeds > 1 else 'one calibration seed'}, "
+        f"perplexity on {setting['evaluation_windows']} held-out windows of "
+        f"{setting['evaluation_length']} tokens of each text; {machine['cpu']}, "
+        f"torch {machine['torch']}, commit {machine['commit']}, {machine['date']}."
     )
     return "\n".join(lines)
+
+
+def _calibration_text(setting: dict[str, Any]) -> str:
+    source = setting.get("calibration")
+    return f"`{Path(source).name}`" if source else "the packaged speeches"
 
 
 def bench_table(result: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import demo_assets, make_packaged_text
 from benchmarks.demo_assets import AssetError, ModelAsset, fetch_model, split_by_hash
+from sparseserve.text import read_text
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 64, 96, 40
 
@@ -176,6 +177,20 @@ def test_texts_are_split_without_overlap_whatever_their_order(
         [text for text in passages[::-1] if text in evaluation],
         [text for text in passages[::-1] if text in calibration],
     )
+
+
+def test_the_mixed_text_is_half_packaged_and_half_of_the_encyclopedia(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    packaged = "\n\n".join(read_text(None).documents)
+    other = "An article. " * (len(packaged) // 6)
+    for name in ("calibration", "evaluation"):
+        (texts / f"wikipedia-{name}.txt").write_text(other, encoding="utf-8")
+    (path,) = demo_assets.mixed(tmp_path)
+    mixed = path.read_text(encoding="utf-8")
+    assert mixed.startswith(packaged)
+    assert mixed.strip().endswith(other[: len(packaged)].strip())
+    assert abs(len(mixed) - 2 * len(packaged)) < 10
 
 
 def test_another_release_of_the_speeches_is_refused(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import click
 import pytest
 
 from benchmarks.evidence import command, experiments
-from benchmarks.quality import Setting, recipe_of
+from benchmarks.quality import Setting, named_texts, recipe_of
 from sparseserve.recipe import PruneRecipe
 
 SETTING = Setting(
     model="m",
     pattern="2:4",
+    calibration=None,
     samples=4,
     sequence_length=8,
     evaluation_windows=1,
@@ -27,7 +28,9 @@ def test_every_variant_is_a_recipe_and_no_two_are_the_same() -> None:
 
 
 def test_every_experiment_has_a_result_of_its_own() -> None:
-    calls = [command(experiment, "m", "folder", None) for experiment in experiments()]
+    calls = [
+        command(experiment, "m", "folder", ("speeches=packaged",)) for experiment in experiments()
+    ]
     results = [call[call.index("--result") + 1] for call in calls]
     assert len(set(results)) == len(results)
 
@@ -55,3 +58,12 @@ def test_the_default_method_and_correction_name_the_default_recipe() -> None:
 def test_an_unknown_step_is_refused() -> None:
     with pytest.raises(click.UsageError, match="no such step: retrian"):
         recipe_of("wanda:none,retrian", SETTING, 0)
+
+
+def test_an_evaluation_text_is_a_name_and_a_source() -> None:
+    context = click.Context(click.Command("quality"))
+    parameter = click.Option(["--text"])
+    texts = named_texts(context, parameter, ("speeches=packaged", "wiki=a=b.txt"))
+    assert texts == {"speeches": None, "wiki": "a=b.txt"}
+    with pytest.raises(click.BadParameter, match="'wiki' is not NAME=SOURCE"):
+        named_texts(context, parameter, ("wiki",))

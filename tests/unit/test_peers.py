@@ -38,6 +38,7 @@ SPEC = CalibrationSpec(samples=3, sequence_length=16, seed=5)
 SETTING = Setting(
     model="model",
     pattern="2:4",
+    calibration=None,
     samples=3,
     sequence_length=16,
     evaluation_windows=2,
