@@ -9,7 +9,7 @@ already in the JSON is not measured again::
     python -m benchmarks.demo_assets wikipedia
     python -m benchmarks.dial demo/models/smollm2-135m --budget 10% \
         --other-validation demo/texts/wikipedia-calibration.txt \
-        --other-text demo/texts/wikipedia-evaluation.txt
+        --text speeches=packaged --text wikipedia=demo/texts/wikipedia-evaluation.txt
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 import click
 
+from benchmarks.evaluation_texts import text_option
 from benchmarks.machine import Machine
 from sparseserve.calibration import CalibrationSpec
 from sparseserve.checkpoint import write_json
@@ -166,7 +167,7 @@ def _held_out(setting: Setting) -> HeldOutSpec:
 @click.option("--validation-windows", default=32, show_default=True, help="A text.")
 @click.option("--windows", default=30, show_default=True, help="Evaluation windows a text.")
 @click.option("--other-validation", help="Calibration text of another domain.")
-@click.option("--other-text", help="Evaluation text of that domain.")
+@text_option
 @click.option("--smoke", is_flag=True, help="A tiny model; writes nothing.")
 def main(
     *,
@@ -178,7 +179,7 @@ def main(
     validation_windows: int,
     windows: int,
     other_validation: str | None,
-    other_text: str | None,
+    texts: dict[str, str | None],
     smoke: bool,
 ) -> None:
     quiet_libraries()
@@ -189,9 +190,6 @@ def main(
         if model is None:
             raise click.UsageError("Missing argument 'MODEL'.")
         spec = EvaluationSpec(samples=windows, sequence_length=sequence_length)
-        texts: dict[str, str | None] = {"speeches": None}
-        if other_text:
-            texts["wikipedia"] = other_text
         own = str(resources.files("sparseserve").joinpath("data", "calibration.txt"))
         setting = Setting(
             model=model,

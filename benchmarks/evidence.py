@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import click
 
-from benchmarks.quality import TEXT_HELP
+from benchmarks.evaluation_texts import HELP
 
 # How much of earlier layers' errors is repaired: the weight of intra+inter.
 WEIGHTS = ("0", "0.25", "0.5", "0.75", "1")
@@ -98,7 +98,7 @@ def command(experiment: Experiment, name: str, model: str, texts: tuple[str, ...
 @click.command()
 @click.argument("name")
 @click.argument("model")
-@click.option("--text", "texts", multiple=True, help=TEXT_HELP)
+@click.option("--text", "texts", multiple=True, help=HELP)
 @click.option("--only", multiple=True, help="Names of experiments; default: all.")
 @click.option("--list", "only_list", is_flag=True, help="Print the calls, run nothing.")
 def main(

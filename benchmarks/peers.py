@@ -25,6 +25,7 @@ from typing import Any
 
 import click
 
+from benchmarks.evaluation_texts import text_option
 from benchmarks.machine import Machine
 from benchmarks.peers_environment import (
     PEERS,
@@ -36,7 +37,7 @@ from benchmarks.peers_environment import (
     write_windows,
 )
 from benchmarks.peers_timing import time_in_turns
-from benchmarks.quality import RESULTS, TEXT_HELP, Setting, named_texts, perplexities
+from benchmarks.quality import RESULTS, Setting, perplexities
 from sparseserve.checkpoint import Checkpoint, write_json
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.recipe import PruneRecipe
@@ -123,7 +124,7 @@ def measure(setting: Setting, peer: Peer, method: str, seed: int) -> PeerRun:
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--windows", default=30, show_default=True, help="Evaluation windows a text.")
 @click.option("--calibration", help="Calibration text; default: the packaged one.")
-@click.option("--text", "texts", multiple=True, callback=named_texts, help=TEXT_HELP)
+@text_option
 @click.option("--only", multiple=True, help="TOOL:METHOD; default: all.")
 @click.option("--ours", help="Result file of benchmarks/quality.py that the table shows as ours.")
 @click.option("--time-against-ours", is_flag=True, help="Time pruning only, in turns with ours.")

@@ -47,7 +47,7 @@ def time_in_turns(
     timings: list[Timing] = []
     with tempfile.TemporaryDirectory() as scratch:
         windows = Path(scratch) / "windows.safetensors"
-        write_windows(model, spec, windows)
+        digest = write_windows(model, spec, windows)
         for repeat in range(repeats):
             for peer, method in wanted:
                 report = run_peer(
@@ -68,7 +68,7 @@ def time_in_turns(
                 timings += [theirs]
                 click.echo(theirs, err=True)
             for method in dict.fromkeys(name for _, name in wanted if name in PRUNERS):
-                timings += [_time_ours(model, spec, method, repeat)]
+                timings += [time_ours(model, spec, method, repeat, digest)]
                 click.echo(timings[-1], err=True)
     return {
         "model": model,
@@ -78,17 +78,27 @@ def time_in_turns(
     }
 
 
-def _time_ours(model: str, spec: CalibrationSpec, method: str, repeat: int) -> Timing:
+def time_ours(model: str, spec: CalibrationSpec, method: str, repeat: int, digest: str) -> Timing:
+    """Time one of our methods on the windows of ``spec``, whose digest is ``digest``.
+
+    Raises:
+        PeerError: The command failed, or calibrated on other tokens.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "pruned"
         command = [sys.executable, "-m", "sparseserve", "prune-and-export", model, "-o", str(out)]
         command += ["--method", method, "--error-correction", "none", "--format", "dense"]
         command += ["--samples", str(spec.samples), "--seed", str(spec.seed)]
         command += ["--sequence-length", str(spec.sequence_length)]
+        if spec.source:
+            command += ["--calibration", spec.source]
         done = subprocess.run(command, stdout=sys.stderr, check=False)
         if done.returncode:
             raise PeerError(f"'{' '.join(command)}' failed with code {done.returncode}")
-        report = PruneReport.from_json(Artifact.open(out).manifest.report)
+        manifest = Artifact.open(out).manifest
+    report = PruneReport.from_json(manifest.report)
+    if manifest.calibration["digest"] != digest:
+        raise PeerError(f"{OURS} {method} calibrated on other tokens than the tools were given")
     return Timing(
         tool=OURS,
         method=method,

@@ -27,6 +27,7 @@ from typing import Any
 
 import click
 
+from benchmarks.evaluation_texts import text_option
 from benchmarks.machine import Machine
 from sparseserve.calibration import CalibrationSpec
 from sparseserve.checkpoint import write_json
@@ -37,7 +38,6 @@ from sparseserve.report import PruneReport
 from sparseserve.workflow import prune_and_export
 
 RESULTS = Path(__file__).parent / "results"
-TEXT_HELP = "Evaluation text NAME=SOURCE, may be repeated; default: speeches=packaged."
 VARIANTS = (
     "magnitude:none",
     "wanda:sequential",
@@ -137,16 +137,6 @@ def perplexities(setting: Setting, model: str) -> dict[str, float]:
     }
 
 
-def named_texts(
-    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
-) -> dict[str, str | None]:
-    """Read ``NAME=SOURCE``; the source ``packaged`` is the text that comes with the package."""
-    if wrong := [value for value in values if not value.partition("=")[2]]:
-        raise click.BadParameter(f"'{wrong[0]}' is not NAME=SOURCE")
-    pairs = (value.partition("=")[::2] for value in values or ("speeches=packaged",))
-    return {name: None if source == "packaged" else source for name, source in pairs}
-
-
 @click.command()
 @click.argument("model")
 @click.option("--result", required=True, help="File name in benchmarks/results/.")
@@ -156,7 +146,7 @@ def named_texts(
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--windows", default=30, show_default=True, help="Evaluation windows a text.")
 @click.option("--calibration", help="Calibration text; default: the packaged one.")
-@click.option("--text", "texts", multiple=True, callback=named_texts, help=TEXT_HELP)
+@text_option
 @click.option("--only", multiple=True, help="A variant, see above; default: the usual ones.")
 @click.option("--smoke", is_flag=True, help="One seed, magnitude only: does the script run?")
 def main(

@@ -10,7 +10,7 @@ JSON as soon as it is done; runs already there are not repeated::
     python -m benchmarks.demo_assets smollm2
     python -m benchmarks.demo_assets wikipedia
     python -m benchmarks.retraining demo/models/smollm2-135m \
-        --other-text demo/texts/wikipedia-evaluation.txt
+        --text speeches=packaged --text wikipedia=demo/texts/wikipedia-evaluation.txt
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import click
 from torch import Tensor
 
+from benchmarks.evaluation_texts import text_option
 from benchmarks.machine import Machine
 from sparseserve.artifact import MANIFEST_FILE, Artifact
 from sparseserve.calibration import CalibrationSpec, load_calibration
@@ -180,7 +181,7 @@ def missing(runs: Sequence[Run], pruners: Iterable[str]) -> dict[str, list[str]]
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--epochs", default=2, show_default=True)
 @click.option("--windows", default=30, show_default=True, help="Evaluation windows a text.")
-@click.option("--other-text", help="Evaluation text of another domain than the packaged one.")
+@text_option
 @click.option("--only", multiple=True, type=click.Choice(list(PRUNERS)), help="Default: all.")
 @click.option("--work", type=click.Path(path_type=Path), help="Keep pruned models here.")
 @click.option("--smoke", is_flag=True, help="Magnitude and one epoch: does the script run?")
@@ -192,7 +193,7 @@ def main(
     sequence_length: int,
     epochs: int,
     windows: int,
-    other_text: str | None,
+    texts: dict[str, str | None],
     only: tuple[str, ...],
     work: Path | None,
     smoke: bool,
@@ -205,7 +206,7 @@ def main(
         calibration=asdict(CalibrationSpec(samples=samples, sequence_length=sequence_length)),
         retraining=chosen,
         evaluation_windows=windows,
-        texts={"speeches": None} | ({"wikipedia": other_text} if other_text else {}),
+        texts=texts,
     )
     path = RESULTS / result
     runs = _stored(path, setting)

@@ -56,7 +56,7 @@ def quality_table(result: dict[str, Any]) -> str:
 
 
 def _calibration_text(setting: dict[str, Any]) -> str:
-    source = setting.get("calibration")
+    source = setting["calibration"]
     return f"`{Path(source).name}`" if source else "the packaged speeches"
 
 

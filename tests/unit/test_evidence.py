@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 import pytest
 
+from benchmarks.evaluation_texts import named_texts
 from benchmarks.evidence import command, experiments
-from benchmarks.quality import Setting, named_texts, recipe_of
+from benchmarks.quality import Setting, recipe_of
 from sparseserve.recipe import PruneRecipe
 
 SETTING = Setting(
@@ -61,9 +62,17 @@ def test_an_unknown_step_is_refused() -> None:
 
 
 def test_an_evaluation_text_is_a_name_and_a_source() -> None:
-    context = click.Context(click.Command("quality"))
-    parameter = click.Option(["--text"])
-    texts = named_texts(context, parameter, ("speeches=packaged", "wiki=a=b.txt"))
+    texts = named_texts(("speeches=packaged", "wiki=a=b.txt"))
     assert texts == {"speeches": None, "wiki": "a=b.txt"}
-    with pytest.raises(click.BadParameter, match="'wiki' is not NAME=SOURCE"):
-        named_texts(context, parameter, ("wiki",))
+    assert named_texts(()) == {"speeches": None}
+
+
+@pytest.mark.parametrize("value", ["wiki", "wiki=", "=a.txt"])
+def test_half_an_evaluation_text_is_refused(value: str) -> None:
+    with pytest.raises(click.BadParameter, match=f"'{value}' is not NAME=SOURCE"):
+        named_texts((value,))
+
+
+def test_two_evaluation_texts_of_one_name_are_refused() -> None:
+    with pytest.raises(click.BadParameter, match="'a' names two texts"):
+        named_texts(("a=x", "a=y"))

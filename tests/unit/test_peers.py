@@ -27,6 +27,7 @@ from benchmarks.peers_environment import (
     read_windows,
     write_windows,
 )
+from benchmarks.peers_timing import time_ours
 from benchmarks.quality import Setting
 from sparseserve.calibration import CalibrationSpec, load_calibration
 from sparseserve.recipe import PruneRecipe
@@ -92,6 +93,16 @@ def test_the_file_holds_the_windows_that_our_methods_calibrate_on(
     expected = load_calibration(SPEC, AutoTokenizer.from_pretrained(dense), None)
     assert torch.equal(read_windows(path), torch.stack(expected.windows))
     assert recorded == expected.record.digest == peer_worker.digest(read_windows(path))
+
+
+def test_ours_is_timed_on_the_windows_that_the_tools_are_given(dense: Path, tmp_path: Path) -> None:
+    source = tmp_path / "own.txt"
+    source.write_text("The quick brown fox jumps over the lazy dog again. " * 40, encoding="utf-8")
+    own = replace(SPEC, source=str(source))
+    digest = write_windows(str(dense), own, tmp_path / "windows.safetensors")
+    assert time_ours(str(dense), own, "magnitude", 0, digest).seconds > 0
+    with pytest.raises(PeerError, match="other tokens"):
+        time_ours(str(dense), SPEC, "magnitude", 0, digest)
 
 
 def test_a_checkpoint_of_the_worker_is_the_dense_one_but_for_what_was_pruned(
