@@ -46,13 +46,16 @@ def group_statistics(
         correction: Which inputs to compare.
         weight: ``w`` above, in [0, 1]; plays a part in ``intra+inter`` only.
     """
-    if correction in ("none", "sequential"):
+    if correction == "sequential" or (correction == "none" and not run.dense_inputs):
         yield from _one_pass(run, groups, correction)
         return
     for group in groups:
         # Data reaches the first group unchanged, so there the two inputs are equal.
-        same = group is run.layer.groups[0] and run.pruned_hidden is None
-        statistics = _paired(run, pruned, group, same=same)
+        first = group is run.layer.groups[0] and run.pruned_hidden is None
+        if correction == "none" or first:
+            yield _unpaired(run, group)
+            continue
+        statistics = _paired(run, pruned, group)
         yield statistics.mixed(weight) if correction == "intra+inter" else statistics
 
 
@@ -69,16 +72,18 @@ def _one_pass(
     return collected
 
 
-def _paired(
-    run: LayerRun, pruned: nn.Module, group: OperatorGroup, *, same: bool
-) -> LayerStatistics:
+def _unpaired(run: LayerRun, group: OperatorGroup) -> LayerStatistics:
+    statistics = LayerStatistics.empty(group.in_features, corrected=False, device=run.device)
+    for inputs in run.dense_group_inputs(group):
+        statistics = statistics.updated(inputs)
+    return statistics
+
+
+def _paired(run: LayerRun, pruned: nn.Module, group: OperatorGroup) -> LayerStatistics:
     """Sum the second moments of a group's dense and pruned inputs, token by token."""
-    statistics = LayerStatistics.empty(group.in_features, corrected=not same, device=run.device)
-    for dense_window, pruned_window in zip(run.dense_windows(), run.pruned_windows(), strict=True):
-        dense_inputs = group_input(run.dense, dense_window, run.call, group)
-        if same:
-            statistics = statistics.updated(dense_inputs)
-        else:
-            pruned_inputs = group_input(pruned, pruned_window, run.call, group)
-            statistics = statistics.updated(pruned_inputs, dense_inputs)
+    statistics = LayerStatistics.empty(group.in_features, corrected=True, device=run.device)
+    pairs = zip(run.dense_group_inputs(group), run.pruned_windows(), strict=True)
+    for dense_inputs, window in pairs:
+        pruned_inputs = group_input(pruned, window, run.call, group)
+        statistics = statistics.updated(pruned_inputs, dense_inputs)
     return statistics

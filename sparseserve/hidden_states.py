@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ class HiddenStates:
 
     Attributes:
         path: The file, raw and in the byte order of this machine.
-        shape: Of each tensor, ``[1, tokens, hidden]``.
+        shape: Of each tensor, ``[1, tokens, hidden]`` between layers.
         dtype: Of each tensor.
     """
 
@@ -33,17 +34,32 @@ class HiddenStates:
         Raises:
             ArtifactError: The disk is full or cannot be written.
         """
-        shape: tuple[int, ...] = ()
-        dtype = torch.float32
-        with writing(path), path.open("wb") as file:
+        return cls.write_several([path], ((window,) for window in windows))[0]
+
+    @classmethod
+    def write_several(
+        cls, paths: Sequence[Path], windows: Iterable[Sequence[Tensor]]
+    ) -> tuple[HiddenStates, ...]:
+        """Write the tensors that each of ``windows`` (at least one) has for each of ``paths``.
+
+        Raises:
+            ArtifactError: The disk is full or cannot be written.
+        """
+        kinds: list[tuple[tuple[int, ...], torch.dtype]] = []
+        with ExitStack() as stack:
+            for path in paths:
+                stack.enter_context(writing(path))
+            files = [stack.enter_context(path.open("wb")) for path in paths]
             for window in windows:
-                if shape and (tuple(window.shape) != shape or window.dtype != dtype):
-                    raise ValueError(f"a window of {tuple(window.shape)} among those of {shape}")
-                shape, dtype = tuple(window.shape), window.dtype
-                file.write(window.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        if not shape:
+                found = [(tuple(tensor.shape), tensor.dtype) for tensor in window]
+                if kinds and found != kinds:
+                    raise ValueError(f"a window of {found} among those of {kinds}")
+                kinds = found
+                for file, tensor in zip(files, window, strict=True):
+                    file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if not kinds:
             raise ValueError("there are no hidden states to write")
-        return cls(path, shape, dtype)
+        return tuple(cls(path, *kind) for path, kind in zip(paths, kinds, strict=True))
 
     def __len__(self) -> int:
         """How many tensors there are."""

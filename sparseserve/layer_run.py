@@ -6,7 +6,7 @@ the disk, so memory does not grow with the number of calibration windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sparseserve.checkpoint import writing
 from sparseserve.hidden_states import HiddenStates
 from sparseserve.models.layer_call import LayerCall
-from sparseserve.models.layers import copy_layer, run_layer
-from sparseserve.models.structure import LayerStructure
+from sparseserve.models.layers import copy_layer, group_input, layer_inputs, run_layer
+from sparseserve.models.structure import LayerStructure, OperatorGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class LayerRun:
         call: Its other arguments, likewise.
         dense_hidden: What enters it in the dense model, ``[1, tokens, hidden]`` a window.
         dense_output: What leaves it there.
+        dense_inputs: What each of the layer's groups reads there, window by window; empty where
+            running the layer again costs less than keeping it.
         pruned_hidden: What enters it in the model pruned so far, window by window; None where
             layers are pruned independently of each other and both are one.
         device: Where it runs.
@@ -42,6 +44,7 @@ class LayerRun:
     call: LayerCall
     dense_hidden: HiddenStates
     dense_output: HiddenStates
+    dense_inputs: tuple[HiddenStates, ...]
     pruned_hidden: HiddenStates | None
     device: torch.device
     dtype: torch.dtype
@@ -62,6 +65,14 @@ class LayerRun:
         for window in self.entering:
             yield window.to(self.device, self.dtype)
 
+    def dense_group_inputs(self, group: OperatorGroup) -> Iterator[Tensor]:
+        """Yield what ``group`` reads in the dense layer, ``[tokens, in_features]`` a window."""
+        if self.dense_inputs:
+            yield from self.dense_inputs[self.layer.groups.index(group)]
+            return
+        for window in self.dense_windows():
+            yield group_input(self.dense, window, self.call, group)
+
 
 @dataclass(frozen=True, slots=True)
 class HiddenStreams:
@@ -71,14 +82,18 @@ class HiddenStreams:
         folder: Where the files are.
         dense: In the dense model.
         pruned: In the model pruned so far; None where layers are pruned independently.
+        keep_inputs: Whether what each group of operators reads in the dense layer is kept, too.
     """
 
     folder: Path
     dense: HiddenStates
     pruned: HiddenStates | None
+    keep_inputs: bool
 
     @classmethod
-    def start(cls, folder: Path, entering: Iterable[Tensor], *, chained: bool) -> HiddenStreams:
+    def start(
+        cls, folder: Path, entering: Iterable[Tensor], *, chained: bool, keep_inputs: bool
+    ) -> HiddenStreams:
         """Begin with what enters the first layer; ``chained`` asks for the pruned stream.
 
         Raises:
@@ -87,7 +102,7 @@ class HiddenStreams:
         with writing(folder):
             folder.mkdir()
         dense = HiddenStates.write(folder / "dense-0", entering)
-        return cls(folder, dense, dense if chained else None)
+        return cls(folder, dense, dense if chained else None, keep_inputs)
 
     def enter(
         self, module: nn.Module, layer: LayerStructure, call: LayerCall, device: torch.device
@@ -102,12 +117,28 @@ class HiddenStreams:
         # The 16-bit arithmetic of CPUs is slow where it is exact and inexact where it is not.
         dtype = torch.float32 if device.type == "cpu" else storage
         copied, call = copy_layer(module, device, dtype), call.to(device, dtype)
-        output = HiddenStates.write(
-            self.folder / f"dense-{layer.name}",
-            (run_layer(copied, window.to(device, dtype), call) for window in self.dense),
+        groups = layer.groups if self.keep_inputs else ()
+        output, *inputs = HiddenStates.write_several(
+            [
+                self.folder / f"dense-{layer.name}",
+                *(self.folder / f"inputs-{number}" for number in range(len(groups))),
+            ],
+            (
+                _output_and_inputs(copied, window.to(device, dtype), call, groups)
+                for window in self.dense
+            ),
         )
         return LayerRun(
-            layer, copied, call, self.dense, output, self.pruned, device, dtype, storage
+            layer=layer,
+            dense=copied,
+            call=call,
+            dense_hidden=self.dense,
+            dense_output=output,
+            dense_inputs=tuple(inputs),
+            pruned_hidden=self.pruned,
+            device=device,
+            dtype=dtype,
+            storage_dtype=storage,
         )
 
     def leave(self, run: LayerRun, module: nn.Module) -> HiddenStreams:
@@ -124,6 +155,14 @@ class HiddenStreams:
                 self.folder / f"pruned-{run.layer.name}",
                 (run_layer(copied, window, run.call) for window in run.pruned_windows()),
             )
-        for path in {stream.path for stream in (self.dense, self.pruned) if stream}:
+        done = [stream for stream in (self.dense, self.pruned, *run.dense_inputs) if stream]
+        for path in {stream.path for stream in done}:
             path.unlink()
-        return HiddenStreams(self.folder, run.dense_output, pruned)
+        return HiddenStreams(self.folder, run.dense_output, pruned, self.keep_inputs)
+
+
+def _output_and_inputs(
+    layer: nn.Module, window: Tensor, call: LayerCall, groups: Sequence[OperatorGroup]
+) -> list[Tensor]:
+    inputs, output = layer_inputs(layer, window, call, groups)
+    return [output, *inputs]

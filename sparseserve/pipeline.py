@@ -5,7 +5,8 @@ For every layer, on all calibration windows:
 1. Copy the layer twice: one copy stays dense, the other is pruned. Run the dense one to the next
    layer's inputs.
 2. For each group of operators that read the same input, in the order in which data reaches them:
-   run both copies up to that input, sum its second moments, and prune the group's weights.
+   run both copies up to that input (on a CPU the dense one's is kept from step 1 instead), sum
+   its second moments, and prune the group's weights.
    With ``intra`` error correction the inputs of the pruned copy (``X*``) carry the errors of the
    operators pruned before, and the target stays the dense output ``W0 X``.
 3. If the recipe asks for it, train the kept weights of the whole layer towards its dense output.
@@ -87,6 +88,8 @@ def prune_model(
         store.fresh("hidden"),
         entering_states(model, structure, calibration.windows),
         chained=recipe.error_correction in CHAINED,
+        # A GPU runs a layer again sooner than a disk gives its inputs back; a CPU does not.
+        keep_inputs=recipe.error_correction != "sequential" and device.type == "cpu",
     )
     reports = []
     for number, (layer, call) in enumerate(zip(structure.layers, calls, strict=True), start=1):

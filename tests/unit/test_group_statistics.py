@@ -42,14 +42,14 @@ def weakened(layer: nn.Module) -> nn.Module:
     return changed
 
 
-def second_layer(folder: Path, correction: ErrorCorrection) -> SecondLayer:
+def second_layer(folder: Path, correction: ErrorCorrection, *, keep: bool = False) -> SecondLayer:
     model = tiny_model("llama")
     generator = torch.Generator().manual_seed(3)
     windows = [torch.randint(0, 256, (12,), generator=generator) for _ in range(3)]
     structure = trace_structure(model, windows[0])
     calls = capture_layer_calls(model, structure, windows)
     entering = list(entering_states(model, structure, windows))
-    streams = HiddenStreams.start(folder, entering, chained=correction in CHAINED)
+    streams = HiddenStreams.start(folder, entering, chained=correction in CHAINED, keep_inputs=keep)
     first, second = structure.layers
     modules = [model.get_submodule(layer.name) for layer in structure.layers]
     run = streams.enter(modules[0], first, calls[0], CPU)
@@ -75,11 +75,12 @@ def assert_moments(found: LayerStatistics, pruned: Tensor, dense: Tensor) -> Non
     torch.testing.assert_close(found.dense_gram, x0.T @ x0, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("correction", ["none", "intra", "intra+inter", "sequential"])
 def test_a_correction_compares_the_inputs_it_names(
-    tmp_path: Path, correction: ErrorCorrection
+    tmp_path: Path, correction: ErrorCorrection, keep: bool
 ) -> None:
-    layer = second_layer(tmp_path / "streams", correction)
+    layer = second_layer(tmp_path / "streams", correction, keep=keep)
     dense_hidden = list(layer.run.dense_windows())
     pruned, dense = {
         "none": (layer.dense_inputs, layer.dense_inputs),
@@ -121,7 +122,13 @@ def test_new_weights_of_a_group_are_seen_by_the_next(tmp_path: Path) -> None:
 
 
 def test_the_files_of_a_layer_are_gone_when_it_is_left(tmp_path: Path) -> None:
-    layer = second_layer(tmp_path / "streams", "intra+inter")
+    layer = second_layer(tmp_path / "streams", "intra+inter", keep=True)
     left = {path.name for path in (tmp_path / "streams").iterdir()}
-    assert left == {"dense-model.layers.0", "dense-model.layers.1", "pruned-model.layers.0"}
+    inputs = {states.path.name for states in layer.run.dense_inputs}
+    assert len(inputs) == len(layer.run.layer.groups)
+    assert left == inputs | {
+        "dense-model.layers.0",
+        "dense-model.layers.1",
+        "pruned-model.layers.0",
+    }
     assert layer.run.dense_hidden.path.name == "dense-model.layers.0"

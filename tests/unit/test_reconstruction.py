@@ -40,7 +40,7 @@ def pruned_layer(folder: Path, family: str = "llama", windows: int = 8) -> Prune
     structure = trace_structure(model, texts[0])
     calls = capture_layer_calls(model, structure, texts)
     entering = entering_states(model, structure, texts)
-    streams = HiddenStreams.start(folder / "streams", entering, chained=False)
+    streams = HiddenStreams.start(folder / "streams", entering, chained=False, keep_inputs=False)
     layer = structure.layers[0]
     cpu = torch.device("cpu")
     run = streams.enter(model.get_submodule(layer.name), layer, calls[0], cpu)
