@@ -11,19 +11,28 @@ still has any of it after loading is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
+    UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from sparseserve.errors import ServingError
-from sparseserve.serving.kernels import LinearSpec, LoadedWeight, RowBlock, choose_kernel
+from sparseserve.serving.kernels import (
+    LayerKernels,
+    LinearSpec,
+    LoadedWeight,
+    RowBlock,
+    layer_kernels,
+    two_four_linear,
+)
 from sparseserve.sparsity import TWO_FOUR, Packed24
 
 logger = init_logger("vllm.sparseserve")
@@ -78,30 +87,58 @@ def shards_of(
 
 
 class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is checked as Any
-    """What both kinds of checkpoint share: the kernel, and the shards it is given."""
+    """What both kinds of checkpoint share: the shards, and the kernels they are given to.
+
+    Attributes:
+        kernels: How the layer is run; None until its weight is loaded.
+    """
 
     def __init__(self, prefix: str, modules: tuple[CheckpointModule, ...]) -> None:
         self.prefix = prefix
         self.modules = modules
         self.shards: tuple[Shard, ...] = ()
+        self.kernels: LayerKernels | None = None
+        # vLLM settles its product from the configuration of the moment.
+        self._dense = UnquantizedLinearMethod()
+        self._plan, self._rows = "", 0
 
-    def choose(self, columns: int, row_counts: list[int], weight: Tensor) -> None:
-        """Settle which module gives which rows, and which kernel runs the layer."""
+    def settle(self, columns: int, row_counts: list[int], weight: Tensor) -> None:
+        """Settle which module gives which rows."""
         self.shards = shards_of(self.prefix, self.modules, row_counts)
-        spec = LinearSpec(
+        self._spec = LinearSpec(
             rows=sum(row_counts),
             columns=columns,
             dtype=weight.dtype,
             device=weight.device,
             two_four=all(shard.sparse for shard in self.shards),
         )
-        choice = choose_kernel(spec)
-        self.kernel = choice.kernel
-        logger.info_once("2:4 layers run on the %s kernel: %s", choice.name, choice.reason)
+
+    def give(self, layer: nn.Module, weight: LoadedWeight) -> None:
+        """Choose the kernels and register what they multiply with, in place of ``weight``.
+
+        Raises:
+            ServingError: No kernel can run the layer, or the packed form is damaged.
+        """
+        chosen = layer_kernels(self._spec, weight, logger.info)
+        logger.info_once("2:4 layers: %s", chosen.describe())
+        self.kernels = replace(chosen, packed=())
+        if chosen.plan is None:
+            # vLLM's own dense product; on a CPU it moves the weight into oneDNN's layout.
+            layer.register_parameter("weight", Parameter(weight.dense(), requires_grad=False))
+            self._dense.process_weights_after_loading(layer)
+            return
+        self._plan, self._rows = str(chosen.plan), self._spec.rows
+        for number, tensor in enumerate(chosen.packed):
+            layer.register_parameter(f"packed_{number}", Parameter(tensor, requires_grad=False))
+        self._packed = [f"packed_{number}" for number in range(len(chosen.packed))]
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply."""
-        return self.kernel.matmul(layer, x, bias)
+        if not self._plan:
+            product: Tensor = self._dense.apply(layer, x, bias)
+            return product
+        packed = [getattr(layer, name) for name in self._packed]
+        return two_four_linear(x, packed, bias, self._plan, self._rows)
 
 
 @register_weight_loader_v2_supported_method
@@ -130,13 +167,13 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
         indices = torch.zeros((rows, -(-columns // 8)), dtype=torch.uint8)
         _register(layer, "weight_values", values, loader)
         _register(layer, "weight_indices", indices, loader)
-        self.choose(columns, output_partition_sizes, values)
+        self.settle(columns, output_partition_sizes, values)
         if not all(shard.sparse for shard in self.shards):
             dense = torch.full((rows, columns), torch.nan, dtype=params_dtype)
             _register(layer, "weight", dense, loader)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Check that all was loaded and give it to the kernel.
+        """Check that all was loaded and give it to the kernels.
 
         Raises:
             ServingError: A tensor of the checkpoint is missing or damaged.
@@ -145,7 +182,7 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
         for name in ("weight_values", "weight_indices", "weight"):
             if hasattr(layer, name):
                 delattr(layer, name)
-        self.kernel.pack(layer, weight)
+        self.give(layer, weight)
 
 
 @register_weight_loader_v2_supported_method
@@ -171,10 +208,10 @@ class Dense24LinearMethod(_TwoFourLinearMethod):
         require_whole_groups(self.prefix, columns, input_size)
         dense = torch.full((rows, columns), torch.nan, dtype=params_dtype)
         _register(layer, "weight", dense, extra_weight_attrs["weight_loader"])
-        self.choose(columns, output_partition_sizes, dense)
+        self.settle(columns, output_partition_sizes, dense)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Check the promise and give the weight to the kernel.
+        """Check the promise and give the weight to the kernels.
 
         Raises:
             ServingError: The weight is missing, or is not 2:4; names the first place.
@@ -189,7 +226,7 @@ class Dense24LinearMethod(_TwoFourLinearMethod):
                     "serve it without --quantization sparseserve, or prune it first"
                 )
         delattr(layer, "weight")
-        self.kernel.pack(layer, LoadedWeight((RowBlock(self.prefix, weight),)))
+        self.give(layer, LoadedWeight((RowBlock(self.prefix, weight),)))
 
 
 def require_whole_groups(prefix: str, columns: int, input_size: int) -> None:

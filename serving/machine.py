@@ -44,7 +44,7 @@ def this_machine() -> Machine:
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     native = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else _cpu_bfloat16()
     return Machine(
-        cpu=_cpu_name(),
+        cpu=processor_name(),
         cores=len(os.sched_getaffinity(0)),
         gpu=gpu,
         native_bfloat16=native,
@@ -68,7 +68,8 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def _cpu_name() -> str:
+def processor_name() -> str:
+    """Return the model name of the processor."""
     match = re.search(r"^model name\s*:\s*(.+)$", _read(_CPU_INFO), re.MULTILINE)
     return match[1] if match else platform.machine()
 

@@ -1,50 +1,26 @@
-"""Kernels that multiply by 2:4 weights, and the choice among them."""
+"""Kernels that multiply by 2:4 weights, and the choice among them.
 
-from __future__ import annotations
+``protocol`` is the seam; each kernel has a file of its own and a line in ``table``. While a layer
+is loaded, ``choice`` times the kernels that can run it (``timing``, ``timing_cache``), makes a
+``plan`` and packs the weight; ``operation`` is the torch operator that carries the plan out.
+"""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from sparseserve.errors import ServingError
-from sparseserve.serving.kernels.dense import DenseKernel
+from sparseserve.serving.kernels.choice import LayerKernels, layer_kernels
+from sparseserve.serving.kernels.operation import two_four_linear
+from sparseserve.serving.kernels.plan import BATCHES, KernelPlan, KernelTimes
 from sparseserve.serving.kernels.protocol import LinearKernel, LinearSpec, LoadedWeight, RowBlock
+from sparseserve.serving.kernels.table import KERNELS
 
 __all__ = [
+    "BATCHES",
     "KERNELS",
-    "KernelChoice",
+    "KernelPlan",
+    "KernelTimes",
+    "LayerKernels",
     "LinearKernel",
     "LinearSpec",
     "LoadedWeight",
     "RowBlock",
-    "choose_kernel",
+    "layer_kernels",
+    "two_four_linear",
 ]
-
-# In order of preference; the last one runs everything.
-KERNELS: dict[str, Callable[[], LinearKernel]] = {"dense": DenseKernel}
-
-
-@dataclass(frozen=True, slots=True)
-class KernelChoice:
-    """The kernel of one layer, and why the ones preferred to it were passed over."""
-
-    name: str
-    kernel: LinearKernel
-    reason: str
-
-
-def choose_kernel(
-    spec: LinearSpec, kernels: dict[str, Callable[[], LinearKernel]] = KERNELS
-) -> KernelChoice:
-    """Return the first kernel of the table that can run ``spec``.
-
-    Raises:
-        ServingError: None can; each one's reason is given.
-    """
-    refusals: list[str] = []
-    for name, make in kernels.items():
-        kernel = make()
-        refusal = kernel.unsupported(spec)
-        if refusal is None:
-            return KernelChoice(name, kernel, "; ".join(refusals) or "first choice")
-        refusals.append(f"{name}: {refusal}")
-    raise ServingError(f"no kernel runs {spec}: {'; '.join(refusals)}")

@@ -1,31 +1,34 @@
-"""The fallback: unpack once, then run what vLLM runs for an ordinary weight."""
+"""The product that runs everything: unpack once, then multiply with the zeros in place."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.nn import Parameter
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import linear
 
 from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight
 
 
+@dataclass(frozen=True, slots=True)
 class DenseKernel:
-    """vLLM's own dense product, with zeros in place: oneDNN on a CPU, cuBLAS on a GPU."""
+    """torch's own dense product."""
 
-    def __init__(self) -> None:
-        """Let vLLM choose its product, which it does from the configuration of the moment."""
-        self._dense = UnquantizedLinearMethod()
+    layout: ClassVar[str] = "dense"
+    largest_batch: ClassVar[int | None] = None
 
     def unsupported(self, spec: LinearSpec) -> str | None:
         """Run everything."""
         return None
 
-    def pack(self, layer: nn.Module, weight: LoadedWeight) -> None:
-        """Register ``weight``; on a CPU vLLM then moves it into oneDNN's own layout."""
-        layer.register_parameter("weight", Parameter(weight.dense(), requires_grad=False))
-        self._dense.process_weights_after_loading(layer)
+    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Return the weight ``[rows, columns]``."""
+        return (weight.dense(),)
 
-    def matmul(self, layer: nn.Module, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    def matmul(
+        self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
+    ) -> Tensor:
         """Return the dense product."""
-        product: Tensor = self._dense.apply(layer, inputs, bias)
-        return product
+        return linear(inputs, packed[0], bias)

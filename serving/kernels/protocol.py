@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.sparsity import Packed24, pack24, unpack24
@@ -87,15 +88,55 @@ class LoadedWeight:
             torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
         )
 
+    def storage_dtype(self) -> torch.dtype:
+        """Return the narrowest dtype that holds every value exactly; float32 may hold bfloat16s."""
+        return _narrowest(
+            [b.weight if isinstance(b.weight, Tensor) else b.weight.values for b in self.blocks]
+        )
+
+
+def _narrowest(tensors: Sequence[Tensor]) -> torch.dtype:
+    own = tensors[0].dtype
+    if own == torch.float32:
+        for narrow in (torch.bfloat16, torch.float16):
+            if all(torch.equal(tensor.to(narrow).to(own), tensor) for tensor in tensors):
+                return narrow
+    return own
+
 
 class LinearKernel(Protocol):
-    """One way to multiply by a 2:4 weight. One instance serves one layer."""
+    """One way to multiply by a 2:4 weight. It has no state: all it needs is in what it packed."""
+
+    @property
+    def layout(self) -> str:
+        """The name of its packed form. Kernels of one layout pack alike and share one copy."""
+        ...
+
+    @property
+    def largest_batch(self) -> int | None:
+        """The most tokens it takes at once; None for any number."""
+        ...
 
     def unsupported(self, spec: LinearSpec) -> str | None:
         """Return why this kernel cannot run ``spec``, for the user to read, or None if it can."""
+        ...
 
-    def pack(self, layer: nn.Module, weight: LoadedWeight) -> None:
-        """Register on ``layer`` the parameters this kernel multiplies with."""
+    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Return the plain tensors this kernel multiplies with: all that has to be kept."""
+        ...
 
-    def matmul(self, layer: nn.Module, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        """Return ``inputs @ weight.T + bias``, ``[..., rows]`` for inputs ``[..., columns]``."""
+    def matmul(
+        self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
+    ) -> Tensor:
+        """Return ``inputs @ weight.T + bias``.
+
+        Args:
+            packed: What :meth:`pack` returned.
+            inputs: ``[batch, columns]``, contiguous, of the layer's dtype.
+            bias: ``[rows]`` or None.
+            rows: Output features.
+
+        Returns:
+            ``[batch, rows]`` of the same dtype.
+        """
+        ...

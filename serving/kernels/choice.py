@@ -1,0 +1,151 @@
+"""The kernels of one layer: which can run it, which are fastest, and what they need to keep."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseserve.errors import ArtifactError, ServingError, unknown_name
+from sparseserve.serving.kernels.plan import KernelPlan, KernelTimes, choose
+from sparseserve.serving.kernels.protocol import LinearKernel, LinearSpec, LoadedWeight
+from sparseserve.serving.kernels.table import DENSE, KERNELS
+from sparseserve.serving.kernels.timing import measure
+from sparseserve.serving.kernels.timing_cache import TimingCache
+from sparseserve.serving.machine import installed_versions, processor_name
+
+#: Restricts the choice to the kernels it names, with commas; for measurements.
+KERNELS_VARIABLE = "SPARSESERVE_KERNELS"
+#: Set to 1, kernels are timed anew whatever is on disk.
+MEASURE_VARIABLE = "SPARSESERVE_MEASURE"
+
+Message = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKernels:
+    """How one layer is run.
+
+    Attributes:
+        layer: Its rows, columns and dtypes, as the cache names them.
+        plan: Which kernel runs which batch; None leaves the layer to the engine's dense product.
+        packed: What the plan's kernels multiply with.
+        refusals: Why other kernels cannot run it, by name.
+        times: What was measured; nothing where only one kernel can run it.
+    """
+
+    layer: str
+    plan: KernelPlan | None
+    packed: tuple[Tensor, ...]
+    refusals: Mapping[str, str]
+    times: tuple[KernelTimes, ...]
+
+    def describe(self) -> str:
+        """Say it in one line."""
+        chosen = self.plan.describe() if self.plan else DENSE
+        refused = "".join(f"; {name}: {reason}" for name, reason in self.refusals.items())
+        return f"{self.layer}: {chosen}{refused}"
+
+
+def layer_kernels(
+    spec: LinearSpec,
+    weight: LoadedWeight,
+    tell: Message,
+    kernels: Mapping[str, LinearKernel] = KERNELS,
+) -> LayerKernels:
+    """Choose the kernels of a layer from times on disk, or measure them now, and pack for them.
+
+    To be called while a model is loaded, never inside a captured or compiled region.
+
+    Args:
+        spec: The layer.
+        weight: Its weight.
+        tell: Hears what a user should know: that kernels are timed, that a cache is of no use.
+        kernels: To choose from; the dense one must be among them.
+
+    Raises:
+        ServingError: ``SPARSESERVE_KERNELS`` names what there is not, or leaves no kernel.
+    """
+    kernels = _allowed(kernels)
+    refusals = {
+        name: reason
+        for name, kernel in kernels.items()
+        if (reason := kernel.unsupported(spec)) is not None
+    }
+    able = {name: kernel for name, kernel in kernels.items() if name not in refusals}
+    layer = f"{spec.rows} x {spec.columns} {_name(spec.dtype)} in {_name(weight.storage_dtype())}"
+    if not able:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+        raise ServingError(f"{layer}: no kernel runs it: {reasons}")
+    if set(able) == {DENSE}:
+        return LayerKernels(layer, None, (), refusals, ())
+    times = _times(layer, able, spec, weight, tell)
+    dense_bytes = spec.rows * spec.columns * spec.dtype.itemsize
+    chosen = choose(times, dense_bytes)
+    if set(chosen.by_batch.values()) == {DENSE}:
+        return LayerKernels(layer, None, (), refusals, times)
+    packed = {
+        layout: next(k for k in able.values() if k.layout == layout).pack(weight, spec)
+        for layout in chosen.layouts
+    }
+    plan = chosen.plan(
+        {name: kernel.layout for name, kernel in able.items()},
+        {layout: len(tensors) for layout, tensors in packed.items()},
+    )
+    flat = tuple(tensor for layout in chosen.layouts for tensor in packed[layout])
+    return LayerKernels(layer, plan, flat, refusals, times)
+
+
+def identity(device: torch.device) -> dict[str, str]:
+    """Return all that kernel times depend on but the layer."""
+    if device.type == "cuda":
+        name, threads = torch.cuda.get_device_name(device), ""
+    else:
+        name, threads = processor_name(), str(torch.get_num_threads())
+    versions = installed_versions()
+    return {
+        "device": name,
+        "threads": threads,
+        **{library: versions.get(library, "") for library in ("sparseserve", "torch", "triton")},
+    }
+
+
+def _allowed(kernels: Mapping[str, LinearKernel]) -> Mapping[str, LinearKernel]:
+    named = [name for name in os.environ.get(KERNELS_VARIABLE, "").split(",") if name]
+    for name in named:
+        if name not in kernels:
+            raise ServingError(f"{KERNELS_VARIABLE}: {unknown_name('kernel', name, kernels)}")
+    return {name: kernels[name] for name in named} if named else kernels
+
+
+def _times(
+    layer: str,
+    able: Mapping[str, LinearKernel],
+    spec: LinearSpec,
+    weight: LoadedWeight,
+    tell: Message,
+) -> tuple[KernelTimes, ...]:
+    cache = TimingCache.of(identity(spec.device))
+    known: dict[str, tuple[KernelTimes, ...]] = {}
+    if os.environ.get(MEASURE_VARIABLE) != "1":
+        try:
+            known = cache.load()
+        except ArtifactError as error:
+            tell(f"{error}: ignored, kernels are timed anew")
+    stored = [found for found in known.get(layer, ()) if found.kernel in able]
+    if {found.kernel for found in stored} == set(able):
+        return tuple(stored)
+    tell(f"{layer}: timing {', '.join(able)}")
+    times = measure(able, spec, weight)
+    try:
+        cache.store(layer, times)
+    except ArtifactError as error:
+        tell(f"kernel times are not kept: {error}")
+    return times
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,12 @@
+"""All kernels by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from sparseserve.serving.kernels.dense import DenseKernel
+from sparseserve.serving.kernels.protocol import LinearKernel
+
+DENSE = "dense"
+KERNELS: Mapping[str, LinearKernel] = MappingProxyType({DENSE: DenseKernel()})
