@@ -17,11 +17,12 @@ from typing import Any
 
 import click
 
+from benchmarks.evidence_tables import EVIDENCE_TABLES
 from sparseserve.recipe import PruneRecipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/method.md", "docs/serving.md")
+PAGES = ("README.md", "docs/method.md", "docs/serving.md", "docs/evidence.md")
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -155,6 +156,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench-smollm2-2of4": bench_table,
     "operators": operators_table,
     "peers-smollm2-2of4": peers_table,
+    "quality-smollm2-mixed": quality_table,
+    "peers-smollm2-mixed": peers_table,
+    **EVIDENCE_TABLES,
 }
 
 
