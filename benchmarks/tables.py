@@ -151,6 +151,32 @@ def _perplexities(runs: list[dict[str, Any]], texts: list[str]) -> str:
     return " | ".join(_spread([run["perplexity"][text] for run in runs]) for text in texts)
 
 
+def cpu_kernels_table(result: dict[str, Any]) -> str:
+    """Each batch size's fastest 2:4 kernel against torch's products and our own dense one."""
+    lines = [
+        "| shape | batch | fastest 2:4 kernel | ms | torch, float32 or bfloat16, ms | gain "
+        "| gain over our dense kernel |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        times = row["milliseconds"]
+        sparse = {name: times[name] for name in times if name.startswith(("cpu_d", "cpu_u"))}
+        dense = sparse.pop("cpu_dense")
+        best = min(sparse, key=lambda name: sparse[name])
+        base = min(times["torch_float32"], times["torch_bfloat16"])
+        lines.append(
+            f"| {row['rows']} x {row['columns']} | {row['batch']} | `{best}` | {sparse[best]:.3f} "
+            f"| {base:.3f} | {base / sparse[best]:.2f} | {dense / sparse[best]:.2f} |"
+        )
+    machine = result["machine"]
+    lines.append(
+        f"\nWeights of bfloat16 values, medians of {result['setting']['repeats']} turns; "
+        f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}, "
+        f"commit {machine['commit']}, {machine['date']}."
+    )
+    return "\n".join(lines)
+
+
 # The others of EVIDENCE_TABLES have no committed result yet.
 MEASURED_EVIDENCE = ("warm-starts", "stacked-penalties", "operator-costs")
 
