@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import re
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +19,6 @@ from sparseserve.errors import ServingError
 
 _MODULE = "sparseserve.serving.native._kernels"
 _VERSION = 1
-_MAPS = Path("/proc/self/maps")
 
 
 class Unit(IntEnum):
@@ -139,14 +136,12 @@ def missing_library() -> str | None:
 
 
 def _parallel_of_torch() -> int | None:
-    """Return the address of ``GOMP_parallel`` in the OpenMP library that is already loaded.
+    """Return the address of ``GOMP_parallel`` in the OpenMP library that torch itself runs on.
 
-    LLVM's and Intel's have it as well. One that is not loaded would bring a second pool of threads.
+    torch loads it for the whole process, unless another that has the symbol was loaded before, as
+    LLVM's and Intel's have; then torch runs on that one, too.
     """
-    if not _MAPS.is_file():
+    process = ctypes.CDLL(None)
+    if not hasattr(process, "GOMP_parallel"):
         return None
-    for path in re.findall(r"(/\S*lib(?:gomp|omp|iomp5)[^/\s]*\.so\S*)", _MAPS.read_text()):
-        library = ctypes.CDLL(path)
-        if hasattr(library, "GOMP_parallel"):
-            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
-    return None
+    return ctypes.cast(process.GOMP_parallel, ctypes.c_void_p).value
