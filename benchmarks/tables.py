@@ -187,6 +187,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "peers-smollm2-2of4": peers_table,
     "quality-smollm2-mixed": quality_table,
     "peers-smollm2-mixed": peers_table,
+    "quality-smollm2-50percent": quality_table,
     **{name: EVIDENCE_TABLES[name] for name in MEASURED_EVIDENCE},
 }
 
