@@ -26,6 +26,7 @@ from sparseserve.serving.kernels import (
     two_four_linear,
 )
 from sparseserve.serving.kernels.choice import identity
+from sparseserve.serving.kernels.cpu_library import missing_library
 from sparseserve.serving.kernels.timing_cache import TimingCache
 from sparseserve.sparsity import TWO_FOUR, Packed24, pack24, unpack24
 
@@ -156,6 +157,7 @@ def test_times_that_cannot_be_kept_are_used_all_the_same(
     assert told[-1].startswith("kernel times are not kept: ")
 
 
+@pytest.mark.skipif(missing_library() is not None, reason="only the dense kernel is there")
 def test_what_is_measured_multiplies_as_the_dense_weight_does() -> None:
     weight, inputs = two_four(96, 64), torch.randn(5, 64)
     layer = LinearSpec(96, 64, torch.float32, CPU, two_four=True)
