@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.operator_data import write_result
-from sparseserve.serving.kernels import LinearKernel, LinearSpec, LoadedWeight, RowBlock
-from sparseserve.serving.kernels.cpu import CpuDense, CpuDirect, CpuUnpacked, CpuUnpackedMatmul
+from sparseserve.serving.kernels import KERNELS, LinearKernel, LinearSpec, LoadedWeight, RowBlock
+from sparseserve.serving.kernels.plan import batches_of
 from sparseserve.sparsity import TWO_FOUR, pack24
 
 SHAPES = (
@@ -36,12 +36,7 @@ SHAPES = (
     (192, 576),
 )
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256)
-OWN: dict[str, LinearKernel] = {
-    "cpu_direct": CpuDirect(),
-    "cpu_unpacked": CpuUnpacked(),
-    "cpu_unpacked_matmul": CpuUnpackedMatmul(),
-    "cpu_dense": CpuDense(),
-}
+OWN = {name: kernel for name, kernel in KERNELS.items() if name.startswith("cpu_")}
 # More than the last cache of the processors this is for.
 _COLD_BYTES = 96 * 2**20
 _REPEATS = 7
@@ -89,7 +84,11 @@ def measure(rows: int, columns: int, batch: int, turns: dict[str, list[Product]]
     """Time all products in turns; a turn runs every copy once."""
     inputs = torch.randn(batch, columns)
     narrow = inputs.bfloat16()
-    able = {name: runs for name, runs in turns.items() if name != "cpu_direct" or batch <= 4}
+    able = {
+        name: runs
+        for name, runs in turns.items()
+        if name not in OWN or batch in batches_of(OWN[name])
+    }
     taken: dict[str, list[float]] = {name: [] for name in able}
     # Long batches spend their time in arithmetic: fewer copies show the same.
     copies = max(1, len(turns["cpu_dense"]) // batch)

@@ -23,6 +23,7 @@ from sparseserve.recipe import PruneRecipe
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/method.md", "docs/serving.md", "docs/evidence.md")
+DENSE = "the dense model"
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -121,7 +122,8 @@ def peers_table(result: dict[str, Any]) -> str:
         changed = f"{statistics.fmean(run['changed_weights'] for run in runs):.0%}"
         lines.append(f"| {tool} | {method} | {_perplexities(runs, texts)} | {changed} |")
     for label, runs in _our_runs(result, {method for _, method in groups}).items():
-        lines.append(f"| sparseserve | {label} | {_perplexities(runs, texts)} | |")
+        tool = "" if label == DENSE else "sparseserve"
+        lines.append(f"| {tool} | {label} | {_perplexities(runs, texts)} | |")
     lines.append(
         f"\n`{Path(setting['model']).name}`, {setting['pattern']}, the same "
         f"{setting['samples'] * setting['sequence_length']:,} calibration tokens a seed for all "
@@ -142,7 +144,9 @@ def _our_runs(result: dict[str, Any], methods: set[str]) -> dict[str, list[dict[
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in ours["runs"]:
         method, _, correction = run["variant"].partition(":")
-        if method in methods or run["variant"] == f"{default.method}:{default.error_correction}":
+        if run["variant"] == "dense":
+            groups[DENSE] = [run]
+        elif method in methods or run["variant"] == f"{default.method}:{default.error_correction}":
             groups.setdefault(f"{method}, error correction {correction}", []).append(run)
     return groups
 
@@ -160,7 +164,7 @@ def cpu_kernels_table(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         times = row["milliseconds"]
-        sparse = {name: times[name] for name in times if name.startswith(("cpu_d", "cpu_u"))}
+        sparse = {name: times[name] for name in times if name.startswith("cpu_")}
         dense = sparse.pop("cpu_dense")
         best = min(sparse, key=lambda name: sparse[name])
         base = min(times["torch_float32"], times["torch_bfloat16"])

@@ -11,7 +11,7 @@ still has any of it after loading is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from sparseserve.errors import ServingError
 from sparseserve.serving.kernels import (
-    LayerKernels,
     LinearSpec,
     LoadedWeight,
     RowBlock,
@@ -87,20 +86,16 @@ def shards_of(
 
 
 class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is checked as Any
-    """What both kinds of checkpoint share: the shards, and the kernels they are given to.
-
-    Attributes:
-        kernels: How the layer is run; None until its weight is loaded.
-    """
+    """What both kinds of checkpoint share: the shards, and the kernels they are given to."""
 
     def __init__(self, prefix: str, modules: tuple[CheckpointModule, ...]) -> None:
         self.prefix = prefix
         self.modules = modules
         self.shards: tuple[Shard, ...] = ()
-        self.kernels: LayerKernels | None = None
         # vLLM settles its product from the configuration of the moment.
         self._dense = UnquantizedLinearMethod()
-        self._plan, self._rows = "", 0
+        self._plan = ""
+        self._packed: tuple[str, ...] = ()
 
     def settle(self, columns: int, row_counts: list[int], weight: Tensor) -> None:
         """Settle which module gives which rows."""
@@ -121,16 +116,15 @@ class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is c
         """
         chosen = layer_kernels(self._spec, weight, logger.info)
         logger.info_once("2:4 layers: %s", chosen.describe())
-        self.kernels = replace(chosen, packed=())
         if chosen.plan is None:
             # vLLM's own dense product; on a CPU it moves the weight into oneDNN's layout.
             layer.register_parameter("weight", Parameter(weight.dense(), requires_grad=False))
             self._dense.process_weights_after_loading(layer)
             return
-        self._plan, self._rows = str(chosen.plan), self._spec.rows
-        for number, tensor in enumerate(chosen.packed):
-            layer.register_parameter(f"packed_{number}", Parameter(tensor, requires_grad=False))
-        self._packed = [f"packed_{number}" for number in range(len(chosen.packed))]
+        self._plan = str(chosen.plan)
+        self._packed = tuple(f"packed_{number}" for number in range(len(chosen.packed)))
+        for name, tensor in zip(self._packed, chosen.packed, strict=True):
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply."""
@@ -138,7 +132,7 @@ class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is c
             product: Tensor = self._dense.apply(layer, x, bias)
             return product
         packed = [getattr(layer, name) for name in self._packed]
-        return two_four_linear(x, packed, bias, self._plan, self._rows)
+        return two_four_linear(x, packed, bias, self._plan, self._spec.rows)
 
 
 @register_weight_loader_v2_supported_method

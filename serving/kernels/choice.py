@@ -64,10 +64,11 @@ def layer_kernels(
         spec: The layer.
         weight: Its weight.
         tell: Hears what a user should know: that kernels are timed, that a cache is of no use.
-        kernels: To choose from; the dense one must be among them.
+        kernels: To choose from.
 
     Raises:
-        ServingError: ``SPARSESERVE_KERNELS`` names what there is not, or leaves no kernel.
+        ServingError: ``SPARSESERVE_KERNELS`` names what there is not, or leaves no kernel for a
+            batch size.
     """
     kernels = _allowed(kernels)
     refusals = {
@@ -83,9 +84,9 @@ def layer_kernels(
     if set(able) == {DENSE}:
         return LayerKernels(layer, None, (), refusals, ())
     times: tuple[KernelTimes, ...] = ()
-    if len(able) == 1:
-        ((name, kernel),) = able.items()
-        chosen = Choice(dict.fromkeys(BATCHES, name), (kernel.layout,))
+    first, kernel = next(iter(able.items()))
+    if len(able) == 1 and kernel.largest_batch is None:
+        chosen = Choice(dict.fromkeys(BATCHES, first), (kernel.layout,))
     else:
         times = _times(layer, able, spec, weight, tell)
         chosen = choose(times, dense_bytes=spec.rows * spec.columns * spec.dtype.itemsize)
@@ -113,7 +114,7 @@ def identity(device: torch.device) -> dict[str, str]:
     return {
         "device": name,
         "threads": threads,
-        **{library: versions.get(library, "") for library in ("sparseserve", "torch", "triton")},
+        **{library: versions.get(library, "") for library in ("sparseserve", "torch")},
     }
 
 
@@ -139,9 +140,9 @@ def _times(
             known = cache.load()
         except ArtifactError as error:
             tell(f"{error}: ignored, kernels are timed anew")
-    stored = [found for found in known.get(layer, ()) if found.kernel in able]
-    if {found.kernel for found in stored} == set(able):
-        return tuple(stored)
+    stored = {found.kernel: found for found in known.get(layer, ())}
+    if all(name in stored and stored[name].fits(kernel) for name, kernel in able.items()):
+        return tuple(stored[name] for name in able)
     tell(f"{layer}: timing {', '.join(able)}")
     times = measure(able, spec, weight)
     try:

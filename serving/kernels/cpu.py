@@ -2,8 +2,8 @@
 
 Three kernels read one packed form (``cpu_layout``), so a layer keeps 1.125 bytes a weight and no
 dense copy. Sums are float32 whatever the dtypes are; inputs and outputs of other dtypes are
-converted. A product differs from the dense one where an input is infinite or NaN: a zero that is
-not stored is not multiplied, so it does not make NaN of an infinity.
+converted. Where an input is infinite or NaN, ``CpuDirect`` differs from the dense product: a zero
+that is not stored is not multiplied, so it does not make NaN of an infinity.
 """
 
 from __future__ import annotations
@@ -31,30 +31,39 @@ from sparseserve.serving.kernels.cpu_library import (
 )
 from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight
 
-# Rows unpacked at once for torch's product: enough for it to run at full speed.
+# Panels unpacked at once for torch's product: enough for it to run at full speed.
 _UNPACKED_PANELS = 16
+# Two columns of a dense panel.
+_PAIR_VALUES = 2 * PANEL_ROWS
 
 
 @dataclass(frozen=True, slots=True)
-class CpuDirect:
-    """Multiplies without unpacking: each kept value by the input its position picks.
+class _CpuTwoFour:
+    """What the kernels that read 2:4 panels share.
 
     Attributes:
         unit: Vector unit; None is the best of the processor.
     """
 
     layout: ClassVar[str] = "cpu_2of4"
-    largest_batch: ClassVar[int | None] = 4
+    largest_batch: ClassVar[int | None] = None
 
     unit: Unit | None = None
 
     def unsupported(self, spec: LinearSpec) -> str | None:
         """Refuse what is not wholly 2:4, other devices and other dtypes."""
-        return _unsupported_two_four(spec)
+        return _unsupported(spec) if spec.two_four else "a module of the layer is dense"
 
     def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
         """Return the 2:4 panels."""
         return (two_four_panels(weight.packed(), weight.storage_dtype()),)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuDirect(_CpuTwoFour):
+    """Multiplies without unpacking: each kept value by the input its position picks."""
+
+    largest_batch: ClassVar[int | None] = 4
 
     def matmul(
         self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
@@ -62,65 +71,31 @@ class CpuDirect:
         """Multiply up to four rows of inputs."""
         if len(inputs) > 4:
             raise ValueError(f"a batch of {len(inputs)} where 4 is the most")
-        return _native(Operation.DIRECT, packed[0], inputs, bias, rows, self.unit)
+        return _multiply(Operation.DIRECT, packed[0], inputs, bias, rows=rows, unit=self.unit)
 
 
 @dataclass(frozen=True, slots=True)
-class CpuUnpacked:
-    """Unpacks a chunk of a panel into the cache at a time and multiplies it densely.
-
-    Attributes:
-        unit: Vector unit; None is the best of the processor.
-    """
-
-    layout: ClassVar[str] = "cpu_2of4"
-    largest_batch: ClassVar[int | None] = None
-
-    unit: Unit | None = None
-
-    def unsupported(self, spec: LinearSpec) -> str | None:
-        """Refuse what is not wholly 2:4, other devices and other dtypes."""
-        return _unsupported_two_four(spec)
-
-    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
-        """Return the 2:4 panels."""
-        return (two_four_panels(weight.packed(), weight.storage_dtype()),)
+class CpuUnpacked(_CpuTwoFour):
+    """Unpacks a chunk of a panel into the cache at a time and multiplies it densely."""
 
     def matmul(
         self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
     ) -> Tensor:
         """Multiply any number of rows of inputs."""
-        return _native(Operation.UNPACKED, packed[0], inputs, bias, rows, self.unit)
+        return _multiply(Operation.UNPACKED, packed[0], inputs, bias, rows=rows, unit=self.unit)
 
 
 @dataclass(frozen=True, slots=True)
-class CpuUnpackedMatmul:
-    """Unpacks some hundred rows at a time and leaves the product to torch. For long prompts.
-
-    Attributes:
-        unit: Vector unit; None is the best of the processor.
-    """
-
-    layout: ClassVar[str] = "cpu_2of4"
-    largest_batch: ClassVar[int | None] = None
-
-    unit: Unit | None = None
-
-    def unsupported(self, spec: LinearSpec) -> str | None:
-        """Refuse what is not wholly 2:4, other devices and other dtypes."""
-        return _unsupported_two_four(spec)
-
-    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
-        """Return the 2:4 panels."""
-        return (two_four_panels(weight.packed(), weight.storage_dtype()),)
+class CpuUnpackedMatmul(_CpuTwoFour):
+    """Unpacks some hundred rows at a time and leaves the product to torch. For long prompts."""
 
     def matmul(
         self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
     ) -> Tensor:
         """Multiply any number of rows of inputs."""
         panels = packed[0]
-        columns = panels.shape[1] * BLOCK_COLUMNS
-        x = _prepared(panels, inputs, rows, columns)
+        columns, width = panels.shape[1] * BLOCK_COLUMNS, _block_values(panels.dtype)
+        x = _prepared(panels, inputs, rows=rows, columns=columns, width=width)
         product = x.new_empty(len(x), len(panels) * PANEL_ROWS)
         for start in range(0, len(panels), _UNPACKED_PANELS):
             part = panels[start : start + _UNPACKED_PANELS]
@@ -130,7 +105,8 @@ class CpuUnpackedMatmul:
             )
             first = start * PANEL_ROWS
             product[:, first : first + weight.shape[1]] = x @ weight
-        return _finished(product[:, :rows], bias, inputs.dtype)
+        # The rows that fill up the last panel go; what is left has to be contiguous again.
+        return _finished(product[:, :rows].contiguous(), bias, inputs.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +139,7 @@ class CpuDense:
         self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
     ) -> Tensor:
         """Multiply any number of rows of inputs."""
-        return _native(Operation.DENSE, packed[0], inputs, bias, rows, self.unit)
-
-
-def _unsupported_two_four(spec: LinearSpec) -> str | None:
-    return _unsupported(spec) if spec.two_four else "a module of the layer is dense"
+        return _multiply(Operation.DENSE, packed[0], inputs, bias, rows=rows, unit=self.unit)
 
 
 def _unsupported(spec: LinearSpec) -> str | None:
@@ -178,28 +150,30 @@ def _unsupported(spec: LinearSpec) -> str | None:
     return missing_library()
 
 
-def _native(  # noqa: PLR0917  # as a kernel is given them
+def _multiply(
     operation: Operation,
     panels: Tensor,
     inputs: Tensor,
     bias: Tensor | None,
+    *,
     rows: int,
     unit: Unit | None,
 ) -> Tensor:
-    pairs = operation == Operation.DENSE
-    columns = panels.shape[1] * (2 if pairs else BLOCK_COLUMNS)
-    x = _prepared(panels, inputs, rows, columns)
+    width = _PAIR_VALUES if operation == Operation.DENSE else _block_values(panels.dtype)
+    columns = panels.shape[1] * (2 if operation == Operation.DENSE else BLOCK_COLUMNS)
+    x = _prepared(panels, inputs, rows=rows, columns=columns, width=width)
     product = x.new_empty(len(x), rows)
-    native_library().run(operation, panels, x, product, columns=columns, unit=unit)
+    if len(x):
+        native_library().run(operation, panels, x, product, columns=columns, unit=unit)
     return _finished(product, bias, inputs.dtype)
 
 
-def _prepared(panels: Tensor, inputs: Tensor, rows: int, columns: int) -> Tensor:
+def _prepared(panels: Tensor, inputs: Tensor, *, rows: int, columns: int, width: int) -> Tensor:
     """Check everything that native code relies on; return the inputs as it reads them."""
     for name, tensor in (("panels", panels), ("inputs", inputs)):
         if tensor.device.type != "cpu" or tensor.dtype not in STORED_DTYPES:
             raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}")
-    if panels.ndim != 3 or not panels.is_contiguous():
+    if panels.ndim != 3 or panels.shape[2] != width or not panels.is_contiguous():
         raise ValueError(f"panels of shape {tuple(panels.shape)} and strides {panels.stride()}")
     if inputs.ndim != 2 or not columns - BLOCK_COLUMNS < inputs.shape[1] <= columns:
         raise ValueError(f"inputs of shape {tuple(inputs.shape)} for {columns} columns")
@@ -207,6 +181,11 @@ def _prepared(panels: Tensor, inputs: Tensor, rows: int, columns: int) -> Tensor
         raise ValueError(f"{rows} rows in {len(panels)} panels of {PANEL_ROWS}")
     x = inputs.float().contiguous()
     return pad(x, (0, columns - x.shape[1])) if x.shape[1] < columns else x
+
+
+def _block_values(stored: torch.dtype) -> int:
+    """Return the width of a block: its positions count as values of its dtype."""
+    return PANEL_ROWS * (4 // stored.itemsize + BLOCK_COLUMNS // 2)
 
 
 def _finished(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

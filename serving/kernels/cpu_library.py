@@ -101,15 +101,21 @@ def native_library() -> NativeLibrary:
     """Load the library.
 
     Raises:
-        ServingError: It was not built, or is that of another release.
+        ServingError: It was not built, cannot be loaded, or is that of another release.
     """
     found = importlib.util.find_spec(_MODULE)
     if found is None or found.origin is None:
         raise ServingError(
-            "the compiled kernels were not built: install a C++17 compiler and then sparseserve "
-            "again with pip install --force-reinstall --no-deps sparseserve"
+            "the compiled kernels were not built: install a C++17 compiler, then sparseserve again "
+            "with pip install --force-reinstall --no-deps"
         )
-    handle = ctypes.CDLL(found.origin)
+    try:
+        handle = ctypes.CDLL(found.origin)
+    except OSError as error:
+        raise ServingError(
+            f"the compiled kernels cannot be loaded: {error}: install sparseserve again with "
+            "pip install --force-reinstall --no-deps"
+        ) from error
     version = handle.sparseserve_version()
     if version != _VERSION:
         raise ServingError(

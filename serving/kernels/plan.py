@@ -13,6 +13,7 @@ from functools import cache
 from itertools import combinations
 
 from sparseserve.errors import ServingError
+from sparseserve.serving.kernels.protocol import LinearKernel
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -37,6 +38,15 @@ class KernelTimes:
     layout: str
     packed_bytes: int
     seconds: dict[int, float]
+
+    def fits(self, kernel: LinearKernel) -> bool:
+        """Whether these can be times of ``kernel``: of its layout, and its batch sizes."""
+        return kernel.layout == self.layout and set(self.seconds) == set(batches_of(kernel))
+
+
+def batches_of(kernel: LinearKernel) -> tuple[int, ...]:
+    """Return the batch sizes that ``kernel`` takes."""
+    return tuple(b for b in BATCHES if kernel.largest_batch is None or b <= kernel.largest_batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +140,8 @@ def choose(times: Sequence[KernelTimes], dense_bytes: int) -> Choice:
         ServingError: No layout, or none that fits the memory, runs every batch size.
     """
     sizes = {found.layout: found.packed_bytes for found in times}
+    if not _covers(times):
+        raise ServingError(f"no kernel runs every batch size: {', '.join(sizes) or 'none at all'}")
     best = {batch: min(_seconds(times, batch).values()) for batch in BATCHES}
     options = []
     for count in (1, 2):
@@ -144,7 +156,7 @@ def choose(times: Sequence[KernelTimes], dense_bytes: int) -> Choice:
                 loss += math.log(slower) if slower > _TOLERANCE else 0.0
             options.append((loss, taken, layouts, chosen))
     if not options:
-        raise ServingError(f"no kernel runs every batch size: {', '.join(sizes) or 'none at all'}")
+        raise ServingError(f"no packed form fits 1.25 times the dense weight: {', '.join(sizes)}")
     _, _, layouts, chosen = min(options, key=lambda option: option[:2])
     by_batch = {batch: _fastest(_seconds(chosen, batch)) for batch in BATCHES}
     needed = {found.layout for found in chosen if found.kernel in by_batch.values()}

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparseserve.serving.kernels.plan import BATCHES, KernelTimes
+from sparseserve.serving.kernels.plan import BATCHES, KernelTimes, batches_of
 from sparseserve.serving.kernels.protocol import LinearKernel, LinearSpec, LoadedWeight
 
 # A layer's turn comes once a forward pass, when others have driven its weight out of the caches.
@@ -61,7 +61,7 @@ def _medians(
     turns = [
         (name, partial(kernel.matmul, layouts[kernel.layout], inputs, None, spec.rows))
         for name, kernel in kernels.items()
-        if kernel.largest_batch is None or batch <= kernel.largest_batch
+        if batch in batches_of(kernel)
     ]
     taken: dict[str, list[float]] = {name: [] for name, _ in turns}
     clock = _cuda_seconds if spec.device.type == "cuda" else _cpu_seconds

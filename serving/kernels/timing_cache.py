@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sparseserve.checkpoint import read_json, write_json
 from sparseserve.errors import ArtifactError
@@ -50,12 +52,10 @@ class TimingCache:
         stored = read_json(self.path)
         if stored.get("version") != _VERSION or stored.get("identity") != dict(self.identity):
             raise ArtifactError(f"{self.path}: kernel times of another machine or release")
+        layers = stored.get("layers")
         try:
-            layers: Mapping[str, list[dict[str, object]]] = stored["layers"]  # type: ignore[assignment]  # checked below
-            return {
-                layer: tuple(_times(data) for data in kernels) for layer, kernels in layers.items()
-            }
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return {layer: tuple(map(_times, _table(layers)[layer])) for layer in _table(layers)}
+        except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{self.path}: damaged kernel times: {error!r}") from error
 
     def store(self, layer: str, times: tuple[KernelTimes, ...]) -> None:
@@ -92,13 +92,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparseserve"
 
 
-def _times(data: Mapping[str, object]) -> KernelTimes:
-    seconds = {int(batch): float(value) for batch, value in data["seconds"].items()}  # type: ignore[attr-defined]  # else caught above
-    if not seconds or set(seconds) - set(BATCHES) or min(seconds.values()) <= 0:
-        raise ValueError(f"times of batches {sorted(seconds)}")
+def _times(stored: object) -> KernelTimes:
+    data = _table(stored)
+    seconds = {int(batch): float(value) for batch, value in _table(data["seconds"]).items()}
+    if set(seconds) - set(BATCHES) or not all(0 < value < math.inf for value in seconds.values()):
+        raise ValueError(f"seconds {seconds}")
     return KernelTimes(
         kernel=str(data["kernel"]),
         layout=str(data["layout"]),
-        packed_bytes=int(str(data["packed_bytes"])),
+        packed_bytes=int(data["packed_bytes"]),
         seconds=seconds,
     )
+
+
+def _table(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{type(value).__name__} where a table should be")
+    return value

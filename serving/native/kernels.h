@@ -160,7 +160,8 @@ void direct(const Call& call) {
       case 1: direct_panel<V, T, 1>(at, call, sums); break;
       case 2: direct_panel<V, T, 2>(at, call, sums); break;
       case 3: direct_panel<V, T, 3>(at, call, sums); break;
-      default: direct_panel<V, T, 4>(at, call, sums); break;
+      case 4: direct_panel<V, T, 4>(at, call, sums); break;
+      default: return;  // a caller's mistake; 0 and more than 4 rows would leave the buffers
     }
     write_panel(call, panel, sums);
   });

@@ -26,7 +26,8 @@ from sparseserve.sparsity import TWO_FOUR, pack24
 
 CPU = torch.device("cpu")
 NATIVE = Path(__file__).parents[2] / "serving" / "native"
-KINDS: tuple[Callable[..., LinearKernel], ...] = (
+CpuKernel = CpuDirect | CpuUnpacked | CpuUnpackedMatmul | CpuDense
+KINDS: tuple[Callable[..., CpuKernel], ...] = (
     CpuDirect,
     CpuUnpacked,
     CpuUnpackedMatmul,
@@ -41,12 +42,12 @@ def units() -> list[Unit]:
     return [unit for unit in Unit if unit <= native_library().best] if not missing_library() else []
 
 
-def kernels() -> list[LinearKernel]:
+def kernels() -> list[CpuKernel]:
     return [make(unit) for make, unit in product(KINDS, units())]
 
 
-def name(kernel: object) -> str:
-    return f"{type(kernel).__name__}-{getattr(kernel, 'unit').name}"  # noqa: B009
+def name(kernel: CpuKernel) -> str:
+    return f"{type(kernel).__name__}-{Unit(kernel.unit or 0).name}"
 
 
 def packed(kernel: LinearKernel, weight: Tensor) -> tuple[Tensor, ...]:
@@ -79,7 +80,7 @@ def assert_product(
 
 @pytest.mark.parametrize("kernel", kernels(), ids=name)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 40])
+@pytest.mark.parametrize("batch", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 40])
 def test_products_are_right_in_every_dtype_and_batch(
     kernel: LinearKernel, dtype: torch.dtype, batch: int
 ) -> None:
@@ -102,8 +103,8 @@ def test_products_are_right_in_every_dtype_and_batch(
     stored=st.sampled_from(DTYPES),
     seed=st.integers(0, 999),
 )
-def test_products_are_right_for_odd_shapes(  # noqa: PLR0917  # hypothesis fills them
-    kernel: LinearKernel, rows: int, groups: int, batch: int, stored: torch.dtype, seed: int
+def test_products_are_right_for_odd_shapes(
+    *, kernel: LinearKernel, rows: int, groups: int, batch: int, stored: torch.dtype, seed: int
 ) -> None:
     weight = two_four(rows, 4 * groups, seed=seed).to(stored).float()
     generator = torch.Generator().manual_seed(seed + 1)
@@ -200,8 +201,9 @@ def test_operands_that_do_not_fit_never_reach_native_code(
     tensors = packed(kind(), two_four(64, 64))
     with pytest.raises(ValueError, match=r"inputs|rows|batch"):
         kind().matmul(tensors, inputs, None, rows)
-    with pytest.raises(ValueError, match="panels"):
-        kind().matmul((tensors[0].transpose(0, 1),), torch.ones(1, 64), None, 64)
+    for damaged in (tensors[0].transpose(0, 1), tensors[0][:, :, 1:].contiguous(), tensors[0][0]):
+        with pytest.raises(ValueError, match="panels"):
+            kind().matmul((damaged,), torch.ones(1, 64), None, 64)
 
 
 def test_a_layer_that_no_kernel_of_the_processor_runs_says_why() -> None:

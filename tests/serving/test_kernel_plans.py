@@ -82,6 +82,13 @@ def test_a_layout_that_does_not_run_every_batch_size_is_not_kept_alone() -> None
 
 def test_without_a_kernel_for_every_batch_size_there_is_no_choice() -> None:
     with pytest.raises(ServingError, match="no kernel runs every batch size: tiles"):
+        choose([recorded("direct", "tiles", 562, {1: 0.1})], DENSE_BYTES)
+    with pytest.raises(ServingError, match="no kernel runs every batch size: none at all"):
+        choose([], DENSE_BYTES)
+
+
+def test_a_packed_form_far_larger_than_the_dense_weight_is_no_choice() -> None:
+    with pytest.raises(ServingError, match=r"fits 1\.25 times the dense weight: tiles"):
         choose([recorded("large", "tiles", 2000, 0.1)], DENSE_BYTES)
 
 
