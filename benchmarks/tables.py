@@ -188,6 +188,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality-smollm2-2of4": quality_table,
     "bench-smollm2-2of4": bench_table,
     "operators": operators_table,
+    "cpu-kernels": cpu_kernels_table,
     "peers-smollm2-2of4": peers_table,
     "quality-smollm2-mixed": quality_table,
     "peers-smollm2-mixed": peers_table,
