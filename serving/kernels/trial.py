@@ -21,6 +21,7 @@ from sparseserve.sparsity import TWO_FOUR
 _MOST_ROWS = 1024
 # Rows beyond them that keep what a kernel may have been specialised for: divisibility.
 _ROW_DIVISOR = 32
+_BIAS_STEP = 256
 
 
 @functools.cache
@@ -33,16 +34,17 @@ def trial_refusal(kernel: LinearKernel, spec: LinearSpec) -> str | None:
     small = LinearSpec(rows, spec.columns, spec.dtype, spec.device, two_four=True)
     generator = torch.Generator(spec.device).manual_seed(0)
     dense = TWO_FOUR.project(_whole_numbers(small, rows, generator))
-    bias = _whole_numbers(small, 1, generator).new_ones(rows)
+    # Larger than the allowed error of any product, so that a bias left out or out of place shows.
+    bias = _BIAS_STEP * torch.randint(-3, 4, (rows,), device=spec.device, generator=generator)
     largest = max(batch for batch in BATCHES if _takes(kernel, batch))
     inputs = _whole_numbers(small, largest, generator)
     exact = inputs.float() @ dense.float().T
     try:
         packed = kernel.pack(LoadedWeight((RowBlock("trial", dense),)), small)
         for batch in (size for size in BATCHES if _takes(kernel, size)):
-            for offset in (None, bias):
+            for offset in (None, bias.to(spec.dtype)):
                 found = kernel.matmul(packed, inputs[:batch].contiguous(), offset, rows)
-                expected = exact[:batch] + (0 if offset is None else 1)
+                expected = exact[:batch] + (0 if offset is None else offset.float())
                 if not _same(found, expected):
                     return f"gives wrong products at batch {batch} on {spec.device}"
     # Whatever the library or the compiler raises, the layer has other kernels to run on.

@@ -85,7 +85,7 @@ def compile_product(
         "bias": f"*{dtype}",
         "output": "*fp32" if partial else f"*{dtype}",
     }
-    constants = {
+    constants: dict[str, object] = {
         "HAS_BIAS": not partial,
         "IS_PARTIAL": partial,
         "TILE_BATCH": tiling.batch,
@@ -166,7 +166,6 @@ def test_shares_too_many_to_address_are_not_made() -> None:
 
 def test_importing_all_kernels_does_not_import_triton() -> None:
     command = (
-        "import sys, sparseserve.serving.kernels.cuda; "
-        "sys.exit('triton.language' in sys.modules)"
+        "import sys, sparseserve.serving.kernels.cuda; sys.exit('triton.language' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

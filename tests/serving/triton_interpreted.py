@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight, RowBlock
 from sparseserve.serving.kernels.tiling import Tiling
+from sparseserve.serving.kernels.trial import trial_refusal
 from sparseserve.serving.kernels.triton_packed import TritonKernel, TritonUnpackKernel
 from sparseserve.sparsity import TWO_FOUR, pack24
 
@@ -84,7 +85,8 @@ def two_four(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def spec(weight: Tensor) -> LinearSpec:
-    return LinearSpec(*weight.shape, weight.dtype, weight.device, two_four=True)
+    rows, columns = weight.shape
+    return LinearSpec(rows, columns, weight.dtype, weight.device, two_four=True)
 
 
 def assert_within_rounding(
@@ -112,6 +114,7 @@ def assert_within_rounding(
 )
 @settings(max_examples=40)
 def test_any_shape_multiplies_as_the_unpacked_weight_does(
+    *,
     batch: int,
     rows: int,
     groups: int,
@@ -146,6 +149,15 @@ def test_kernels_give_the_products_of_a_model(
     offset = bias(rows).to(dtype)
     found = kernel.matmul(packed, inputs.to(dtype), offset, rows)
     assert_within_rounding(found, weight, inputs.to(dtype), offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", [TritonKernel(), TritonUnpackKernel()], ids=repr)
+def test_the_trial_before_use_passes(
+    kernel: TritonKernel | TritonUnpackKernel, dtype: torch.dtype
+) -> None:
+    spec = LinearSpec(40, 132, dtype, torch.device("cpu"), two_four=True)
+    assert trial_refusal(kernel, spec) is None
 
 
 def test_every_code_of_a_group_is_decoded() -> None:
@@ -208,9 +220,7 @@ def test_denormal_weights_are_not_lost(dtype: torch.dtype) -> None:
 def test_splits_are_summed_in_the_same_order_every_time() -> None:
     weight, inputs = two_four(16, 256, torch.float16), torch.randn(3, 256).half()
     packed, split = pack24(weight), Tiling(16, 32, 64, splits=4)
-    first, second = (
-        multiply(packed.values, packed.indices, inputs, None, split) for _ in range(2)
-    )
+    first, second = (multiply(packed.values, packed.indices, inputs, None, split) for _ in range(2))
     assert torch.equal(first, second)
 
 
