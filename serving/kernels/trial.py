@@ -2,8 +2,9 @@
 
 Libraries differ by version and card in which algorithms they have, and a compressed form that one
 algorithm wrote another may misread without a word. So a CUDA kernel is offered for a layer only
-after it gave the right product at every batch size that is timed. Weights and inputs of the trial
-are small whole numbers: float32 sums of them are exact in any order, and so is the reference.
+after it gave the right product at every batch size that is timed, and at a larger one. Weights and
+inputs of the trial are small whole numbers: float32 sums of them are exact in any order, and so is
+the reference.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _MOST_ROWS = 1024
 # Rows beyond them that keep what a kernel may have been specialised for: divisibility.
 _ROW_DIVISOR = 32
 _BIAS_STEP = 256
+# Of the timed sizes, and one like a long prompt, which no tile divides.
+_BATCHES = (*BATCHES, 2049)
 
 
 @functools.cache
@@ -36,12 +39,12 @@ def trial_refusal(kernel: LinearKernel, spec: LinearSpec) -> str | None:
     dense = TWO_FOUR.project(_whole_numbers(small, rows, generator))
     # Larger than the allowed error of any product, so that a bias left out or out of place shows.
     bias = _BIAS_STEP * torch.randint(-3, 4, (rows,), device=spec.device, generator=generator)
-    largest = max(batch for batch in BATCHES if _takes(kernel, batch))
+    largest = max(batch for batch in _BATCHES if _takes(kernel, batch))
     inputs = _whole_numbers(small, largest, generator)
     exact = inputs.float() @ dense.float().T
     try:
         packed = kernel.pack(LoadedWeight((RowBlock("trial", dense),)), small)
-        for batch in (size for size in BATCHES if _takes(kernel, size)):
+        for batch in (size for size in _BATCHES if _takes(kernel, size)):
             for offset in (None, bias.to(spec.dtype)):
                 found = kernel.matmul(packed, inputs[:batch].contiguous(), offset, rows)
                 expected = exact[:batch] + (0 if offset is None else offset.float())
