@@ -133,6 +133,20 @@ def test_any_shape_multiplies_as_the_unpacked_weight_does(
     assert_within_rounding(found, weight, inputs, bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("splits", [2, 3, 5])
+def test_shares_of_splits_add_up_with_the_bias_of_each_row(
+    splits: int, biased: bool, dtype: torch.dtype
+) -> None:
+    # More sums than one program adds, and a last split that has less to do.
+    weight, inputs = two_four(70, 332, dtype), torch.randn(17, 332).to(dtype)
+    bias = 100 * torch.randn(70).to(dtype) if biased else None
+    packed = pack24(weight)
+    found = multiply(packed.values, packed.indices, inputs, bias, Tiling(16, 32, 32, splits))
+    assert_within_rounding(found, weight, inputs, bias)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 32, 64, 100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(64, 576), (72, 260), (130, 132)])
