@@ -17,11 +17,12 @@ from typing import Any
 
 import click
 
+from benchmarks.evidence_tables import EVIDENCE_TABLES
 from sparseserve.recipe import PruneRecipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", "docs/method.md", "docs/serving.md")
+PAGES = ("README.md", "docs/method.md", "docs/serving.md", "docs/evidence.md")
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -150,11 +151,43 @@ def _perplexities(runs: list[dict[str, Any]], texts: list[str]) -> str:
     return " | ".join(_spread([run["perplexity"][text] for run in runs]) for text in texts)
 
 
+def cpu_kernels_table(result: dict[str, Any]) -> str:
+    """Each batch size's fastest 2:4 kernel against torch's products and our own dense one."""
+    lines = [
+        "| shape | batch | fastest 2:4 kernel | ms | torch, float32 or bfloat16, ms | gain "
+        "| gain over our dense kernel |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        times = row["milliseconds"]
+        sparse = {name: times[name] for name in times if name.startswith(("cpu_d", "cpu_u"))}
+        dense = sparse.pop("cpu_dense")
+        best = min(sparse, key=lambda name: sparse[name])
+        base = min(times["torch_float32"], times["torch_bfloat16"])
+        lines.append(
+            f"| {row['rows']} x {row['columns']} | {row['batch']} | `{best}` | {sparse[best]:.3f} "
+            f"| {base:.3f} | {base / sparse[best]:.2f} | {dense / sparse[best]:.2f} |"
+        )
+    machine = result["machine"]
+    lines.append(
+        f"\nWeights of bfloat16 values, medians of {result['setting']['repeats']} turns; "
+        f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}, "
+        f"commit {machine['commit']}, {machine['date']}."
+    )
+    return "\n".join(lines)
+
+
+# The others of EVIDENCE_TABLES have no committed result yet.
+MEASURED_EVIDENCE = ("warm-starts", "stacked-penalties", "operator-costs")
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality-smollm2-2of4": quality_table,
     "bench-smollm2-2of4": bench_table,
     "operators": operators_table,
     "peers-smollm2-2of4": peers_table,
+    "quality-smollm2-mixed": quality_table,
+    "peers-smollm2-mixed": peers_table,
+    **{name: EVIDENCE_TABLES[name] for name in MEASURED_EVIDENCE},
 }
 
 

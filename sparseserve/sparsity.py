@@ -285,6 +285,19 @@ def unpack24(packed: Packed24) -> Tensor:
         ArtifactError: the positions of a group do not ascend, or padding bits are set.
     """
     rows, kept = packed.values.shape
+    dense = packed.values.new_zeros(rows, kept // 2, 4)
+    positions = kept_positions(packed).to(torch.int64)
+    dense.scatter_(-1, positions, packed.values.reshape(rows, kept // 2, 2))
+    return dense.reshape(rows, kept * 2)
+
+
+def kept_positions(packed: Packed24) -> Tensor:
+    """Return where the values of each group lie, ``[out, in / 4, 2]`` from 0 to 3, ascending.
+
+    Raises:
+        ArtifactError: the positions of a group do not ascend, or padding bits are set.
+    """
+    rows, kept = packed.values.shape
     groups = kept // 2
     nibbles = torch.stack((packed.indices & 15, packed.indices >> 4), dim=-1).reshape(rows, -1)
     first, second = nibbles[:, :groups] & 3, nibbles[:, :groups] >> 2
@@ -293,7 +306,4 @@ def unpack24(packed: Packed24) -> Tensor:
         raise ArtifactError(f"indices at row {row}, group {group} do not ascend")
     if bool(nibbles[:, groups:].any()):
         raise ArtifactError("the padding half byte of the last group is not zero")
-    dense = packed.values.new_zeros(rows, groups, 4)
-    positions = torch.stack((first, second), dim=-1).to(torch.int64)
-    dense.scatter_(-1, positions, packed.values.reshape(rows, groups, 2))
-    return dense.reshape(rows, groups * 4)
+    return torch.stack((first, second), dim=-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import ArtifactError, ServingError, unknown_name
-from sparseserve.serving.kernels.plan import KernelPlan, KernelTimes, choose
+from sparseserve.serving.kernels.plan import BATCHES, Choice, KernelPlan, KernelTimes, choose
 from sparseserve.serving.kernels.protocol import LinearKernel, LinearSpec, LoadedWeight
 from sparseserve.serving.kernels.table import DENSE, KERNELS
 from sparseserve.serving.kernels.timing import measure
@@ -82,9 +82,13 @@ def layer_kernels(
         raise ServingError(f"{layer}: no kernel runs it: {reasons}")
     if set(able) == {DENSE}:
         return LayerKernels(layer, None, (), refusals, ())
-    times = _times(layer, able, spec, weight, tell)
-    dense_bytes = spec.rows * spec.columns * spec.dtype.itemsize
-    chosen = choose(times, dense_bytes)
+    times: tuple[KernelTimes, ...] = ()
+    if len(able) == 1:
+        ((name, kernel),) = able.items()
+        chosen = Choice(dict.fromkeys(BATCHES, name), (kernel.layout,))
+    else:
+        times = _times(layer, able, spec, weight, tell)
+        chosen = choose(times, dense_bytes=spec.rows * spec.columns * spec.dtype.itemsize)
     if set(chosen.by_batch.values()) == {DENSE}:
         return LayerKernels(layer, None, (), refusals, times)
     packed = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import ArtifactError, ServingError
-from sparseserve.sparsity import Packed24, pack24, unpack24
+from sparseserve.sparsity import Packed24, kept_positions, pack24, unpack24
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +48,32 @@ class RowBlock:
         """
         if isinstance(self.weight, Tensor):
             return self.weight
-        try:
+        with self._naming_damage():
             return unpack24(self.weight)
-        except ArtifactError as error:
-            raise ServingError(
-                f"{self.name}.weight_indices: {error}: check the folder with sparseserve verify"
-            ) from error
 
     def packed(self) -> Packed24:
-        """Return the rows packed.
+        """Return the rows packed, checked.
 
         Raises:
-            ServingError: Dense rows are not 2:4.
+            ServingError: The packed form is damaged, or dense rows are not 2:4.
         """
         if isinstance(self.weight, Packed24):
+            with self._naming_damage():
+                kept_positions(self.weight)
             return self.weight
         try:
             return pack24(self.weight)
         except ArtifactError as error:
             raise ServingError(f"{self.name}.weight: {error}") from error
+
+    @contextmanager
+    def _naming_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except ArtifactError as error:
+            raise ServingError(
+                f"{self.name}.weight_indices: {error}: check the folder with sparseserve verify"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from sparseserve.serving.kernels.cpu import CpuDense, CpuDirect, CpuUnpacked, CpuUnpackedMatmul
 from sparseserve.serving.kernels.dense import DenseKernel
 from sparseserve.serving.kernels.protocol import LinearKernel
 
 DENSE = "dense"
-KERNELS: Mapping[str, LinearKernel] = MappingProxyType({DENSE: DenseKernel()})
+KERNELS: Mapping[str, LinearKernel] = MappingProxyType(
+    {
+        "cpu_direct": CpuDirect(),
+        "cpu_unpacked": CpuUnpacked(),
+        "cpu_unpacked_matmul": CpuUnpackedMatmul(),
+        "cpu_dense": CpuDense(),
+        DENSE: DenseKernel(),
+    }
+)

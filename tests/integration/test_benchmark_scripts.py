@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import (
+    cpu_kernels,
     first_order,
     gradient_blocks,
     penalty_search,
@@ -20,8 +21,10 @@ from benchmarks import (
     warm_starts,
 )
 from benchmarks.evidence_tables import EVIDENCE_TABLES
+from benchmarks.machine import Machine
 from benchmarks.operator_data import Windows, decoder_layers, model_operators, small_operator
 from benchmarks.penalty_search import Trial, within
+from benchmarks.tables import cpu_kernels_table
 from sparseserve.pruners import PRUNERS
 from sparseserve.solvers.problem import layer_problem
 from sparseserve.sparsity import TWO_FOUR
@@ -48,6 +51,21 @@ def test_a_smoke_run_measures_and_writes_nothing(
     run = CliRunner().invoke(script.main, ["--smoke"], catch_exceptions=False)
     assert run.exit_code == 0
     assert "error" in run.output
+
+
+def test_a_smoke_run_times_every_product() -> None:
+    run = CliRunner().invoke(cpu_kernels.main, ["--smoke"], catch_exceptions=False)
+    single, eight = (json.loads(line)["milliseconds"] for line in run.output.splitlines())
+    assert set(single) == {*cpu_kernels.OWN, "torch_float32", "torch_bfloat16"}
+    assert set(single) - set(eight) == {"cpu_direct"}
+    lines = cpu_kernels_table(
+        {
+            "machine": asdict(Machine.here()),
+            "setting": {"repeats": 1},
+            "rows": [{"rows": 64, "columns": 64, "batch": 1, "milliseconds": single}],
+        }
+    ).splitlines()
+    assert lines[2].startswith("| 64 x 64 | 1 | `cpu_")
 
 
 def test_blocks_are_trained_and_stay_in_the_pattern(tiny: Path) -> None:

@@ -54,12 +54,13 @@ class Unpacking:
         return torch.nn.functional.linear(inputs, unpack24(Packed24(values, indices)), bias)
 
 
-WITH_UNPACKING: dict[str, LinearKernel] = {"unpacking": Unpacking(), **KERNELS}
+WITH_UNPACKING: dict[str, LinearKernel] = {"unpacking": Unpacking(), "dense": KERNELS["dense"]}
 
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPARSESERVE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("SPARSESERVE_KERNELS", raising=False)
     return tmp_path / "cache"
 
 
@@ -155,6 +156,16 @@ def test_times_that_cannot_be_kept_are_used_all_the_same(
     assert told[-1].startswith("kernel times are not kept: ")
 
 
+def test_what_is_measured_multiplies_as_the_dense_weight_does() -> None:
+    weight, inputs = two_four(96, 64), torch.randn(5, 64)
+    layer = LinearSpec(96, 64, torch.float32, CPU, two_four=True)
+    chosen = layer_kernels(layer, loaded(weight), lambda _: None)
+    assert {found.kernel for found in chosen.times} >= {"dense"}
+    if chosen.plan is not None:
+        found = two_four_linear(inputs, chosen.packed, None, str(chosen.plan), 96)
+        torch.testing.assert_close(found, inputs @ weight.T)
+
+
 def test_asked_to_measure_the_cache_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     choose()
     monkeypatch.setenv("SPARSESERVE_MEASURE", "1")
@@ -170,11 +181,12 @@ def test_a_kernel_that_cannot_run_the_layer_leaves_its_reason() -> None:
 
 
 def test_the_choice_can_be_restricted(monkeypatch: pytest.MonkeyPatch) -> None:
-    record(times("unpacking", "packed24", 2.0))
     monkeypatch.setenv("SPARSESERVE_KERNELS", "unpacking")
-    plan = choose().plan
+    told: list[str] = []
+    plan = choose(told).plan
     assert plan is not None
     assert plan.describe() == "unpacking"
+    assert told == []  # with one kernel there is nothing to time
     with pytest.raises(ServingError, match="no kernel runs it: unpacking: a module"):
         choose(two=False)
     monkeypatch.setenv("SPARSESERVE_KERNELS", "unpakcing")

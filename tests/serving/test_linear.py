@@ -9,12 +9,23 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import ServingError
+from sparseserve.serving.kernels.cpu_library import missing_library
 from sparseserve.sparsity import TWO_FOUR, pack24
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 PARENT = "model.layers.0.mlp"
+
+
+@pytest.fixture(autouse=True, params=["dense", "cpu_unpacked,cpu_dense"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test on vLLM's own product and on our kernels."""
+    if request.param != "dense" and missing_library() is not None:
+        pytest.skip(str(missing_library()))
+    monkeypatch.setenv("SPARSESERVE_KERNELS", request.param)
+
+
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 

@@ -1,0 +1,215 @@
+"""2:4 products on a processor, straight from packed weights.
+
+Three kernels read one packed form (``cpu_layout``), so a layer keeps 1.125 bytes a weight and no
+dense copy. Sums are float32 whatever the dtypes are; inputs and outputs of other dtypes are
+converted. A product differs from the dense one where an input is infinite or NaN: a zero that is
+not stored is not multiplied, so it does not make NaN of an infinity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparseserve.serving.kernels.cpu_layout import (
+    BLOCK_COLUMNS,
+    PANEL_ROWS,
+    dense_panels,
+    two_four_panels,
+)
+from sparseserve.serving.kernels.cpu_library import (
+    STORED_DTYPES,
+    Operation,
+    Unit,
+    missing_library,
+    native_library,
+)
+from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight
+
+# Rows unpacked at once for torch's product: enough for it to run at full speed.
+_UNPACKED_PANELS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CpuDirect:
+    """Multiplies without unpacking: each kept value by the input its position picks.
+
+    Attributes:
+        unit: Vector unit; None is the best of the processor.
+    """
+
+    layout: ClassVar[str] = "cpu_2of4"
+    largest_batch: ClassVar[int | None] = 4
+
+    unit: Unit | None = None
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        """Refuse what is not wholly 2:4, other devices and other dtypes."""
+        return _unsupported_two_four(spec)
+
+    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Return the 2:4 panels."""
+        return (two_four_panels(weight.packed(), weight.storage_dtype()),)
+
+    def matmul(
+        self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
+    ) -> Tensor:
+        """Multiply up to four rows of inputs."""
+        if len(inputs) > 4:
+            raise ValueError(f"a batch of {len(inputs)} where 4 is the most")
+        return _native(Operation.DIRECT, packed[0], inputs, bias, rows, self.unit)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuUnpacked:
+    """Unpacks a chunk of a panel into the cache at a time and multiplies it densely.
+
+    Attributes:
+        unit: Vector unit; None is the best of the processor.
+    """
+
+    layout: ClassVar[str] = "cpu_2of4"
+    largest_batch: ClassVar[int | None] = None
+
+    unit: Unit | None = None
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        """Refuse what is not wholly 2:4, other devices and other dtypes."""
+        return _unsupported_two_four(spec)
+
+    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Return the 2:4 panels."""
+        return (two_four_panels(weight.packed(), weight.storage_dtype()),)
+
+    def matmul(
+        self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
+    ) -> Tensor:
+        """Multiply any number of rows of inputs."""
+        return _native(Operation.UNPACKED, packed[0], inputs, bias, rows, self.unit)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuUnpackedMatmul:
+    """Unpacks some hundred rows at a time and leaves the product to torch. For long prompts.
+
+    Attributes:
+        unit: Vector unit; None is the best of the processor.
+    """
+
+    layout: ClassVar[str] = "cpu_2of4"
+    largest_batch: ClassVar[int | None] = None
+
+    unit: Unit | None = None
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        """Refuse what is not wholly 2:4, other devices and other dtypes."""
+        return _unsupported_two_four(spec)
+
+    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Return the 2:4 panels."""
+        return (two_four_panels(weight.packed(), weight.storage_dtype()),)
+
+    def matmul(
+        self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
+    ) -> Tensor:
+        """Multiply any number of rows of inputs."""
+        panels = packed[0]
+        columns = panels.shape[1] * BLOCK_COLUMNS
+        x = _prepared(panels, inputs, rows, columns)
+        product = x.new_empty(len(x), len(panels) * PANEL_ROWS)
+        for start in range(0, len(panels), _UNPACKED_PANELS):
+            part = panels[start : start + _UNPACKED_PANELS]
+            weight = x.new_empty(columns, len(part) * PANEL_ROWS)
+            native_library().run(
+                Operation.UNPACK, part, None, weight, columns=columns, unit=self.unit
+            )
+            first = start * PANEL_ROWS
+            product[:, first : first + weight.shape[1]] = x @ weight
+        return _finished(product[:, :rows], bias, inputs.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuDense:
+    """Multiplies by a dense weight in panels, of 16-bit values where they are exact.
+
+    What the 2:4 kernels have to be compared with, to tell the gain of sparsity from that of storage
+    and layout. Also runs layers of which only a part is 2:4.
+
+    Attributes:
+        unit: Vector unit; None is the best of the processor.
+    """
+
+    layout: ClassVar[str] = "cpu_dense"
+    largest_batch: ClassVar[int | None] = None
+
+    unit: Unit | None = None
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        """Refuse wholly 2:4 layers, which take less in the packed form, and other devices."""
+        if spec.two_four:
+            return "every module of the layer is 2:4"
+        return _unsupported(spec)
+
+    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Return the dense panels."""
+        return (dense_panels(weight.dense(), weight.storage_dtype()),)
+
+    def matmul(
+        self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
+    ) -> Tensor:
+        """Multiply any number of rows of inputs."""
+        return _native(Operation.DENSE, packed[0], inputs, bias, rows, self.unit)
+
+
+def _unsupported_two_four(spec: LinearSpec) -> str | None:
+    return _unsupported(spec) if spec.two_four else "a module of the layer is dense"
+
+
+def _unsupported(spec: LinearSpec) -> str | None:
+    if spec.device.type != "cpu":
+        return f"runs on a CPU, not on {spec.device.type}"
+    if spec.dtype not in STORED_DTYPES:
+        return f"does not know {spec.dtype}"
+    return missing_library()
+
+
+def _native(  # noqa: PLR0917  # as a kernel is given them
+    operation: Operation,
+    panels: Tensor,
+    inputs: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    unit: Unit | None,
+) -> Tensor:
+    pairs = operation == Operation.DENSE
+    columns = panels.shape[1] * (2 if pairs else BLOCK_COLUMNS)
+    x = _prepared(panels, inputs, rows, columns)
+    product = x.new_empty(len(x), rows)
+    native_library().run(operation, panels, x, product, columns=columns, unit=unit)
+    return _finished(product, bias, inputs.dtype)
+
+
+def _prepared(panels: Tensor, inputs: Tensor, rows: int, columns: int) -> Tensor:
+    """Check everything that native code relies on; return the inputs as it reads them."""
+    for name, tensor in (("panels", panels), ("inputs", inputs)):
+        if tensor.device.type != "cpu" or tensor.dtype not in STORED_DTYPES:
+            raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}")
+    if panels.ndim != 3 or not panels.is_contiguous():
+        raise ValueError(f"panels of shape {tuple(panels.shape)} and strides {panels.stride()}")
+    if inputs.ndim != 2 or not columns - BLOCK_COLUMNS < inputs.shape[1] <= columns:
+        raise ValueError(f"inputs of shape {tuple(inputs.shape)} for {columns} columns")
+    if -(-rows // PANEL_ROWS) != len(panels):
+        raise ValueError(f"{rows} rows in {len(panels)} panels of {PANEL_ROWS}")
+    x = inputs.float().contiguous()
+    return pad(x, (0, columns - x.shape[1])) if x.shape[1] < columns else x
+
+
+def _finished(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if bias is not None:
+        product += bias
+    return product.to(dtype)
