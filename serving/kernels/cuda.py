@@ -22,16 +22,16 @@ _ALGORITHMS = (
 
 
 def _cusparselt_name(algorithm: int, splits: int) -> str:
-    cut = "" if splits == 1 else "-own-splits" if splits < 0 else f"-{splits}-splits"
-    return f"cusparselt-{algorithm}{cut}"
+    cut = "" if splits == 1 else "_own_splits" if splits < 0 else f"_{splits}_splits"
+    return f"cusparselt_{algorithm}{cut}"
 
 
 CUDA_KERNELS: Mapping[str, LinearKernel] = MappingProxyType(
     {
         "triton": TritonKernel(),
-        "triton-narrow": TritonKernel(tile_rows=32),
-        "triton-wide": TritonKernel(tile_rows=128, warps=8, stages=3),
-        "triton-unpack": TritonUnpackKernel(),
+        "triton_narrow": TritonKernel(tile_rows=32),
+        "triton_wide": TritonKernel(tile_rows=128, warps=8, stages=3),
+        "triton_unpack": TritonUnpackKernel(),
         "cutlass": CutlassKernel(),
         **{
             _cusparselt_name(algorithm, splits): CusparseltKernel(algorithm, splits)
