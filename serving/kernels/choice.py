@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparseserve.errors import ArtifactError, ServingError, unknown_name
+from sparseserve.serving.kernels.cuda_device import cuda_device
 from sparseserve.serving.kernels.plan import BATCHES, Choice, KernelPlan, KernelTimes, choose
 from sparseserve.serving.kernels.protocol import LinearKernel, LinearSpec, LoadedWeight
 from sparseserve.serving.kernels.table import DENSE, KERNELS
@@ -46,7 +47,10 @@ class LayerKernels:
     def describe(self) -> str:
         """Say it in one line."""
         chosen = self.plan.describe() if self.plan else DENSE
-        refused = "".join(f"; {name}: {reason}" for name, reason in self.refusals.items())
+        names: dict[str, list[str]] = {}
+        for name, reason in self.refusals.items():
+            names.setdefault(reason, []).append(name)
+        refused = "".join(f"; {_shortened(which)}: {reason}" for reason, which in names.items())
         return f"{self.layer}: {chosen}{refused}"
 
 
@@ -106,16 +110,12 @@ def layer_kernels(
 
 def identity(device: torch.device) -> dict[str, str]:
     """Return all that kernel times depend on but the layer."""
-    if device.type == "cuda":
-        name, threads = torch.cuda.get_device_name(device), ""
-    else:
-        name, threads = processor_name(), str(torch.get_num_threads())
     versions = installed_versions()
-    return {
-        "device": name,
-        "threads": threads,
-        **{library: versions.get(library, "") for library in ("sparseserve", "torch")},
-    }
+    libraries = {library: versions.get(library, "") for library in ("sparseserve", "torch")}
+    if gpu := cuda_device(device):
+        libraries |= {"triton": versions.get("triton", ""), "cusparselt": str(gpu.cusparselt)}
+        return {"device": str(gpu), **libraries}
+    return {"device": processor_name(), "threads": str(torch.get_num_threads()), **libraries}
 
 
 def _allowed(kernels: Mapping[str, LinearKernel]) -> Mapping[str, LinearKernel]:
@@ -150,6 +150,12 @@ def _times(
     except ArtifactError as error:
         tell(f"kernel times are not kept: {error}")
     return times
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """Name the kernels that share a reason; cuSPARSELt alone has dozens."""
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -170,17 +170,21 @@ def _multiply(
 
 def _prepared(panels: Tensor, inputs: Tensor, *, rows: int, columns: int, width: int) -> Tensor:
     """Check everything that native code relies on; return the inputs as it reads them."""
-    for name, tensor in (("panels", panels), ("inputs", inputs)):
-        if tensor.device.type != "cpu" or tensor.dtype not in STORED_DTYPES:
-            raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}")
+    # A product of a small layer takes microseconds, as does each call of torch: so there are few.
+    if panels.dtype not in STORED_DTYPES or not panels.is_cpu:
+        raise ValueError(f"panels: {panels.dtype} on {panels.device}")
+    if inputs.dtype not in STORED_DTYPES or not inputs.is_cpu:
+        raise ValueError(f"inputs: {inputs.dtype} on {inputs.device}")
     if panels.ndim != 3 or panels.shape[2] != width or not panels.is_contiguous():
         raise ValueError(f"panels of shape {tuple(panels.shape)} and strides {panels.stride()}")
     if inputs.ndim != 2 or not columns - BLOCK_COLUMNS < inputs.shape[1] <= columns:
         raise ValueError(f"inputs of shape {tuple(inputs.shape)} for {columns} columns")
     if -(-rows // PANEL_ROWS) != len(panels):
         raise ValueError(f"{rows} rows in {len(panels)} panels of {PANEL_ROWS}")
-    x = inputs.float().contiguous()
-    return pad(x, (0, columns - x.shape[1])) if x.shape[1] < columns else x
+    if inputs.dtype != torch.float32 or not inputs.is_contiguous():
+        inputs = inputs.float().contiguous()
+    gap = columns - inputs.shape[1]
+    return pad(inputs, (0, gap)) if gap else inputs
 
 
 def _block_values(stored: torch.dtype) -> int:
@@ -191,4 +195,4 @@ def _block_values(stored: torch.dtype) -> int:
 def _finished(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     if bias is not None:
         product += bias
-    return product.to(dtype)
+    return product if dtype == torch.float32 else product.to(dtype)

@@ -40,10 +40,11 @@ def two_four_linear(
 def _run(
     inputs: Tensor, packed: Sequence[Tensor], bias: Tensor | None, plan: str, rows: int
 ) -> Tensor:
-    flat = inputs.reshape(-1, inputs.shape[-1]).contiguous()
-    step = parse_plan(plan).step(len(flat))
-    product = KERNELS[step.kernel].matmul(packed[step.first : step.stop], flat, bias, rows)
-    return product.view(*inputs.shape[:-1], rows)
+    if inputs.ndim != 2 or not inputs.is_contiguous():
+        flat = inputs.reshape(-1, inputs.shape[-1]).contiguous()
+        return _run(flat, packed, bias, plan, rows).view(*inputs.shape[:-1], rows)
+    step = parse_plan(plan).step(len(inputs))
+    return KERNELS[step.kernel].matmul(packed[step.first : step.stop], inputs, bias, rows)
 
 
 def _shape(

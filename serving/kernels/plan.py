@@ -15,7 +15,7 @@ from itertools import combinations
 from sparseserve.errors import ServingError
 from sparseserve.serving.kernels.protocol import LinearKernel
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 
 # A second packed copy must be worth it: differences below this share are noise, or not worth it.
 _TOLERANCE = 1.05
@@ -80,7 +80,10 @@ class KernelPlan:
 
     def step(self, batch: int) -> PlanStep:
         """Return the step that runs ``batch`` tokens."""
-        return next(s for s in self.steps if batch <= s.largest_batch or not s.largest_batch)
+        for step in self.steps:  # a few: this runs in every product
+            if batch <= step.largest_batch:
+                return step
+        return self.steps[-1]
 
     def describe(self) -> str:
         """Say it in words, for a log."""

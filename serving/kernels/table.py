@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from sparseserve.serving.kernels.cpu import CpuDense, CpuDirect, CpuUnpacked, CpuUnpackedMatmul
+from sparseserve.serving.kernels.cuda import CUDA_KERNELS
 from sparseserve.serving.kernels.dense import DenseKernel
 from sparseserve.serving.kernels.protocol import LinearKernel
 
@@ -16,6 +17,7 @@ KERNELS: Mapping[str, LinearKernel] = MappingProxyType(
         "cpu_unpacked": CpuUnpacked(),
         "cpu_unpacked_matmul": CpuUnpackedMatmul(),
         "cpu_dense": CpuDense(),
+        **CUDA_KERNELS,
         DENSE: DenseKernel(),
     }
 )

@@ -14,6 +14,13 @@
 #include "call.h"
 #include "values.h"
 
+// Left to itself GCC may keep the loop and the sums in memory, at a third of the speed.
+#if defined(__GNUC__)
+#define SPARSESERVE_UNROLL _Pragma("GCC unroll 8")
+#else
+#define SPARSESERVE_UNROLL
+#endif
+
 namespace sparseserve {
 // Internal to each file that includes this: the linker must not take code that was compiled for one
 // vector unit for another's.
@@ -22,9 +29,14 @@ namespace {
 constexpr int kPanel = 32;       // rows of a panel
 constexpr int kBlock = 32;       // columns that one word of positions covers
 constexpr int kGroups = 8;       // groups of four in a block
-constexpr int kChunkBlocks = 4;  // blocks that are unpacked at once: 16 KiB, half an L1 cache
-constexpr int kChunk = kChunkBlocks * kBlock;
 constexpr int kTileRows = 6;     // rows of activations in a register tile
+constexpr int kUnpacked = 4096;  // weights that are unpacked at once: 16 KiB, half an L1 cache
+
+// Rows of a panel that a register tile takes, and the blocks of so many rows to unpack at once.
+template <class V>
+constexpr int strip_rows = 2 * V::lanes;
+template <class V>
+constexpr int chunk_blocks = kUnpacked / (strip_rows<V> * kBlock);
 
 // One block of a 2:4 panel: a word of positions for each row, then the values of eight groups.
 template <class T>
@@ -67,22 +79,21 @@ void direct_panel(const std::uint8_t* panel, const Call& call, float* sums) {
       V::store(sums + b * kPanel + s * V::lanes, V::add(low[b][s], high[b][s]));
 }
 
-// Writes a block of a 2:4 panel to 32 columns of 32 rows each, `stride` apart.
+// Writes rows `from` to `to` of a block of a 2:4 panel to its 32 columns, which are `stride` apart.
 template <class V, class T>
-void unpack_block(const std::uint8_t* block, float* dense, std::int64_t stride) {
-  constexpr int strips = kPanel / V::lanes;
+void unpack_block(const std::uint8_t* block, int from, int to, float* dense, std::int64_t stride) {
   const std::uint8_t* values = block + sizeof(std::uint32_t) * kPanel;
-  for (int s = 0; s < strips; ++s) {
-    typename V::words positions = V::load_words(block + s * V::lanes * 4);
+  for (int row = from; row < to; row += V::lanes) {
+    typename V::words positions = V::load_words(block + row * 4);
     for (int group = 0; group < kGroups; ++group) {
       typename V::floats first, second;
-      T::template load_pair<V>(values + group * 2 * kPanel * sizeof(typename T::stored),
-                               s * V::lanes, first, second);
+      T::template load_pair<V>(values + group * 2 * kPanel * sizeof(typename T::stored), row, first,
+                               second);
       const typename V::words one = V::low_two(positions);
       positions = V::shift_two(positions);
       const typename V::words two = V::low_two(positions);
       positions = V::shift_two(positions);
-      float* out = dense + group * 4 * stride + s * V::lanes;
+      float* out = dense + group * 4 * stride + row - from;
       // Positions ascend: the first is never 3, the second never 0.
       V::store(out, V::where_equal(one, 0, first));
       V::store(out + stride, V::either(V::where_equal(one, 1, first), V::where_equal(two, 1, second)));
@@ -93,33 +104,33 @@ void unpack_block(const std::uint8_t* block, float* dense, std::int64_t stride) 
   }
 }
 
-// Adds R rows of activations times dense[count][32] to sums[R][32], 2 vectors of rows at a time.
+// Adds R rows of activations times dense[count][strip rows] to sums, whose rows are 32 apart.
 template <class V, int R>
 void tile(const float* dense, int count, const float* inputs, std::int64_t stride, float* sums) {
-  for (int at = 0; at < kPanel; at += 2 * V::lanes) {
-    typename V::floats left[R], right[R];
+  typename V::floats left[R], right[R];
+  SPARSESERVE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    left[r] = V::load(sums + r * kPanel);
+    right[r] = V::load(sums + r * kPanel + V::lanes);
+  }
+  for (int k = 0; k < count; ++k) {
+    const typename V::floats a = V::load(dense + k * strip_rows<V>);
+    const typename V::floats b = V::load(dense + k * strip_rows<V> + V::lanes);
+    SPARSESERVE_UNROLL
     for (int r = 0; r < R; ++r) {
-      left[r] = V::load(sums + r * kPanel + at);
-      right[r] = V::load(sums + r * kPanel + at + V::lanes);
+      const typename V::floats x = V::broadcast(inputs + r * stride + k);
+      left[r] = V::multiply_add(a, x, left[r]);
+      right[r] = V::multiply_add(b, x, right[r]);
     }
-    for (int k = 0; k < count; ++k) {
-      const typename V::floats a = V::load(dense + k * kPanel + at);
-      const typename V::floats b = V::load(dense + k * kPanel + at + V::lanes);
-      for (int r = 0; r < R; ++r) {
-        const typename V::floats x = V::broadcast(inputs + r * stride + k);
-        left[r] = V::multiply_add(a, x, left[r]);
-        right[r] = V::multiply_add(b, x, right[r]);
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      V::store(sums + r * kPanel + at, left[r]);
-      V::store(sums + r * kPanel + at + V::lanes, right[r]);
-    }
+  }
+  SPARSESERVE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    V::store(sums + r * kPanel, left[r]);
+    V::store(sums + r * kPanel + V::lanes, right[r]);
   }
 }
 
-// Adds all rows of activations times dense[count][32], of columns from `column` on, to
-// sums[batch][32].
+// The same for all rows of activations, and columns from `column` on.
 template <class V>
 void tiles(const float* dense, int count, const Call& call, std::int64_t column, float* sums) {
   const float* inputs = call.inputs + column;
@@ -167,19 +178,24 @@ void direct(const Call& call) {
   });
 }
 
-// The same for batches of any size: each panel is unpacked, a cache-sized chunk at a time.
+// The same for batches of any size: a panel is unpacked, a cache-sized chunk at a time.
 template <class V, class T>
 void unpacked(const Call& call) {
   const std::int64_t blocks = call.columns / kBlock;
+  const std::int64_t chunks = (blocks + chunk_blocks<V> - 1) / chunk_blocks<V>;
   call.each_panel([&](std::int64_t panel) {
-    alignas(64) float dense[kChunk * kPanel];
+    alignas(64) float dense[kUnpacked];
     std::vector<float> sums(call.batch * kPanel, 0.0f);
     const std::uint8_t* at = call.weight + panel * blocks * block_bytes<T>();
-    for (std::int64_t block = 0; block < blocks; block += kChunkBlocks) {
-      const int count = static_cast<int>(std::min<std::int64_t>(kChunkBlocks, blocks - block));
-      for (int i = 0; i < count; ++i)
-        unpack_block<V, T>(at + (block + i) * block_bytes<T>(), dense + i * kBlock * kPanel, kPanel);
-      tiles<V>(dense, count * kBlock, call, block * kBlock, sums.data());
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const std::int64_t first = chunk * blocks / chunks;
+      const int count = static_cast<int>((chunk + 1) * blocks / chunks - first);
+      for (int row = 0; row < kPanel; row += strip_rows<V>) {
+        for (int i = 0; i < count; ++i)
+          unpack_block<V, T>(at + (first + i) * block_bytes<T>(), row, row + strip_rows<V>,
+                             dense + i * kBlock * strip_rows<V>, strip_rows<V>);
+        tiles<V>(dense, count * kBlock, call, first * kBlock, sums.data() + row);
+      }
     }
     write_panel(call, panel, sums.data());
   });
@@ -192,7 +208,7 @@ void unpack(const Call& call) {
   call.each_panel([&](std::int64_t panel) {
     const std::uint8_t* at = call.weight + panel * blocks * block_bytes<T>();
     for (std::int64_t block = 0; block < blocks; ++block)
-      unpack_block<V, T>(at + block * block_bytes<T>(),
+      unpack_block<V, T>(at + block * block_bytes<T>(), 0, kPanel,
                          call.outputs + block * kBlock * call.rows + panel * kPanel, call.rows);
   });
 }
@@ -222,17 +238,21 @@ void dense(const Call& call) {
       for (int s = 0; s < strips; ++s)
         V::store(sums.data() + s * V::lanes, V::add(low[s], high[s]));
     } else {
-      alignas(64) float wide[kChunk * kPanel];
-      for (std::int64_t column = 0; column < call.columns; column += kChunk) {
-        const int count = static_cast<int>(std::min<std::int64_t>(kChunk, call.columns - column));
-        for (int k = 0; k < count; k += 2, at += pair)
-          for (int s = 0; s < strips; ++s) {
-            typename V::floats first, second;
-            T::template load_pair<V>(at, s * V::lanes, first, second);
-            V::store(wide + k * kPanel + s * V::lanes, first);
-            V::store(wide + (k + 1) * kPanel + s * V::lanes, second);
-          }
-        tiles<V>(wide, count, call, column, sums.data());
+      alignas(64) float wide[kUnpacked];
+      constexpr int chunk = kUnpacked / strip_rows<V>;
+      for (std::int64_t column = 0; column < call.columns; column += chunk, at += pair * chunk / 2) {
+        const int count = static_cast<int>(std::min<std::int64_t>(chunk, call.columns - column));
+        for (int row = 0; row < kPanel; row += strip_rows<V>) {
+          for (int k = 0; k < count; k += 2)
+            for (int half = 0; half < 2; ++half) {
+              float* out = wide + k * strip_rows<V> + half * V::lanes;
+              typename V::floats first, second;
+              T::template load_pair<V>(at + k / 2 * pair, row + half * V::lanes, first, second);
+              V::store(out, first);
+              V::store(out + strip_rows<V>, second);
+            }
+          tiles<V>(wide, count, call, column, sums.data() + row);
+        }
       }
     }
     write_panel(call, panel, sums.data());

@@ -1,0 +1,70 @@
+"""Writes a model of random weights in the shape of a real one, to time it without a download.
+
+::
+
+    python -m benchmarks.gpu.random_model llama-1b DIR
+
+How fast a model runs depends on its shape, not on its weights; its perplexity means nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparseserve.testing import save_tiny_model, tiny_tokenizer
+
+# As in the config.json of Llama-3.2-1B and Llama-3-8B.
+SHAPES: dict[str, dict[str, object]] = {
+    "llama-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 8192,
+    },
+}
+TINY = "tiny"
+
+
+@click.command()
+@click.argument("shape", type=click.Choice([TINY, *SHAPES]))
+@click.argument("folder", type=click.Path(path_type=Path))
+def main(shape: str, folder: Path) -> None:
+    """Write a model of SHAPE with random bfloat16 weights to FOLDER."""
+    if shape == TINY:
+        save_tiny_model("llama", folder)
+        return
+    tokenizer = tiny_tokenizer()
+    config = AutoConfig.for_model(
+        "llama",
+        **SHAPES[shape],
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    click.echo(f"{shape}: drawing weights", err=True)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
