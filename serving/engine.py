@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import ServingError
+from sparseserve.serving.kernels.choice import MEASURE_VARIABLE
 from sparseserve.serving.machine import Machine, this_machine
 from sparseserve.serving.requirements import require_vllm
 
@@ -74,6 +75,42 @@ class Generation:
     total_seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """How an engine runs one of its 2:4 layers.
+
+    Attributes:
+        name: vLLM's name of the layer.
+        layer: Its rows, columns and dtypes.
+        plan: Which kernel runs which batch, in words.
+        refusals: Why other kernels cannot run it, by name.
+        kernels: The kernel of each timed batch size; empty where there was no choice.
+        times: Seconds by kernel and batch size.
+    """
+
+    name: str
+    layer: str
+    plan: str
+    refusals: dict[str, str]
+    kernels: dict[int, str]
+    times: dict[str, dict[int, float]]
+
+    @classmethod
+    def from_json(cls, reply: dict[str, Any]) -> LayerChoice:
+        """Read what the worker sent; JSON makes strings of batch sizes."""
+        return cls(
+            name=reply["name"],
+            layer=reply["layer"],
+            plan=reply["plan"],
+            refusals=reply["refusals"],
+            kernels={int(batch): kernel for batch, kernel in reply["kernels"].items()},
+            times={
+                kernel: {int(batch): seconds for batch, seconds in times.items()}
+                for kernel, times in reply["times"].items()
+            },
+        )
+
+
 def engine_options(
     model: ServedModel,
     *,
@@ -119,8 +156,12 @@ def _machine_dtype(machine: Machine) -> str:
 class Engine:
     """A running worker, to be used in a ``with`` block."""
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: EngineOptions, *, measure_kernels: bool = False) -> None:
         """Start the worker and wait until its engine is up.
+
+        Args:
+            options: How.
+            measure_kernels: Whether to time kernels anew, whatever is on disk.
 
         Raises:
             ServingError: The engine cannot be started; carries the engine's own reason.
@@ -129,7 +170,9 @@ class Engine:
         require_vllm("measuring through vLLM")
         self.options = options
         self._log = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115  # closed with the engine
-        self._process, self._requests, self._replies = _start_worker(self._log)
+        self._process, self._requests, self._replies = _start_worker(
+            self._log, _worker_environment(measure_kernels=measure_kernels)
+        )
         try:
             self._ask(asdict(options))
         except BaseException:
@@ -187,6 +230,15 @@ class Engine:
             total_seconds=float(str(reply["total_seconds"])),
         )
 
+    def layer_choices(self) -> list[LayerChoice]:
+        """Return how each 2:4 layer is run, as it was chosen while the model was loaded.
+
+        Raises:
+            ServingError: The engine failed.
+        """
+        reply = self._ask({"layers": "all"})
+        return [LayerChoice.from_json(layer) for layer in _list(reply["layers"])]
+
     def _ask(self, request: dict[str, object]) -> dict[str, object]:
         try:
             self._requests.write(json.dumps(request) + "\n")
@@ -210,7 +262,9 @@ class Engine:
         return lines[-1] if lines else "none"
 
 
-def _start_worker(log: IO[str]) -> tuple[subprocess.Popen[bytes], IO[str], IO[str]]:
+def _start_worker(
+    log: IO[str], environment: dict[str, str]
+) -> tuple[subprocess.Popen[bytes], IO[str], IO[str]]:
     with _pipe() as (request_end, requests), _pipe() as (replies, reply_end):
         process = subprocess.Popen(
             [sys.executable, "-m", "sparseserve.serving.worker", str(request_end), str(reply_end)],
@@ -218,7 +272,7 @@ def _start_worker(log: IO[str]) -> tuple[subprocess.Popen[bytes], IO[str], IO[st
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=(request_end, reply_end),
-            env={**os.environ, **_worker_environment()},
+            env={**os.environ, **environment},
         )
         os.close(request_end)
         os.close(reply_end)
@@ -236,8 +290,9 @@ def _pipe() -> Iterator[tuple[int, int]]:
         raise
 
 
-def _worker_environment() -> dict[str, str]:
+def _worker_environment(*, measure_kernels: bool) -> dict[str, str]:
     return {
+        **({MEASURE_VARIABLE: "1"} if measure_kernels else {}),
         # The engine in the worker itself: one process to time, and its errors arrive whole.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # A window as long as the model takes leaves no place for the token that vLLM always makes.

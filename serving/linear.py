@@ -11,7 +11,7 @@ still has any of it after loading is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,15 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from sparseserve.errors import ServingError
+from sparseserve.serving.engine_dense import EngineDense
 from sparseserve.serving.kernels import (
+    LayerKernels,
     LinearSpec,
     LoadedWeight,
     RowBlock,
     layer_kernels,
     two_four_linear,
+    with_dense,
 )
 from sparseserve.sparsity import TWO_FOUR, Packed24
 
@@ -94,6 +97,7 @@ class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is c
         self.shards: tuple[Shard, ...] = ()
         # vLLM settles its product from the configuration of the moment.
         self._dense = UnquantizedLinearMethod()
+        self.kernels: LayerKernels | None = None
         self._plan = ""
         self._packed: tuple[str, ...] = ()
 
@@ -114,8 +118,10 @@ class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is c
         Raises:
             ServingError: No kernel can run the layer, or the packed form is damaged.
         """
-        chosen = layer_kernels(self._spec, weight, logger.info)
+        kernels = with_dense(EngineDense(self._dense))
+        chosen = layer_kernels(self._spec, weight, logger.info, kernels)
         logger.info_once("2:4 layers: %s", chosen.describe())
+        self.kernels = replace(chosen, packed=())  # the layer owns the tensors
         if chosen.plan is None:
             # vLLM's own dense product; on a CPU it moves the weight into oneDNN's layout.
             layer.register_parameter("weight", Parameter(weight.dense(), requires_grad=False))
@@ -221,6 +227,16 @@ class Dense24LinearMethod(_TwoFourLinearMethod):
                 )
         delattr(layer, "weight")
         self.give(layer, LoadedWeight((RowBlock(self.prefix, weight),)))
+
+
+def chosen_kernels(model: nn.Module) -> dict[str, LayerKernels]:
+    """Return how each 2:4 layer of a loaded model is run, by vLLM's name of the layer."""
+    methods = {
+        name: method
+        for name, layer in model.named_modules()
+        if isinstance(method := getattr(layer, "quant_method", None), _TwoFourLinearMethod)
+    }
+    return {name: method.kernels for name, method in methods.items() if method.kernels}
 
 
 def require_whole_groups(prefix: str, columns: int, input_size: int) -> None:

@@ -28,6 +28,7 @@ class ServedModel:
         max_positions: The longest sequence the model takes, if it says.
         vocabulary: Number of tokens.
         dtype: Of the weights, as config.json says.
+        packed: Whether any of them is stored as packed24.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class ServedModel:
     max_positions: int | None
     vocabulary: int
     dtype: str
+    packed: bool
 
     @classmethod
     def open(cls, folder: Path) -> ServedModel:
@@ -62,6 +64,7 @@ class ServedModel:
             max_positions=position_limit(config),
             vocabulary=int(config.vocab_size),
             dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
+            packed=any(name.endswith(".weight_values") for name in checkpoint.files),
         )
 
 

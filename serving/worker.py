@@ -7,7 +7,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -105,10 +106,36 @@ def generate(engine: LLM, request: dict[str, object]) -> dict[str, object]:
     }
 
 
+def layer_choices(engine: LLM, request: dict[str, object]) -> dict[str, object]:
+    """Describe how each 2:4 layer is run."""
+    from sparseserve.serving.kernels import BATCHES
+    from sparseserve.serving.linear import chosen_kernels
+
+    (chosen,) = engine.apply_model(chosen_kernels)
+    return {
+        "layers": [
+            {
+                "name": name,
+                "layer": found.layer,
+                "plan": found.chosen,
+                "refusals": dict(found.refusals),
+                "kernels": {batch: found.kernel(batch) for batch in BATCHES if found.times},
+                "times": {times.kernel: times.seconds for times in found.times},
+            }
+            for name, found in chosen.items()
+        ]
+    }
+
+
+_OPERATIONS: Mapping[str, Callable[[LLM, dict[str, object]], dict[str, object]]] = MappingProxyType(
+    {"windows": negative_log_likelihoods, "prompts": generate, "layers": layer_choices}
+)
+
+
 def _operation(
     request: dict[str, object],
 ) -> Callable[[LLM, dict[str, object]], dict[str, object]]:
-    return negative_log_likelihoods if "windows" in request else generate
+    return next(run for key, run in _OPERATIONS.items() if key in request)
 
 
 def _reason(error: Exception) -> str:

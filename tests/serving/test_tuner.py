@@ -1,0 +1,96 @@
+"""``sparseserve tune``: kernels timed ahead of serving."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseserve.serving.kernels import BATCHES
+from sparseserve.serving.kernels.cpu_library import missing_library
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPARSESERVE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("SPARSESERVE_KERNELS", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def dense(two_four_folder: Callable[..., Path]) -> Path:
+    return two_four_folder("llama")
+
+
+@pytest.fixture(scope="module")
+def packed(dense: Path, pack_folder: Callable[[Path], Path]) -> Path:
+    return pack_folder(dense)
+
+
+def tune(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sparseserve", "tune", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def stored(cache: Path) -> dict[str, Any]:
+    (path,) = cache.rglob("*.json")
+    found: dict[str, Any] = json.loads(path.read_text())["layers"]
+    return found
+
+
+@pytest.mark.skipif(missing_library() is not None, reason="needs the compiled kernels")
+def test_tune_fills_the_cache_shows_where_2_4_pays_and_measures_again_when_asked(
+    packed: Path, cache_folder: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    first = tune(str(packed), "--json", "-o", str(report))
+    assert first.returncode == 0, first.stderr[-2000:]
+    found: dict[str, Any] = json.loads(first.stdout)
+    assert found == json.loads(report.read_text())
+    times = stored(cache_folder)
+    assert {layers["layer"] for layers in found["layers"]} == set(times)
+
+    total = dict.fromkeys(map(str, BATCHES), 0.0)
+    dense_total = dict(total)
+    for layers in found["layers"]:
+        by_kernel = {kernel["kernel"]: kernel["seconds"] for kernel in times[layers["layer"]]}
+        assert layers["dense_seconds"] == by_kernel["dense"]
+        for batch in map(str, BATCHES):
+            assert layers["seconds"][batch] == by_kernel[layers["kernels"][batch]][batch]
+            total[batch] += len(layers["names"]) * layers["seconds"][batch]
+            dense_total[batch] += len(layers["names"]) * layers["dense_seconds"][batch]
+    assert found["speedup"] == {
+        batch: pytest.approx(dense_total[batch] / seconds) for batch, seconds in total.items()
+    }
+    assert "model.layers.0.self_attn.qkv_proj" in {n for x in found["layers"] for n in x["names"]}
+    assert "together" in first.stderr
+
+    (cache,) = cache_folder.rglob("*.json")
+    layer = next(iter(times))
+    cache.write_text(cache.read_text().replace(layer, f"not {layer}"))
+    again = tune(str(packed), "--again")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "together" in again.stdout
+    anew = stored(cache_folder)
+    assert set(anew) == {*times, f"not {layer}"}
+    assert all(anew[name] != times[name] for name in times)
+
+
+def test_a_folder_without_2_4_layers_has_nothing_to_tune(dense: Path) -> None:
+    result = tune(str(dense))
+    assert result.returncode == 1
+    assert f"{dense}: no layer is served as 2:4" in result.stderr
+    assert "--quantization sparseserve" in result.stderr
+    assert "Traceback" not in result.stderr
