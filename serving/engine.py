@@ -48,6 +48,7 @@ class EngineOptions:
         max_num_batched_tokens: Prompt tokens computed in one step.
         kv_cache_memory_bytes: Size of the cache of keys and values.
         enforce_eager: Whether to run without compilation and CUDA graphs.
+        distributed_executor_backend: As vLLM takes it; None runs the model in the engine's process.
     """
 
     model: str
@@ -58,6 +59,7 @@ class EngineOptions:
     max_num_batched_tokens: int
     kv_cache_memory_bytes: int
     enforce_eager: bool
+    distributed_executor_backend: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ def engine_options(
     prompt_tokens: int = 1024,
     dtype: torch.dtype | None = None,
     quantization: str | None = None,
+    threads_of_server: bool = False,
 ) -> EngineOptions:
     """Return options that hold what is asked for and no more, so that two engines fit.
 
@@ -132,6 +135,8 @@ def engine_options(
         prompt_tokens: Prompt tokens to compute in one step.
         dtype: To compute in; None is the checkpoint's own where the machine has it, else float32.
         quantization: As vLLM takes it; None leaves it to the checkpoint.
+        threads_of_server: Whether to run the model in a process of its own: there vLLM binds its
+            threads to cores, and leaves one core free, as in its server.
     """
     machine = this_machine()
     blocks = max_num_seqs * -(-max_model_len // _BLOCK_TOKENS) + _SPARE_BLOCKS
@@ -146,6 +151,7 @@ def engine_options(
         max_num_batched_tokens=max(prompt_tokens, max_num_seqs),
         kv_cache_memory_bytes=cache_bytes,
         enforce_eager=machine.gpu is None,
+        distributed_executor_backend="mp" if threads_of_server and machine.gpu is None else None,
     )
 
 

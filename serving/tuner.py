@@ -107,7 +107,11 @@ def tune(
             "give --quantization sparseserve if its weights are 2:4"
         )
     options = engine_options(
-        model, max_model_len=_PROMPT_TOKENS, dtype=dtype, quantization=quantization
+        model,
+        max_model_len=_PROMPT_TOKENS,
+        dtype=dtype,
+        quantization=quantization,
+        threads_of_server=True,
     )
     with Engine(options, measure_kernels=again) as engine:
         choices = engine.layer_choices()
