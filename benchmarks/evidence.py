@@ -85,12 +85,20 @@ def experiments() -> Iterator[Experiment]:
     )
 
 
-def command(experiment: Experiment, name: str, model: str, texts: tuple[str, ...]) -> list[str]:
+def command(
+    experiment: Experiment,
+    name: str,
+    model: str,
+    texts: tuple[str, ...],
+    calibration: str | None = None,
+) -> list[str]:
     """Return the call of ``benchmarks.quality``."""
     call = [sys.executable, "-m", "benchmarks.quality", model]
     call += ["--result", f"quality-{name}-{experiment.name}.json"]
     call += ["--pattern", experiment.pattern, "--seeds", str(experiment.seeds)]
     call += ["--samples", str(experiment.samples)]
+    if calibration:
+        call += ["--calibration", calibration]
     call += [part for text in texts for part in ("--text", text)]
     return call + [part for variant in experiment.variants for part in ("--only", variant)]
 
@@ -99,10 +107,17 @@ def command(experiment: Experiment, name: str, model: str, texts: tuple[str, ...
 @click.argument("name")
 @click.argument("model")
 @click.option("--text", "texts", multiple=True, help=HELP)
+@click.option("--calibration", help="Calibration text; default: the packaged one.")
 @click.option("--only", multiple=True, help="Names of experiments; default: all.")
 @click.option("--list", "only_list", is_flag=True, help="Print the calls, run nothing.")
 def main(
-    *, name: str, model: str, texts: tuple[str, ...], only: tuple[str, ...], only_list: bool
+    *,
+    name: str,
+    model: str,
+    texts: tuple[str, ...],
+    calibration: str | None,
+    only: tuple[str, ...],
+    only_list: bool,
 ) -> None:
     known = {experiment.name: experiment for experiment in experiments()}
     if unknown := set(only) - set(known):
@@ -110,7 +125,7 @@ def main(
     for experiment in known.values():
         if only and experiment.name not in only:
             continue
-        call = command(experiment, name, model, texts)
+        call = command(experiment, name, model, texts, calibration)
         click.echo(shlex.join(call), err=not only_list)
         if not only_list:
             subprocess.run(call, check=True)

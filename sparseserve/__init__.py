@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparseserve.artifact import Artifact, verify
     from sparseserve.calibration import CalibrationSpec
+    from sparseserve.dial import dial_and_export
+    from sparseserve.dial_report import KeepDenseFraction, MaxPerplexityIncrease
     from sparseserve.errors import SparseServeError
     from sparseserve.inspection import inspect_checkpoint
     from sparseserve.measurement import EvaluationSpec, evaluate
     from sparseserve.recipe import PruneRecipe, load_recipe
+    from sparseserve.sensitivity_run import HeldOutSpec
     from sparseserve.serving.comparison import compare
     from sparseserve.serving.latency import LatencyPlan
     from sparseserve.serving.server import server_command
+    from sparseserve.serving.tuner import tune
     from sparseserve.sparsity import SparsityPattern
     from sparseserve.workflow import export, plan, prune_and_export
 
@@ -25,12 +29,16 @@ __all__ = [
     "Artifact",
     "CalibrationSpec",
     "EvaluationSpec",
+    "HeldOutSpec",
+    "KeepDenseFraction",
     "LatencyPlan",
+    "MaxPerplexityIncrease",
     "PruneRecipe",
     "SparseServeError",
     "SparsityPattern",
     "__version__",
     "compare",
+    "dial_and_export",
     "evaluate",
     "export",
     "inspect_checkpoint",
@@ -38,6 +46,7 @@ __all__ = [
     "plan",
     "prune_and_export",
     "server_command",
+    "tune",
     "verify",
 ]
 
@@ -47,11 +56,15 @@ _HOMES = {
     "Artifact": "artifact",
     "CalibrationSpec": "calibration",
     "EvaluationSpec": "measurement",
+    "HeldOutSpec": "sensitivity_run",
+    "KeepDenseFraction": "dial_report",
     "LatencyPlan": "serving.latency",
+    "MaxPerplexityIncrease": "dial_report",
     "PruneRecipe": "recipe",
     "SparseServeError": "errors",
     "SparsityPattern": "sparsity",
     "compare": "serving.comparison",
+    "dial_and_export": "dial",
     "evaluate": "measurement",
     "export": "workflow",
     "inspect_checkpoint": "inspection",
@@ -59,6 +72,7 @@ _HOMES = {
     "plan": "workflow",
     "prune_and_export": "workflow",
     "server_command": "serving.server",
+    "tune": "serving.tuner",
     "verify": "artifact",
 }
 
