@@ -31,6 +31,8 @@ from sparseserve.serving.kernels.cpu_library import (
 )
 from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight
 
+# Four rows are multiplied at a time: with more rows unpacking, done once, is the better way.
+DIRECT_BATCH = 16
 # Panels unpacked at once for torch's product: enough for it to run at full speed.
 _UNPACKED_PANELS = 16
 # Two columns of a dense panel.
@@ -63,14 +65,14 @@ class _CpuTwoFour:
 class CpuDirect(_CpuTwoFour):
     """Multiplies without unpacking: each kept value by the input its position picks."""
 
-    largest_batch: ClassVar[int | None] = 4
+    largest_batch: ClassVar[int | None] = DIRECT_BATCH
 
     def matmul(
         self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
     ) -> Tensor:
-        """Multiply up to four rows of inputs."""
-        if len(inputs) > 4:
-            raise ValueError(f"a batch of {len(inputs)} where 4 is the most")
+        """Multiply a few rows of inputs."""
+        if len(inputs) > DIRECT_BATCH:
+            raise ValueError(f"a batch of {len(inputs)} where {DIRECT_BATCH} is the most")
         return _multiply(Operation.DIRECT, packed[0], inputs, bias, rows=rows, unit=self.unit)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from sparseserve.errors import ServingError
 
 _MODULE = "sparseserve.serving.native._kernels"
-_VERSION = 1
+_VERSION = 2
 
 
 class Unit(IntEnum):

@@ -29,6 +29,7 @@ namespace {
 constexpr int kPanel = 32;       // rows of a panel
 constexpr int kBlock = 32;       // columns that one word of positions covers
 constexpr int kGroups = 8;       // groups of four in a block
+constexpr int kDirectBatch = 16;  // most rows of activations that are multiplied without unpacking
 constexpr int kTileRows = 6;     // rows of activations in a register tile
 constexpr int kUnpacked = 4096;  // weights that are unpacked at once: 16 KiB, half an L1 cache
 
@@ -44,9 +45,9 @@ constexpr std::size_t block_bytes() {
   return sizeof(std::uint32_t) * kPanel + kGroups * 2 * kPanel * sizeof(typename T::stored);
 }
 
-// sums[B][32] = B rows of activations times one panel, permuting the activations.
+// sums[B][32] = B rows of activations, from `inputs` on, times one panel, permuting the activations.
 template <class V, class T, int B>
-void direct_panel(const std::uint8_t* panel, const Call& call, float* sums) {
+void direct_panel(const std::uint8_t* panel, const Call& call, const float* inputs, float* sums) {
   constexpr int strips = kPanel / V::lanes;
   typename V::floats low[B][strips], high[B][strips];
   for (int b = 0; b < B; ++b)
@@ -60,7 +61,7 @@ void direct_panel(const std::uint8_t* panel, const Call& call, float* sums) {
     for (int group = 0; group < kGroups; ++group) {
       typename V::quad four[B];
       for (int b = 0; b < B; ++b)
-        four[b] = V::load_quad(call.inputs + b * call.columns + block * kBlock + group * 4);
+        four[b] = V::load_quad(inputs + b * call.columns + block * kBlock + group * 4);
       for (int s = 0; s < strips; ++s) {
         typename V::floats first, second;
         T::template load_pair<V>(values, s * V::lanes, first, second);
@@ -164,15 +165,24 @@ void write_panel(const Call& call, std::int64_t panel, const float* sums) {
 template <class V, class T>
 void direct(const Call& call) {
   const std::size_t bytes = block_bytes<T>() * (call.columns / kBlock);
+  if (call.batch > kDirectBatch) return;  // a caller's mistake, which would leave the buffer
   call.each_panel([&](std::int64_t panel) {
     const std::uint8_t* at = call.weight + panel * bytes;
-    float sums[4 * kPanel];
-    switch (call.batch) {
-      case 1: direct_panel<V, T, 1>(at, call, sums); break;
-      case 2: direct_panel<V, T, 2>(at, call, sums); break;
-      case 3: direct_panel<V, T, 3>(at, call, sums); break;
-      case 4: direct_panel<V, T, 4>(at, call, sums); break;
-      default: return;  // a caller's mistake; 0 and more than 4 rows would leave the buffers
+    float sums[kDirectBatch * kPanel];
+    for (std::int64_t row = 0; row < call.batch;) {
+      // Four rows at a time: the panel is in the cache when the next need it. Five are three and
+      // two, which is less than four and one.
+      const std::int64_t left = call.batch - row;
+      const int rows = static_cast<int>(left == 5 ? 3 : std::min<std::int64_t>(left, 4));
+      const float* inputs = call.inputs + row * call.columns;
+      float* out = sums + row * kPanel;
+      switch (rows) {
+        case 1: direct_panel<V, T, 1>(at, call, inputs, out); break;
+        case 2: direct_panel<V, T, 2>(at, call, inputs, out); break;
+        case 3: direct_panel<V, T, 3>(at, call, inputs, out); break;
+        default: direct_panel<V, T, 4>(at, call, inputs, out); break;
+      }
+      row += rows;
     }
     write_panel(call, panel, sums);
   });

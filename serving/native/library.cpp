@@ -14,8 +14,8 @@ enum Unit : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 
 }  // namespace
 
-// Raised whenever the arguments or the layouts change.
-EXPORT int sparseserve_version() { return 1; }
+// Raised whenever the arguments, what they may be, or the layouts change.
+EXPORT int sparseserve_version() { return 2; }
 
 // The best vector unit of this processor.
 EXPORT int sparseserve_unit() {

@@ -21,7 +21,7 @@ int main() {
         for (int number = 0; number < 45; ++number) {
           const std::int64_t rows = 1 + random() % 100;
           const std::int64_t columns = 32 * (1 + random() % 9);
-          const std::int64_t batch = random() % (operation == 0 ? 5 : 20);
+          const std::int64_t batch = random() % (operation == 0 ? 17 : 20);
           const std::int64_t panels = (rows + 31) / 32;
           const bool dense = operation == 3;
           const std::size_t block = dense ? 1024u * size_of[stored] : 128u + 512u * size_of[stored];
