@@ -15,6 +15,7 @@ from sparseserve.perplexity import PerplexityResult
 from sparseserve.serving.engine import Engine, EngineOptions, engine_options
 from sparseserve.serving.latency import BatchLatency, LatencyPlan, measure_latency
 from sparseserve.serving.machine import Machine, installed_versions, this_machine
+from sparseserve.serving.memory import EngineMemory
 from sparseserve.serving.perplexity import engine_perplexity, longest_window
 from sparseserve.serving.served_model import ServedModel
 
@@ -28,26 +29,31 @@ class MeasuredModel:
     folder: Path
     weight_bytes: int
     options: EngineOptions
+    memory: EngineMemory
     perplexity: PerplexityResult
     latency: tuple[BatchLatency, ...]
 
     def to_json(self) -> dict[str, object]:
-        """Return JSON data; latencies by batch size, each as median and quartiles."""
+        """Return JSON data; latencies are a row for each prompt length and batch size."""
         return {
             "path": str(self.folder),
             "weight_bytes": self.weight_bytes,
             "perplexity": self.perplexity.perplexity,
             "tokens": self.perplexity.tokens,
             "engine": asdict(self.options),
-            "latency": {
-                str(batch.batch_size): {
-                    "ttft_seconds": asdict(batch.ttft_seconds),
-                    "tpot_seconds": asdict(batch.tpot_seconds),
-                    "tokens_per_second": asdict(batch.tokens_per_second),
-                }
-                for batch in self.latency
-            },
+            "memory": self.memory.to_json(),
+            "latency": [batch.to_json() for batch in self.latency],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """How many times as fast as the baseline, medians over paired runs."""
+
+    input_length: int
+    batch_size: int
+    prefill: float
+    decode: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +68,25 @@ class Comparison:
     date: str
 
     @property
-    def decode_speedup(self) -> dict[str, float]:
-        """By batch size: the baseline's time per output token over the model's."""
+    def speedups(self) -> tuple[Speedup, ...]:
+        """Of the model over the baseline, for each prompt length and batch size."""
         pairs = zip(self.model.latency, self.baseline.latency, strict=True)
-        return {str(own.batch_size): own.decode_speedup(base) for own, base in pairs}
-
-    @property
-    def prefill_speedup(self) -> dict[str, float]:
-        """By batch size: the baseline's time to first token over the model's."""
-        pairs = zip(self.model.latency, self.baseline.latency, strict=True)
-        return {str(own.batch_size): own.prefill_speedup(base) for own, base in pairs}
+        return tuple(
+            Speedup(
+                own.input_length,
+                own.batch_size,
+                prefill=own.prefill_speedup(base),
+                decode=own.decode_speedup(base),
+            )
+            for own, base in pairs
+        )
 
     def to_json(self) -> dict[str, object]:
         """Return JSON data."""
         return {
             "model": self.model.to_json(),
             "baseline": self.baseline.to_json(),
-            "decode_speedup": self.decode_speedup,
-            "prefill_speedup": self.prefill_speedup,
+            "speedups": [asdict(speedup) for speedup in self.speedups],
             "perplexity_ratio": self.model.perplexity.perplexity
             / self.baseline.perplexity.perplexity,
             "weight_bytes_ratio": self.model.weight_bytes / self.baseline.weight_bytes,
@@ -99,7 +106,7 @@ def compare(
     dtype: torch.dtype | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Comparison:
-    """Serve both checkpoints side by side and measure perplexity, latency and size of each.
+    """Serve both checkpoints side by side; measure perplexity, latency, memory and size of each.
 
     Args:
         folder: The sparse checkpoint.
@@ -133,9 +140,11 @@ def compare(
             ]
             latencies = _latencies(engines, plan, models[0].vocabulary, on_progress)
     measured = [
-        MeasuredModel(model.folder, model.weight_bytes, option, perplexity, latency)
-        for model, option, perplexity, latency in zip(
-            models, options, perplexities, latencies, strict=True
+        MeasuredModel(
+            model.folder, model.weight_bytes, engine.options, engine.memory, perplexity, latency
+        )
+        for model, engine, perplexity, latency in zip(
+            models, engines, perplexities, latencies, strict=True
         )
     ]
     return Comparison(
@@ -151,7 +160,7 @@ def compare(
 def _options(
     model: ServedModel, windows: Sequence[Tensor], plan: LatencyPlan, dtype: torch.dtype | None
 ) -> EngineOptions:
-    generated = plan.input_length + plan.output_length
+    generated = max(plan.input_lengths) + plan.output_length
     if model.max_positions is not None and generated > model.max_positions:
         raise ServingError(
             f"{model.folder}: --input-length and --output-length make {generated} tokens, "
@@ -162,8 +171,9 @@ def _options(
         model,
         max_model_len=max(longest_window(model, windows) + 1, generated),
         max_num_seqs=largest,
-        # All prompts of a batch in one step, so that prefill is not measured in pieces.
-        prompt_tokens=max(1024, largest * plan.input_length),
+        batch_model_len=generated,
+        # All prompts of a batch in one step: nothing decodes beside them, so prefill is apart.
+        prompt_tokens=max(1024, largest * max(plan.input_lengths)),
         dtype=dtype,
     )
 

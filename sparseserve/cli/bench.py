@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import Tensor
-
-    from sparseserve.serving.comparison import Comparison
 
 DEFAULT_SEQUENCE_LENGTH = 512
 DEFAULT_SAMPLES = 8
@@ -29,7 +26,13 @@ DEFAULT_SAMPLES = 8
 @click.option("--samples", type=int, default=DEFAULT_SAMPLES, show_default=True, help="Windows.")
 @click.option("--sequence-length", type=int, help="Tokens of each window.")
 @click.option("--batch-sizes", default="1,2,4,8", show_default=True, help="Prompts at once.")
-@click.option("--input-length", type=int, default=128, show_default=True, help="Prompt tokens.")
+@click.option(
+    "--input-length",
+    "input_lengths",
+    default="128",
+    show_default=True,
+    help="Prompt tokens; several as 128,1024.",
+)
 @click.option("--output-length", type=int, default=32, show_default=True, help="New tokens.")
 @click.option("--repeats", type=int, default=5, show_default=True, help="Measured runs of each.")
 @click.option(
@@ -49,17 +52,18 @@ def bench_command(
     samples: int,
     sequence_length: int | None,
     batch_sizes: str,
-    input_length: int,
+    input_lengths: str,
     output_length: int,
     repeats: int,
     dtype: str,
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """Compare CHECKPOINT with the dense BASELINE through vLLM: perplexity, latency and size."""
+    """Compare CHECKPOINT with the dense BASELINE through vLLM: quality, speed, memory and size."""
     from rich.console import Console
 
     from sparseserve.checkpoint import write_json
+    from sparseserve.cli.bench_table import comparison_table
     from sparseserve.cli.console import quiet_libraries
     from sparseserve.recipe import DTYPES
     from sparseserve.serving.comparison import compare
@@ -68,7 +72,12 @@ def bench_command(
 
     quiet_libraries()
     require_vllm("bench")
-    plan = LatencyPlan(_integers(batch_sizes), input_length, output_length, repeats)
+    plan = LatencyPlan(
+        _integers(batch_sizes, "--batch-sizes"),
+        _integers(input_lengths, "--input-length"),
+        output_length,
+        repeats,
+    )
     windows = _windows(checkpoint, baseline, text, samples, sequence_length)
     with _progress() as on_progress:
         found = compare(
@@ -78,15 +87,15 @@ def bench_command(
         write_json(output, found.to_json())
     if as_json:
         click.echo(json.dumps(found.to_json()))
-    Console(stderr=as_json).print(_table(found), highlight=False)
+    Console(stderr=as_json).print(comparison_table(found), highlight=False)
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def _integers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise click.BadParameter(
-            f"'{text}' is not a list such as 1,2,4,8", param_hint="--batch-sizes"
+            f"'{text}' is not a list such as 1,2,4,8", param_hint=option
         ) from error
 
 
@@ -132,27 +141,3 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[what], completed=done)  # type: ignore[arg-type]  # TaskID is an int
 
         yield on_progress
-
-
-def _table(found: Comparison) -> Table:
-    from rich.table import Table
-
-    model, baseline = found.model, found.baseline
-    table = Table("", "baseline", "2:4", "ratio", box=None)
-    _row(table, "weights, MiB", baseline.weight_bytes / 2**20, model.weight_bytes / 2**20)
-    _row(table, "perplexity", baseline.perplexity.perplexity, model.perplexity.perplexity)
-    for base, own in zip(baseline.latency, model.latency, strict=True):
-        size = own.batch_size
-        for name, first, second, speedup in (
-            ("TTFT, ms", base.ttft_seconds, own.ttft_seconds, found.prefill_speedup[str(size)]),
-            ("TPOT, ms", base.tpot_seconds, own.tpot_seconds, found.decode_speedup[str(size)]),
-        ):
-            cells = [f"{value.median * 1000:.2f}" for value in (first, second)]
-            table.add_row(f"batch {size}: {name}", *cells, f"{speedup:.2f}x speed")
-        rates = [value.tokens_per_second.median for value in (base, own)]
-        _row(table, f"batch {size}: tokens/s", *rates)
-    return table
-
-
-def _row(table: Table, name: str, baseline: float, model: float) -> None:
-    table.add_row(name, f"{baseline:,.2f}", f"{model:,.2f}", f"{model / baseline:.3f}")

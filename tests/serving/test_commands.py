@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from sparseserve.serving.engine import Engine, engine_options
 from sparseserve.serving.perplexity import engine_perplexity, vllm_perplexity
 from sparseserve.serving.served_model import ServedModel
+from sparseserve.testing import tiny_model
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -48,28 +49,42 @@ def test_bench_prints_one_json_object_with_all_that_was_measured(
     packed, dense = pair
     result = sparseserve(
         *("bench", str(packed), "--baseline", str(dense), "--json", "-o", str(tmp_path / "r.json")),
-        *("--batch-sizes", "1,2", "--input-length", "8", "--output-length", "4"),
+        *("--batch-sizes", "1,64", "--input-length", "8,24", "--output-length", "4"),
         *("--repeats", "2", "--samples", "2", "--sequence-length", "32"),
     )
     assert result.returncode == 0, result.stderr[-2000:]
     found: dict[str, Any] = json.loads(result.stdout)
     assert found == json.loads((tmp_path / "r.json").read_text())
-    for key in ("decode_speedup", "prefill_speedup"):
-        assert set(found[key]) == {"1", "2"}
-        assert all(ratio > 0 for ratio in found[key].values())
+    runs = [{"input_length": length, "batch_size": size} for length in (8, 24) for size in (1, 64)]
+    assert [row | run for row, run in zip(found["speedups"], runs, strict=True)] == found[
+        "speedups"
+    ]
+    assert all(row["prefill"] > 0 and row["decode"] > 0 for row in found["speedups"])
     for side, folder in (("model", packed), ("baseline", dense)):
         measured = found[side]
         assert measured["path"] == str(folder)
         assert measured["weight_bytes"] == (folder / "model.safetensors").stat().st_size
         assert measured["tokens"] == 2 * 31
-        for batch in ("1", "2"):
-            for rate in ("ttft_seconds", "tpot_seconds", "tokens_per_second"):
-                assert measured["latency"][batch][rate]["median"] > 0
+        rows = zip(measured["latency"], runs, strict=True)
+        assert [row | run for row, run in rows] == measured["latency"]
+        assert all(
+            row[rate]["median"] > 0
+            for row in measured["latency"]
+            for rate in ("ttft_seconds", "tpot_seconds", "itl_seconds", "tokens_per_second")
+        )
+        assert all(row["prefill_tokens_per_second"]["median"] > 0 for row in measured["latency"])
     # The same weights in two forms: only rounding may tell them apart.
     assert found["perplexity_ratio"] == pytest.approx(1, rel=1e-5)
     assert found["machine"]["cores"] >= 1
     assert {"python", "torch", "sparseserve"} <= set(found["versions"])
     assert found["plan"]["repeats"] == 2
+    memory = {side: found[side]["memory"] for side in ("model", "baseline")}
+    parameters = sum(parameter.numel() for parameter in tiny_model("llama").parameters())
+    # vLLM on a CPU keeps embedding and output head twice; its vocabulary ends at a multiple of 64.
+    assert 1 < memory["baseline"]["weight_bytes"] / (4 * parameters) < 1.6
+    assert memory["model"]["weight_bytes"] < memory["baseline"]["weight_bytes"]
+    for side in memory.values():
+        assert 0 < side["weight_bytes"] + side["cache_bytes"] < side["resident_bytes"]
     assert "perplexity" in result.stderr
 
 
