@@ -14,12 +14,15 @@ from sparseserve.errors import ServingError
 from sparseserve.perplexity import PerplexityResult
 from sparseserve.serving.engine import Engine, EngineOptions, engine_options
 from sparseserve.serving.latency import BatchLatency, LatencyPlan, measure_latency
+from sparseserve.serving.load import LoadPlan, LoadRow
+from sparseserve.serving.load_run import load_server, measure_load
 from sparseserve.serving.machine import Machine, installed_versions, this_machine
 from sparseserve.serving.memory import EngineMemory
 from sparseserve.serving.perplexity import engine_perplexity, longest_window
 from sparseserve.serving.served_model import ServedModel
 
 Progress = Callable[[str, int, int], None]
+_SPARE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,10 @@ class Speedup:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A checkpoint and its baseline, measured in turns on one machine."""
+    """A checkpoint and its baseline, measured in turns on one machine.
+
+    Without a ``load_plan`` nothing was measured over HTTP.
+    """
 
     model: MeasuredModel
     baseline: MeasuredModel
@@ -66,6 +72,8 @@ class Comparison:
     machine: Machine
     versions: dict[str, str]
     date: str
+    load_plan: LoadPlan | None = None
+    http: tuple[LoadRow, ...] = ()
 
     @property
     def speedups(self) -> tuple[Speedup, ...]:
@@ -82,8 +90,8 @@ class Comparison:
         )
 
     def to_json(self) -> dict[str, object]:
-        """Return JSON data."""
-        return {
+        """Return JSON data; what was measured over HTTP, if anything was, under ``http``."""
+        data: dict[str, object] = {
             "model": self.model.to_json(),
             "baseline": self.baseline.to_json(),
             "speedups": [asdict(speedup) for speedup in self.speedups],
@@ -95,6 +103,10 @@ class Comparison:
             "versions": self.versions,
             "date": self.date,
         }
+        if self.load_plan is not None:
+            rows = [row.to_json() for row in self.http]
+            data["http"] = {"plan": asdict(self.load_plan), "rows": rows}
+        return data
 
 
 def compare(
@@ -103,6 +115,7 @@ def compare(
     windows: Sequence[Tensor],
     plan: LatencyPlan,
     *,
+    load_plan: LoadPlan | None = None,
     dtype: torch.dtype | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Comparison:
@@ -113,11 +126,13 @@ def compare(
         baseline: What to compare it with, the dense model as a rule.
         windows: Token windows for the perplexity, int64 ``[length]`` each.
         plan: What to run for the latencies.
+        load_plan: What to put on two servers, afterwards; None is nothing.
         dtype: Of both engines; None is the checkpoint's where the machine has it, else float32.
         on_progress: Told what is going on, and how far it is, as (what, done, total).
 
     Raises:
-        ServingError: One of the two cannot be served, or they do not share a vocabulary.
+        ServingError: One of the two cannot be served, they do not share a vocabulary, or requests
+            failed.
         NumericalError: A perplexity is not finite.
         MissingExtraError: vLLM is not installed.
     """
@@ -154,6 +169,8 @@ def compare(
         machine=this_machine(),
         versions=installed_versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        load_plan=load_plan,
+        http=_http(models, load_plan, dtype, on_progress) if load_plan else (),
     )
 
 
@@ -198,3 +215,38 @@ def _latencies(
         on_progress("latency, in turns", done, total)
 
     return measure_latency(engines, plan, vocabulary, count)
+
+
+def _http(
+    models: Sequence[ServedModel],
+    plan: LoadPlan,
+    dtype: torch.dtype | None,
+    on_progress: Progress,
+) -> tuple[LoadRow, ...]:
+    options = [_server_options(model, plan, dtype) for model in models]
+    tokenizer = models[1].folder
+    done, total = 0, 2 * plan.runs
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        on_progress("HTTP load, in turns", done, total)
+
+    on_progress("starting servers", 0, 2)
+    with load_server(options[0], tokenizer) as sparse:
+        on_progress("starting servers", 1, 2)
+        with load_server(options[1], tokenizer) as dense:
+            on_progress("starting servers", 2, 2)
+            on_progress("HTTP load, in turns", 0, total)
+            return measure_load(sparse, dense, tokenizer, plan, count)
+
+
+def _server_options(model: ServedModel, plan: LoadPlan, dtype: torch.dtype | None) -> EngineOptions:
+    # A tokenizer may add tokens to the prompts.
+    longest = max(plan.input_lengths) + plan.output_length + _SPARE_TOKENS
+    return engine_options(
+        model,
+        max_model_len=min(longest, model.max_positions or longest),
+        max_num_seqs=plan.most_at_once,
+        dtype=dtype,
+    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from sparseserve.serving.comparison import Comparison
+    from sparseserve.serving.load import LoadRow
 
 MIB = 2**20
 
@@ -31,6 +32,28 @@ def comparison_table(found: Comparison) -> Table:
     _row(table, "perplexity", *(side.perplexity.perplexity for side in (baseline, model)))
     for cells in _latency_cells(found):
         table.add_row(*cells)
+    return table
+
+
+def load_table(rows: Sequence[LoadRow]) -> Table:
+    """Return what two servers made of each level of load."""
+    from rich.table import Table
+
+    table = Table("HTTP", "baseline", "2:4", "ratio", box=None)
+    for row in rows:
+        base, own = row.baseline, row.model
+        run = f"{row.input_length} in, {row.level}"
+        for name, first, second in (
+            ("TTFT, median, ms", base.ttft_ms, own.ttft_ms),
+            ("TTFT, p99, ms", base.p99_ttft_ms, own.p99_ttft_ms),
+            ("TPOT, median, ms", base.tpot_ms, own.tpot_ms),
+            ("TPOT, p99, ms", base.p99_tpot_ms, own.p99_tpot_ms),
+            ("ITL, median, ms", base.itl_ms, own.itl_ms),
+            ("ITL, p99, ms", base.p99_itl_ms, own.p99_itl_ms),
+            ("requests/s", base.requests_per_second, own.requests_per_second),
+            ("tokens/s", base.tokens_per_second, own.tokens_per_second),
+        ):
+            _row(table, f"{run}: {name}", first, second)
     return table
 
 
