@@ -15,14 +15,13 @@ from sparseserve.perplexity import PerplexityResult
 from sparseserve.serving.engine import Engine, EngineOptions, engine_options
 from sparseserve.serving.latency import BatchLatency, LatencyPlan, measure_latency
 from sparseserve.serving.load import LoadPlan, LoadRow
-from sparseserve.serving.load_run import load_server, measure_load
+from sparseserve.serving.load_run import compare_load
 from sparseserve.serving.machine import Machine, installed_versions, this_machine
 from sparseserve.serving.memory import EngineMemory
 from sparseserve.serving.perplexity import engine_perplexity, longest_window
 from sparseserve.serving.served_model import ServedModel
 
 Progress = Callable[[str, int, int], None]
-_SPARE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +142,26 @@ def compare(
             f"{models[1].vocabulary}: give the dense model it was pruned from"
         )
     options = [_options(model, windows, plan, dtype) for model in models]
+    measured = _measure(models, options, windows, plan, on_progress)
+    return Comparison(
+        model=measured[0],
+        baseline=measured[1],
+        plan=plan,
+        machine=this_machine(),
+        versions=installed_versions(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        load_plan=load_plan,
+        http=compare_load(*models, load_plan, dtype, on_progress) if load_plan else (),
+    )
+
+
+def _measure(
+    models: tuple[ServedModel, ServedModel],
+    options: Sequence[EngineOptions],
+    windows: Sequence[Tensor],
+    plan: LatencyPlan,
+    on_progress: Progress,
+) -> list[MeasuredModel]:
     on_progress("starting vLLM", 0, 2)
     with Engine(options[0]) as sparse:
         on_progress("starting vLLM", 1, 2)
@@ -154,7 +173,7 @@ def compare(
                 for engine, model in zip(engines, models, strict=True)
             ]
             latencies = _latencies(engines, plan, models[0].vocabulary, on_progress)
-    measured = [
+    return [
         MeasuredModel(
             model.folder, model.weight_bytes, engine.options, engine.memory, perplexity, latency
         )
@@ -162,16 +181,6 @@ def compare(
             models, engines, perplexities, latencies, strict=True
         )
     ]
-    return Comparison(
-        model=measured[0],
-        baseline=measured[1],
-        plan=plan,
-        machine=this_machine(),
-        versions=installed_versions(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        load_plan=load_plan,
-        http=_http(models, load_plan, dtype, on_progress) if load_plan else (),
-    )
 
 
 def _options(
@@ -215,38 +224,3 @@ def _latencies(
         on_progress("latency, in turns", done, total)
 
     return measure_latency(engines, plan, vocabulary, count)
-
-
-def _http(
-    models: Sequence[ServedModel],
-    plan: LoadPlan,
-    dtype: torch.dtype | None,
-    on_progress: Progress,
-) -> tuple[LoadRow, ...]:
-    options = [_server_options(model, plan, dtype) for model in models]
-    tokenizer = models[1].folder
-    done, total = 0, 2 * plan.runs
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        on_progress("HTTP load, in turns", done, total)
-
-    on_progress("starting servers", 0, 2)
-    with load_server(options[0], tokenizer) as sparse:
-        on_progress("starting servers", 1, 2)
-        with load_server(options[1], tokenizer) as dense:
-            on_progress("starting servers", 2, 2)
-            on_progress("HTTP load, in turns", 0, total)
-            return measure_load(sparse, dense, tokenizer, plan, count)
-
-
-def _server_options(model: ServedModel, plan: LoadPlan, dtype: torch.dtype | None) -> EngineOptions:
-    # A tokenizer may add tokens to the prompts.
-    longest = max(plan.input_lengths) + plan.output_length + _SPARE_TOKENS
-    return engine_options(
-        model,
-        max_model_len=min(longest, model.max_positions or longest),
-        max_num_seqs=plan.most_at_once,
-        dtype=dtype,
-    )
