@@ -71,20 +71,37 @@ def bench_table(result: dict[str, Any]) -> str:
         _ratio("weights on disk, MiB", base["weight_bytes"] / 2**20, own["weight_bytes"] / 2**20),
         _ratio("perplexity", base["perplexity"], own["perplexity"]),
     ]
-    for size, found in own["latency"].items():
-        other = base["latency"][size]
-        for label, key in (("TTFT", "ttft_seconds"), ("TPOT", "tpot_seconds")):
-            pair = (other[key]["median"] * 1000, found[key]["median"] * 1000)
-            lines.append(_ratio(f"{label}, batch {size}, ms", *pair))
-        pair = (other["tokens_per_second"]["median"], found["tokens_per_second"]["median"])
-        lines.append(_ratio(f"tokens per second, batch {size}", *pair))
+    if "memory" in own:
+        pair = (base["memory"]["weight_bytes"] / 2**20, own["memory"]["weight_bytes"] / 2**20)
+        lines.insert(3, _ratio("weights in memory, MiB", *pair))
+    for other, found in zip(base["latency"], own["latency"], strict=True):
+        lines += _latency_lines(other, found, len(result["plan"]["input_lengths"]) > 1)
     plan, versions = result["plan"], result["versions"]
+    lengths = ", ".join(map(str, plan["input_lengths"]))
     software = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines.append(
-        f"\n{plan['input_length']} tokens in, {plan['output_length']} out, medians of "
+        f"\n{lengths} tokens in, {plan['output_length']} out, medians of "
         f"{plan['repeats']} runs in turns; {software}; {result['date'][:10]}."
     )
     return "\n".join(lines)
+
+
+def _latency_lines(base: dict[str, Any], own: dict[str, Any], tell_length: bool) -> list[str]:
+    run = f"batch {own['batch_size']}"
+    if tell_length:
+        run = f"{own['input_length']} in, {run}"
+    lines = []
+    for label, key, figure, scale in (
+        (f"TTFT, {run}, ms", "ttft_seconds", "median", 1000),
+        (f"prompt tokens per second, {run}", "prefill_tokens_per_second", "median", 1),
+        (f"TPOT, {run}, ms", "tpot_seconds", "median", 1000),
+        (f"ITL, {run}, p99, ms", "itl_seconds", "p99", 1000),
+        (f"tokens per second, {run}", "tokens_per_second", "median", 1),
+    ):
+        # Results from before there was a figure lack it.
+        if key in own:
+            lines.append(_ratio(label, base[key][figure] * scale, own[key][figure] * scale))
+    return lines
 
 
 def operators_table(result: dict[str, Any]) -> str:

@@ -14,7 +14,10 @@ from sparseserve.errors import ServingError
 from sparseserve.perplexity import PerplexityResult
 from sparseserve.serving.engine import Engine, EngineOptions, engine_options
 from sparseserve.serving.latency import BatchLatency, LatencyPlan, measure_latency
+from sparseserve.serving.load import LoadPlan, LoadRow
+from sparseserve.serving.load_run import compare_load
 from sparseserve.serving.machine import Machine, installed_versions, this_machine
+from sparseserve.serving.memory import EngineMemory
 from sparseserve.serving.perplexity import engine_perplexity, longest_window
 from sparseserve.serving.served_model import ServedModel
 
@@ -28,31 +31,39 @@ class MeasuredModel:
     folder: Path
     weight_bytes: int
     options: EngineOptions
+    memory: EngineMemory
     perplexity: PerplexityResult
     latency: tuple[BatchLatency, ...]
 
     def to_json(self) -> dict[str, object]:
-        """Return JSON data; latencies by batch size, each as median and quartiles."""
+        """Return JSON data; latencies are a row for each prompt length and batch size."""
         return {
             "path": str(self.folder),
             "weight_bytes": self.weight_bytes,
             "perplexity": self.perplexity.perplexity,
             "tokens": self.perplexity.tokens,
             "engine": asdict(self.options),
-            "latency": {
-                str(batch.batch_size): {
-                    "ttft_seconds": asdict(batch.ttft_seconds),
-                    "tpot_seconds": asdict(batch.tpot_seconds),
-                    "tokens_per_second": asdict(batch.tokens_per_second),
-                }
-                for batch in self.latency
-            },
+            "memory": self.memory.to_json(),
+            "latency": [batch.to_json() for batch in self.latency],
         }
 
 
 @dataclass(frozen=True, slots=True)
+class Speedup:
+    """How many times as fast as the baseline, medians over paired runs."""
+
+    input_length: int
+    batch_size: int
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
-    """A checkpoint and its baseline, measured in turns on one machine."""
+    """A checkpoint and its baseline, measured in turns on one machine.
+
+    Without a ``load_plan`` nothing was measured over HTTP.
+    """
 
     model: MeasuredModel
     baseline: MeasuredModel
@@ -60,26 +71,29 @@ class Comparison:
     machine: Machine
     versions: dict[str, str]
     date: str
+    load_plan: LoadPlan | None = None
+    http: tuple[LoadRow, ...] = ()
 
     @property
-    def decode_speedup(self) -> dict[str, float]:
-        """By batch size: the baseline's time per output token over the model's."""
+    def speedups(self) -> tuple[Speedup, ...]:
+        """Of the model over the baseline, for each prompt length and batch size."""
         pairs = zip(self.model.latency, self.baseline.latency, strict=True)
-        return {str(own.batch_size): own.decode_speedup(base) for own, base in pairs}
-
-    @property
-    def prefill_speedup(self) -> dict[str, float]:
-        """By batch size: the baseline's time to first token over the model's."""
-        pairs = zip(self.model.latency, self.baseline.latency, strict=True)
-        return {str(own.batch_size): own.prefill_speedup(base) for own, base in pairs}
+        return tuple(
+            Speedup(
+                own.input_length,
+                own.batch_size,
+                prefill=own.prefill_speedup(base),
+                decode=own.decode_speedup(base),
+            )
+            for own, base in pairs
+        )
 
     def to_json(self) -> dict[str, object]:
-        """Return JSON data."""
-        return {
+        """Return JSON data; what was measured over HTTP, if anything was, under ``http``."""
+        data: dict[str, object] = {
             "model": self.model.to_json(),
             "baseline": self.baseline.to_json(),
-            "decode_speedup": self.decode_speedup,
-            "prefill_speedup": self.prefill_speedup,
+            "speedups": [asdict(speedup) for speedup in self.speedups],
             "perplexity_ratio": self.model.perplexity.perplexity
             / self.baseline.perplexity.perplexity,
             "weight_bytes_ratio": self.model.weight_bytes / self.baseline.weight_bytes,
@@ -88,6 +102,10 @@ class Comparison:
             "versions": self.versions,
             "date": self.date,
         }
+        if self.load_plan is not None:
+            rows = [row.to_json() for row in self.http]
+            data["http"] = {"plan": asdict(self.load_plan), "rows": rows}
+        return data
 
 
 def compare(
@@ -96,21 +114,24 @@ def compare(
     windows: Sequence[Tensor],
     plan: LatencyPlan,
     *,
+    load_plan: LoadPlan | None = None,
     dtype: torch.dtype | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Comparison:
-    """Serve both checkpoints side by side and measure perplexity, latency and size of each.
+    """Serve both checkpoints side by side; measure perplexity, latency, memory and size of each.
 
     Args:
         folder: The sparse checkpoint.
         baseline: What to compare it with, the dense model as a rule.
         windows: Token windows for the perplexity, int64 ``[length]`` each.
         plan: What to run for the latencies.
+        load_plan: What to put on two servers, afterwards; None is nothing.
         dtype: Of both engines; None is the checkpoint's where the machine has it, else float32.
         on_progress: Told what is going on, and how far it is, as (what, done, total).
 
     Raises:
-        ServingError: One of the two cannot be served, or they do not share a vocabulary.
+        ServingError: One of the two cannot be served, they do not share a vocabulary, or requests
+            failed.
         NumericalError: A perplexity is not finite.
         MissingExtraError: vLLM is not installed.
     """
@@ -121,6 +142,26 @@ def compare(
             f"{models[1].vocabulary}: give the dense model it was pruned from"
         )
     options = [_options(model, windows, plan, dtype) for model in models]
+    measured = _measure(models, options, windows, plan, on_progress)
+    return Comparison(
+        model=measured[0],
+        baseline=measured[1],
+        plan=plan,
+        machine=this_machine(),
+        versions=installed_versions(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        load_plan=load_plan,
+        http=compare_load(*models, load_plan, dtype, on_progress) if load_plan else (),
+    )
+
+
+def _measure(
+    models: tuple[ServedModel, ServedModel],
+    options: Sequence[EngineOptions],
+    windows: Sequence[Tensor],
+    plan: LatencyPlan,
+    on_progress: Progress,
+) -> list[MeasuredModel]:
     on_progress("starting vLLM", 0, 2)
     with Engine(options[0]) as sparse:
         on_progress("starting vLLM", 1, 2)
@@ -132,26 +173,20 @@ def compare(
                 for engine, model in zip(engines, models, strict=True)
             ]
             latencies = _latencies(engines, plan, models[0].vocabulary, on_progress)
-    measured = [
-        MeasuredModel(model.folder, model.weight_bytes, option, perplexity, latency)
-        for model, option, perplexity, latency in zip(
-            models, options, perplexities, latencies, strict=True
+    return [
+        MeasuredModel(
+            model.folder, model.weight_bytes, engine.options, engine.memory, perplexity, latency
+        )
+        for model, engine, perplexity, latency in zip(
+            models, engines, perplexities, latencies, strict=True
         )
     ]
-    return Comparison(
-        model=measured[0],
-        baseline=measured[1],
-        plan=plan,
-        machine=this_machine(),
-        versions=installed_versions(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
 
 
 def _options(
     model: ServedModel, windows: Sequence[Tensor], plan: LatencyPlan, dtype: torch.dtype | None
 ) -> EngineOptions:
-    generated = plan.input_length + plan.output_length
+    generated = max(plan.input_lengths) + plan.output_length
     if model.max_positions is not None and generated > model.max_positions:
         raise ServingError(
             f"{model.folder}: --input-length and --output-length make {generated} tokens, "
@@ -162,8 +197,9 @@ def _options(
         model,
         max_model_len=max(longest_window(model, windows) + 1, generated),
         max_num_seqs=largest,
-        # All prompts of a batch in one step, so that prefill is not measured in pieces.
-        prompt_tokens=max(1024, largest * plan.input_length),
+        batch_model_len=generated,
+        # All prompts of a batch in one step: nothing decodes beside them, so prefill is apart.
+        prompt_tokens=max(1024, largest * max(plan.input_lengths)),
         dtype=dtype,
     )
 

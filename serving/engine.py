@@ -23,7 +23,10 @@ from torch import Tensor
 
 from sparseserve.errors import ServingError
 from sparseserve.serving.kernels.choice import MEASURE_VARIABLE
+from sparseserve.serving.layer_choice import LayerChoice
 from sparseserve.serving.machine import Machine, this_machine
+from sparseserve.serving.memory import EngineMemory
+from sparseserve.serving.process_log import last_words
 from sparseserve.serving.requirements import require_vllm
 
 if TYPE_CHECKING:
@@ -69,48 +72,14 @@ class Generation:
     Attributes:
         tokens: New tokens of each prompt.
         first_token_seconds: Until every prompt of the batch had its first new token.
+        step_seconds: Of each step after that one; a step gives every prompt one token.
         total_seconds: Until every prompt had its last.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     first_token_seconds: float
+    step_seconds: tuple[float, ...]
     total_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class LayerChoice:
-    """How an engine runs one of its 2:4 layers.
-
-    Attributes:
-        name: vLLM's name of the layer.
-        layer: Its rows, columns and dtypes.
-        plan: Which kernel runs which batch, in words.
-        refusals: Why other kernels cannot run it, by name.
-        kernels: The kernel of each timed batch size; empty where there was no choice.
-        times: Seconds by kernel and batch size.
-    """
-
-    name: str
-    layer: str
-    plan: str
-    refusals: dict[str, str]
-    kernels: dict[int, str]
-    times: dict[str, dict[int, float]]
-
-    @classmethod
-    def from_json(cls, reply: dict[str, Any]) -> LayerChoice:
-        """Read what the worker sent; JSON makes strings of batch sizes."""
-        return cls(
-            name=reply["name"],
-            layer=reply["layer"],
-            plan=reply["plan"],
-            refusals=reply["refusals"],
-            kernels={int(batch): kernel for batch, kernel in reply["kernels"].items()},
-            times={
-                kernel: {int(batch): seconds for batch, seconds in times.items()}
-                for kernel, times in reply["times"].items()
-            },
-        )
 
 
 def engine_options(
@@ -118,6 +87,7 @@ def engine_options(
     *,
     max_model_len: int,
     max_num_seqs: int = 1,
+    batch_model_len: int | None = None,
     prompt_tokens: int = 1024,
     dtype: torch.dtype | None = None,
     quantization: str | None = None,
@@ -132,6 +102,7 @@ def engine_options(
         model: The checkpoint.
         max_model_len: Longest sequence, prompt and new tokens together.
         max_num_seqs: Largest batch.
+        batch_model_len: Longest sequence of a batch; None is ``max_model_len``.
         prompt_tokens: Prompt tokens to compute in one step.
         dtype: To compute in; None is the checkpoint's own where the machine has it, else float32.
         quantization: As vLLM takes it; None leaves it to the checkpoint.
@@ -139,7 +110,8 @@ def engine_options(
             threads to cores, and leaves one core free, as in its server.
     """
     machine = this_machine()
-    blocks = max_num_seqs * -(-max_model_len // _BLOCK_TOKENS) + _SPARE_BLOCKS
+    in_batch = max_num_seqs * _blocks(batch_model_len or max_model_len)
+    blocks = max(_blocks(max_model_len), in_batch) + _SPARE_BLOCKS
     # Four bytes a number: room for every dtype.
     cache_bytes = 4 * model.cache_numbers_per_token * _BLOCK_TOKENS * blocks
     return EngineOptions(
@@ -155,12 +127,21 @@ def engine_options(
     )
 
 
+def _blocks(tokens: int) -> int:
+    return -(-tokens // _BLOCK_TOKENS)
+
+
 def _machine_dtype(machine: Machine) -> str:
     return "auto" if machine.gpu or machine.native_bfloat16 else "float32"
 
 
 class Engine:
-    """A running worker, to be used in a ``with`` block."""
+    """A running worker, to be used in a ``with`` block.
+
+    Attributes:
+        options: How it was started.
+        memory: What it took, once it was up.
+    """
 
     def __init__(self, options: EngineOptions, *, measure_kernels: bool = False) -> None:
         """Start the worker and wait until its engine is up.
@@ -180,7 +161,7 @@ class Engine:
             self._log, _worker_environment(measure_kernels=measure_kernels)
         )
         try:
-            self._ask(asdict(options))
+            self.memory = EngineMemory.from_json(self._ask(asdict(options)))
         except BaseException:
             self.close()
             raise
@@ -233,6 +214,7 @@ class Engine:
         return Generation(
             tokens=tuple(tuple(map(int, _list(tokens))) for tokens in _list(reply["tokens"])),
             first_token_seconds=float(str(reply["first_token_seconds"])),
+            step_seconds=tuple(map(float, _list(reply["step_seconds"]))),
             total_seconds=float(str(reply["total_seconds"])),
         )
 
@@ -255,17 +237,12 @@ class Engine:
         if not line:
             raise ServingError(
                 f"{self.options.model}: the vLLM worker died with exit code "
-                f"{self._process.wait()}; its last words: {self._last_words()}"
+                f"{self._process.wait()}; its last words: {last_words(self._log)}"
             )
         reply: dict[str, object] = json.loads(line)
         if "error" in reply:
             raise ServingError(f"{self.options.model}: vLLM failed: {reply['error']}")
         return reply
-
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log if line.strip()]
-        return lines[-1] if lines else "none"
 
 
 def _start_worker(

@@ -1,9 +1,11 @@
 """Latency and throughput of engines, measured in turns.
 
-One run gives a batch of prompts at once. *Time to first token* (TTFT) is the time until every
-prompt of the batch has its first new token; *time per output token* (TPOT) is the rest of the
-run over the steps in it. The engines take turns within every repeat, first one first, then the
-other way round, so that a drift of the machine meets both alike.
+One run gives a batch of prompts at once. Its first part, *prefill*, ends when every prompt of the
+batch has its first new token; that moment is the *time to first token* (TTFT). The rest is
+*decoding*: in each step every prompt gets one more token. *Inter-token latencies* (ITL) are the
+times of the single steps, *time per output token* (TPOT) is their mean in one run. The engines
+take turns within every repeat, first one first, then the other way round, so that a drift of the
+machine meets both alike.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Protocol
 
 from sparseserve.errors import RecipeError
@@ -31,14 +34,14 @@ class LatencyPlan:
 
     Attributes:
         batch_sizes: Prompts at once.
-        input_length: Tokens of each prompt.
+        input_lengths: Tokens of each prompt; every length is run at every batch size.
         output_length: New tokens of each prompt.
-        repeats: Measured runs of each batch size, after one that is not.
+        repeats: Measured runs of each length and batch size, after one that is not.
         seed: Draws the prompts.
     """
 
     batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
-    input_length: int = 128
+    input_lengths: tuple[int, ...] = (128,)
     output_length: int = 32
     repeats: int = 5
     seed: int = 0
@@ -50,7 +53,7 @@ class LatencyPlan:
             RecipeError: Names the option and its limit.
         """
         smallest = {
-            "--input-length": (self.input_length, 1),
+            "--input-length": (min(self.input_lengths, default=0), 1),
             "--output-length": (self.output_length, 2),
             "--repeats": (self.repeats, 1),
             "--batch-sizes": (min(self.batch_sizes, default=0), 1),
@@ -62,15 +65,25 @@ class LatencyPlan:
     @property
     def runs(self) -> int:
         """Runs of each engine."""
-        return len(self.batch_sizes) * (self.repeats + 1)
+        return len(self.input_lengths) * len(self.batch_sizes) * (self.repeats + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class LatencySample:
-    """One run: seconds to the first token, seconds a token after it, new tokens a second."""
+    """One run.
+
+    Attributes:
+        ttft_seconds: Until all prompts had their first token.
+        tpot_seconds: Mean of the steps after it.
+        step_seconds: Each of them.
+        prefill_tokens_per_second: Prompt tokens, of all prompts, over the time to first token.
+        tokens_per_second: New tokens, of all prompts, over the whole run.
+    """
 
     ttft_seconds: float
     tpot_seconds: float
+    step_seconds: tuple[float, ...]
+    prefill_tokens_per_second: float
     tokens_per_second: float
 
 
@@ -92,9 +105,27 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchLatency:
-    """The measured runs of one engine at one batch size, in the order they were made."""
+class Steps:
+    """Median and 99th percentile of single steps: how long a token takes, and the slowest ones."""
 
+    median: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Steps:
+        """Summarise ``values``, of which there is at least one."""
+        if len(values) == 1:
+            return cls(values[0], values[0])
+        return cls(
+            statistics.median(values), statistics.quantiles(values, n=100, method="inclusive")[98]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLatency:
+    """One engine's measured runs of one prompt length and batch size, in the order of making."""
+
+    input_length: int
     batch_size: int
     samples: tuple[LatencySample, ...]
 
@@ -105,13 +136,35 @@ class BatchLatency:
 
     @property
     def tpot_seconds(self) -> Spread:
-        """Seconds a decoding step."""
+        """Mean seconds of a decoding step."""
         return Spread.of([sample.tpot_seconds for sample in self.samples])
+
+    @property
+    def itl_seconds(self) -> Steps:
+        """Seconds of single decoding steps, over all runs."""
+        return Steps.of([step for sample in self.samples for step in sample.step_seconds])
+
+    @property
+    def prefill_tokens_per_second(self) -> Spread:
+        """Prompt tokens a second, of all prompts together."""
+        return Spread.of([sample.prefill_tokens_per_second for sample in self.samples])
 
     @property
     def tokens_per_second(self) -> Spread:
         """New tokens a second, of all prompts together, first tokens included."""
         return Spread.of([sample.tokens_per_second for sample in self.samples])
+
+    def to_json(self) -> dict[str, object]:
+        """Return JSON data: one row, in which runs are median and quartiles."""
+        return {
+            "input_length": self.input_length,
+            "batch_size": self.batch_size,
+            "ttft_seconds": asdict(self.ttft_seconds),
+            "prefill_tokens_per_second": asdict(self.prefill_tokens_per_second),
+            "tpot_seconds": asdict(self.tpot_seconds),
+            "itl_seconds": asdict(self.itl_seconds),
+            "tokens_per_second": asdict(self.tokens_per_second),
+        }
 
     def prefill_speedup(self, baseline: BatchLatency) -> float:
         """Return the median, over paired runs, of the baseline's TTFT over this one's."""
@@ -130,7 +183,7 @@ def measure_latency(
     vocabulary: int,
     on_run: Callable[[], None] = lambda: None,
 ) -> list[tuple[BatchLatency, ...]]:
-    """Measure ``engines`` in turns; return, for each, one entry a batch size.
+    """Measure ``engines`` in turns; return, for each, one entry a length and batch size.
 
     Args:
         engines: To compare; all get the same prompts.
@@ -143,27 +196,28 @@ def measure_latency(
     """
     generator = random.Random(plan.seed)
     results: list[list[BatchLatency]] = [[] for _ in engines]
-    for size in plan.batch_sizes:
-        prompts = [
-            [generator.randrange(vocabulary) for _ in range(plan.input_length)] for _ in range(size)
-        ]
+    for length, size in product(plan.input_lengths, plan.batch_sizes):
+        prompts = [[generator.randrange(vocabulary) for _ in range(length)] for _ in range(size)]
         samples: list[list[LatencySample]] = [[] for _ in engines]
         for repeat in range(plan.repeats + 1):
             turns = list(enumerate(engines))
             for index, engine in turns if repeat % 2 == 0 else reversed(turns):
-                samples[index].append(latency_sample(engine.generate(prompts, plan.output_length)))
+                run = engine.generate(prompts, plan.output_length)
+                samples[index].append(latency_sample(run, length))
                 on_run()
         for result, all_samples in zip(results, samples, strict=True):
             # The first run warms up: memory, kernels of this batch size.
-            result.append(BatchLatency(size, tuple(all_samples[1:])))
+            result.append(BatchLatency(length, size, tuple(all_samples[1:])))
     return [tuple(result) for result in results]
 
 
-def latency_sample(run: Generation) -> LatencySample:
-    """Turn the times of one run into rates."""
-    new_tokens = len(run.tokens[0])
+def latency_sample(run: Generation, input_length: int) -> LatencySample:
+    """Turn the times of one run of prompts of ``input_length`` tokens into rates."""
+    prompts, new_tokens = len(run.tokens), len(run.tokens[0])
     return LatencySample(
         ttft_seconds=run.first_token_seconds,
         tpot_seconds=(run.total_seconds - run.first_token_seconds) / (new_tokens - 1),
-        tokens_per_second=len(run.tokens) * new_tokens / run.total_seconds,
+        step_seconds=run.step_seconds,
+        prefill_tokens_per_second=prompts * input_length / run.first_token_seconds,
+        tokens_per_second=prompts * new_tokens / run.total_seconds,
     )

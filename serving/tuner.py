@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from sparseserve.errors import ServingError
-from sparseserve.serving.engine import Engine, LayerChoice, engine_options
+from sparseserve.serving.engine import Engine, engine_options
+from sparseserve.serving.layer_choice import LayerChoice
 from sparseserve.serving.machine import Machine, installed_versions, this_machine
 from sparseserve.serving.served_model import ServedModel
 

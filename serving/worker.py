@@ -8,8 +8,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from itertools import pairwise
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING
+
+from sparseserve.serving.memory import EngineMemory
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -27,10 +31,11 @@ def main(arguments: list[str]) -> int:
         engine: LLM | None = None
         for line in requests:
             request = json.loads(line)
+            answer: dict[str, object]
             try:
                 if engine is None:
                     engine = start(request)
-                    answer: dict[str, object] = {"started": True}
+                    answer = engine_memory(engine, request)
                 else:
                     answer = _operation(request)(engine, request)
             except Exception as error:  # handed to the parent, who raises it
@@ -52,6 +57,13 @@ def start(options: dict[str, object]) -> LLM:
         gpu_memory_utilization=_GPU_SHARE,
         disable_log_stats=True,
     )
+
+
+def engine_memory(engine: LLM, options: dict[str, object]) -> dict[str, object]:
+    """Measure what an engine takes that has just been started with ``options``."""
+    cache_bytes = int(str(options["kv_cache_memory_bytes"]))
+    (memory,) = engine.apply_model(lambda model: EngineMemory.of(model, cache_bytes))
+    return asdict(memory)
 
 
 def negative_log_likelihoods(engine: LLM, request: dict[str, object]) -> dict[str, object]:
@@ -76,7 +88,7 @@ def negative_log_likelihoods(engine: LLM, request: dict[str, object]) -> dict[st
 
 
 def generate(engine: LLM, request: dict[str, object]) -> dict[str, object]:
-    """Generate one batch greedily, timing its first and its last tokens."""
+    """Generate one batch greedily, timing every step from the batch's first tokens on."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -92,16 +104,20 @@ def generate(engine: LLM, request: dict[str, object]) -> dict[str, object]:
     for number, prompt in enumerate(prompts):
         engine.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, parameters.clone())
     tokens: dict[int, list[int]] = {}
-    first = None
+    # When every prompt had its first token, and when each step after that one ended.
+    ends: list[float] = []
     while engine.llm_engine.has_unfinished_requests():
-        for output in engine.llm_engine.step():
+        outputs = engine.llm_engine.step()
+        for output in outputs:
             if output.outputs[0].token_ids:
                 tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
-        if first is None and len(tokens) == len(prompts):
-            first = time.perf_counter() - started
+        # A step may only start work, and give nothing yet.
+        if outputs and len(tokens) == len(prompts):
+            ends.append(time.perf_counter() - started)
     return {
         "tokens": [tokens[number] for number in range(len(prompts))],
-        "first_token_seconds": first,
+        "first_token_seconds": ends[0],
+        "step_seconds": [end - start for start, end in pairwise(ends)],
         "total_seconds": time.perf_counter() - started,
     }
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import Tensor
 
-    from sparseserve.serving.comparison import Comparison
+    from sparseserve.serving.latency import LatencyPlan
+    from sparseserve.serving.load import LoadPlan
 
 DEFAULT_SEQUENCE_LENGTH = 512
 DEFAULT_SAMPLES = 8
+DEFAULT_CONCURRENCY = "1,4,8"
+DEFAULT_REQUESTS = 16
+
+Number = TypeVar("Number", int, float)
 
 
 @click.command("bench")
@@ -29,9 +35,19 @@ DEFAULT_SAMPLES = 8
 @click.option("--samples", type=int, default=DEFAULT_SAMPLES, show_default=True, help="Windows.")
 @click.option("--sequence-length", type=int, help="Tokens of each window.")
 @click.option("--batch-sizes", default="1,2,4,8", show_default=True, help="Prompts at once.")
-@click.option("--input-length", type=int, default=128, show_default=True, help="Prompt tokens.")
+@click.option(
+    "--input-length",
+    "input_lengths",
+    default="128",
+    show_default=True,
+    help="Prompt tokens; several as 128,1024.",
+)
 @click.option("--output-length", type=int, default=32, show_default=True, help="New tokens.")
 @click.option("--repeats", type=int, default=5, show_default=True, help="Measured runs of each.")
+@click.option("--http", is_flag=True, help="Also put load on two servers, by vLLM's own client.")
+@click.option("--concurrency", help="HTTP requests at once.  [default: 1,4,8]")
+@click.option("--request-rate", help="HTTP requests a second, such as 0.5,2, at random times.")
+@click.option("--requests", type=int, help="HTTP requests at each level.  [default: 16]")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -49,17 +65,22 @@ def bench_command(
     samples: int,
     sequence_length: int | None,
     batch_sizes: str,
-    input_length: int,
+    input_lengths: str,
     output_length: int,
     repeats: int,
+    http: bool,
+    concurrency: str | None,
+    request_rate: str | None,
+    requests: int | None,
     dtype: str,
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """Compare CHECKPOINT with the dense BASELINE through vLLM: perplexity, latency and size."""
+    """Compare CHECKPOINT with the dense BASELINE through vLLM: quality, speed, memory and size."""
     from rich.console import Console
 
     from sparseserve.checkpoint import write_json
+    from sparseserve.cli.bench_table import comparison_table, load_table
     from sparseserve.cli.console import quiet_libraries
     from sparseserve.recipe import DTYPES
     from sparseserve.serving.comparison import compare
@@ -68,26 +89,85 @@ def bench_command(
 
     quiet_libraries()
     require_vllm("bench")
-    plan = LatencyPlan(_integers(batch_sizes), input_length, output_length, repeats)
+    plan = LatencyPlan(
+        _integers(batch_sizes, "--batch-sizes"),
+        _integers(input_lengths, "--input-length"),
+        output_length,
+        repeats,
+    )
+    load_plan = _load_plan(plan, http, concurrency, request_rate, requests)
     windows = _windows(checkpoint, baseline, text, samples, sequence_length)
+    _leave_when_terminated()
     with _progress() as on_progress:
         found = compare(
-            checkpoint, baseline, windows, plan, dtype=DTYPES.get(dtype), on_progress=on_progress
+            checkpoint,
+            baseline,
+            windows,
+            plan,
+            load_plan=load_plan,
+            dtype=DTYPES.get(dtype),
+            on_progress=on_progress,
         )
     if output:
         write_json(output, found.to_json())
     if as_json:
         click.echo(json.dumps(found.to_json()))
-    Console(stderr=as_json).print(_table(found), highlight=False)
+    console = Console(stderr=as_json)
+    console.print(comparison_table(found), highlight=False)
+    if found.http:
+        console.print(load_table(found.http), highlight=False)
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def _load_plan(
+    plan: LatencyPlan,
+    http: bool,
+    concurrency: str | None,
+    request_rate: str | None,
+    requests: int | None,
+) -> LoadPlan | None:
+    """Return the levels of load: those of concurrency, then those of requests a second."""
+    from sparseserve.serving.load import LoadLevel, LoadPlan
+
+    given = {
+        "--concurrency": concurrency,
+        "--request-rate": request_rate,
+        "--requests": requests,
+    }
+    if not http:
+        if unused := [option for option, value in given.items() if value is not None]:
+            raise click.UsageError(f"{unused[0]} needs --http")
+        return None
+    if concurrency is None and request_rate is None:
+        concurrency = DEFAULT_CONCURRENCY
+    at_once = _integers(concurrency, "--concurrency") if concurrency else ()
+    rates = _numbers(request_rate, "--request-rate", float) if request_rate else ()
+    return LoadPlan(
+        levels=(
+            *(LoadLevel(number, None) for number in at_once),
+            *(LoadLevel(None, rate) for rate in rates),
+        ),
+        input_lengths=plan.input_lengths,
+        output_length=plan.output_length,
+        requests=DEFAULT_REQUESTS if requests is None else requests,
+    )
+
+
+def _integers(text: str, option: str) -> tuple[int, ...]:
+    return _numbers(text, option, int)
+
+
+def _numbers(text: str, option: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
         raise click.BadParameter(
-            f"'{text}' is not a list such as 1,2,4,8", param_hint="--batch-sizes"
+            f"'{text}' is not a list such as 1,2,4,8", param_hint=option
         ) from error
+
+
+def _leave_when_terminated() -> None:
+    """Make SIGTERM an exit that stops engines and servers on its way, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _windows(
@@ -132,27 +212,3 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[what], completed=done)  # type: ignore[arg-type]  # TaskID is an int
 
         yield on_progress
-
-
-def _table(found: Comparison) -> Table:
-    from rich.table import Table
-
-    model, baseline = found.model, found.baseline
-    table = Table("", "baseline", "2:4", "ratio", box=None)
-    _row(table, "weights, MiB", baseline.weight_bytes / 2**20, model.weight_bytes / 2**20)
-    _row(table, "perplexity", baseline.perplexity.perplexity, model.perplexity.perplexity)
-    for base, own in zip(baseline.latency, model.latency, strict=True):
-        size = own.batch_size
-        for name, first, second, speedup in (
-            ("TTFT, ms", base.ttft_seconds, own.ttft_seconds, found.prefill_speedup[str(size)]),
-            ("TPOT, ms", base.tpot_seconds, own.tpot_seconds, found.decode_speedup[str(size)]),
-        ):
-            cells = [f"{value.median * 1000:.2f}" for value in (first, second)]
-            table.add_row(f"batch {size}: {name}", *cells, f"{speedup:.2f}x speed")
-        rates = [value.tokens_per_second.median for value in (base, own)]
-        _row(table, f"batch {size}: tokens/s", *rates)
-    return table
-
-
-def _row(table: Table, name: str, baseline: float, model: float) -> None:
-    table.add_row(name, f"{baseline:,.2f}", f"{model:,.2f}", f"{model / baseline:.3f}")

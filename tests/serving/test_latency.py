@@ -14,6 +14,7 @@ from sparseserve.serving.latency import (
     LatencyPlan,
     LatencySample,
     Spread,
+    Steps,
     latency_sample,
     measure_latency,
 )
@@ -33,7 +34,12 @@ class ClockworkEngine:
         self.prompts.append(prompts)
         step = self.step * len(self.prompts)
         tokens = tuple((0,) * new_tokens for _ in prompts)
-        return Generation(tokens, first_token_seconds=step, total_seconds=step * new_tokens)
+        return Generation(
+            tokens,
+            first_token_seconds=step,
+            step_seconds=(step,) * (new_tokens - 1),
+            total_seconds=step * new_tokens,
+        )
 
 
 def measured(plan: LatencyPlan) -> tuple[list[tuple[BatchLatency, ...]], list[ClockworkEngine]]:
@@ -48,7 +54,7 @@ def test_engines_take_turns_and_swap_places_in_every_repeat() -> None:
 
 
 def test_engines_get_the_same_prompts_of_the_length_and_number_asked_for() -> None:
-    _, engines = measured(LatencyPlan(batch_sizes=(1, 3), input_length=7, repeats=2))
+    _, engines = measured(LatencyPlan(batch_sizes=(1, 3), input_lengths=(7,), repeats=2))
     assert engines[0].prompts == engines[1].prompts
     shapes = [[len(prompt) for prompt in prompts] for prompts in engines[0].prompts]
     assert shapes == [[7]] * 3 + [[7, 7, 7]] * 3
@@ -74,11 +80,47 @@ def test_speedups_are_ratios_of_paired_runs() -> None:
     assert dense[0].decode_speedup(sparse[0]) == pytest.approx(1 / 1.5)
 
 
-def test_one_run_gives_three_rates() -> None:
-    run = Generation(((1, 2, 3, 4, 5),) * 3, first_token_seconds=2.0, total_seconds=10.0)
-    assert latency_sample(run) == LatencySample(
-        ttft_seconds=2.0, tpot_seconds=2.0, tokens_per_second=1.5
+def test_every_prompt_length_is_run_at_every_batch_size() -> None:
+    plan = LatencyPlan(batch_sizes=(1, 2), input_lengths=(3, 5), repeats=1)
+    (sparse, dense), engines = measured(plan)
+    assert [(row.input_length, row.batch_size) for row in sparse] == [
+        (3, 1),
+        (3, 2),
+        (5, 1),
+        (5, 2),
+    ]
+    assert [(len(prompts[0]), len(prompts)) for prompts in engines[0].prompts[::2]] == [
+        (row.input_length, row.batch_size) for row in dense
+    ]
+    assert len(engines[0].prompts) == plan.runs
+
+
+def test_one_run_tells_prefill_and_decoding_apart() -> None:
+    run = Generation(
+        ((1, 2, 3, 4, 5),) * 3,
+        first_token_seconds=2.0,
+        step_seconds=(1.0, 1.0, 1.0, 5.0),
+        total_seconds=10.0,
     )
+    assert latency_sample(run, input_length=8) == LatencySample(
+        ttft_seconds=2.0,
+        tpot_seconds=2.0,
+        step_seconds=(1.0, 1.0, 1.0, 5.0),
+        prefill_tokens_per_second=12.0,
+        tokens_per_second=1.5,
+    )
+
+
+def test_inter_token_latencies_are_of_all_steps_of_all_runs() -> None:
+    (sparse, _), _ = measured(LatencyPlan(batch_sizes=(1,), output_length=4, repeats=3))
+    # Three runs after the warm-up, three steps each: 2, 3 and 4 seconds.
+    assert sparse[0].itl_seconds == Steps(median=3.0, p99=4.0)
+
+
+def test_one_slow_step_in_a_hundred_shows_in_the_tail_and_not_in_the_median() -> None:
+    found = Steps.of([1.0] * 99 + [100.0] * 2)
+    assert (found.median, found.p99) == (1.0, 100.0)
+    assert Steps.of([3.0]) == Steps(median=3.0, p99=3.0)
 
 
 @given(st.lists(st.floats(0.001, 1000), min_size=1, max_size=20))
@@ -92,7 +134,8 @@ def test_a_spread_is_ordered_and_within_its_values(values: list[float]) -> None:
 @pytest.mark.parametrize(
     ("option", "plan"),
     [
-        ("--input-length", {"input_length": 0}),
+        ("--input-length", {"input_lengths": (8, 0)}),
+        ("--input-length", {"input_lengths": ()}),
         ("--output-length", {"output_length": 1}),
         ("--repeats", {"repeats": 0}),
         ("--batch-sizes", {"batch_sizes": ()}),
