@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING
@@ -62,7 +63,7 @@ def start(options: dict[str, object]) -> LLM:
 def engine_memory(engine: LLM, options: dict[str, object]) -> dict[str, object]:
     """Measure what an engine takes that has just been started with ``options``."""
     cache_bytes = int(str(options["kv_cache_memory_bytes"]))
-    (memory,) = engine.apply_model(lambda model: EngineMemory.of(model, cache_bytes))
+    (memory,) = engine.apply_model(partial(EngineMemory.of, cache_bytes=cache_bytes))
     return asdict(memory)
 
 

@@ -87,8 +87,6 @@ def bench_command(
     from sparseserve.serving.latency import LatencyPlan
     from sparseserve.serving.requirements import require_vllm
 
-    quiet_libraries()
-    require_vllm("bench")
     plan = LatencyPlan(
         _integers(batch_sizes, "--batch-sizes"),
         _integers(input_lengths, "--input-length"),
@@ -96,6 +94,8 @@ def bench_command(
         repeats,
     )
     load_plan = _load_plan(plan, http, concurrency, request_rate, requests)
+    quiet_libraries()
+    require_vllm("bench")
     windows = _windows(checkpoint, baseline, text, samples, sequence_length)
     _leave_when_terminated()
     with _progress() as on_progress:

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
+from sparseserve.cli.bench import bench_command
 from sparseserve.serving.engine import Engine, engine_options
 from sparseserve.serving.perplexity import engine_perplexity, vllm_perplexity
 from sparseserve.serving.served_model import ServedModel
@@ -123,8 +125,8 @@ def test_bench_puts_every_level_of_load_on_both_servers(bench: tuple[dict[str, A
 
 
 def test_options_of_load_are_refused_without_http() -> None:
-    result = sparseserve("bench", "one", "--baseline", "other", "--concurrency", "2")
-    assert result.returncode == 2
+    result = CliRunner().invoke(bench_command, ["one", "--baseline", "other", "--concurrency", "2"])
+    assert result.exit_code == 2
     assert "--concurrency needs --http" in result.stderr
 
 

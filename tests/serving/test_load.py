@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -126,9 +127,8 @@ class TestWithVllm:
         assert processes_with(str(server.port)) == 0
 
     def test_a_server_that_is_left_early_leaves_no_process(self, folder: Path) -> None:
-        server = HttpServer(folder, ())
-        assert processes_with(str(server.port)) > 0
-        server.close()
+        with contextlib.closing(HttpServer(folder, ())) as server:
+            assert processes_with(str(server.port)) > 0
         assert processes_with(str(server.port)) == 0
 
 
