@@ -210,6 +210,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality-smollm2-mixed": quality_table,
     "peers-smollm2-mixed": peers_table,
     "quality-smollm2-50percent": quality_table,
+    "quality-gemma3-mixed": quality_table,
+    "peers-gemma3-mixed": peers_table,
     **{name: EVIDENCE_TABLES[name] for name in MEASURED_EVIDENCE},
 }
 
