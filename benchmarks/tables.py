@@ -138,9 +138,16 @@ def peers_table(result: dict[str, Any]) -> str:
     for (tool, method), runs in groups.items():
         changed = f"{statistics.fmean(run['changed_weights'] for run in runs):.0%}"
         lines.append(f"| {tool} | {method} | {_perplexities(runs, texts)} | {changed} |")
-    for label, runs in _our_runs(result, {method for _, method in groups}).items():
+    ours = _our_runs(result, {method for _, method in groups})
+    for label, runs in ours.items():
         tool = "" if label == DENSE else "sparseserve"
         lines.append(f"| {tool} | {label} | {_perplexities(runs, texts)} | |")
+    recipe = PruneRecipe()
+    default = ours.get(_label(recipe.method, recipe.error_correction))
+    if default and DENSE in ours:
+        for (tool, method), others in groups.items():
+            shares = _gap_shares(default, others, ours[DENSE][0], texts)
+            lines.append(f"| | gap of our default / {tool.split()[0]} {method} | {shares} | |")
     lines.append(
         f"\n`{Path(setting['model']).name}`, {setting['pattern']}, the same "
         f"{setting['samples'] * setting['sequence_length']:,} calibration tokens a seed for all "
@@ -148,6 +155,21 @@ def peers_table(result: dict[str, Any]) -> str:
         f"{result['machine']['date']}."
     )
     return "\n".join(lines)
+
+
+def _gap_shares(
+    runs: list[dict[str, Any]],
+    others: list[dict[str, Any]],
+    dense: dict[str, Any],
+    texts: list[str],
+) -> str:
+    """What of the others' gap is left; a gap is ln(perplexity / dense perplexity), over seeds."""
+
+    def gap(found: list[dict[str, Any]], text: str) -> float:
+        base = dense["perplexity"][text]
+        return statistics.fmean(math.log(run["perplexity"][text] / base) for run in found)
+
+    return " | ".join(f"{gap(runs, text) / gap(others, text):.2f}" for text in texts)
 
 
 def _our_runs(result: dict[str, Any], methods: set[str]) -> dict[str, list[dict[str, Any]]]:
@@ -164,8 +186,12 @@ def _our_runs(result: dict[str, Any], methods: set[str]) -> dict[str, list[dict[
         if run["variant"] == "dense":
             groups[DENSE] = [run]
         elif method in methods or run["variant"] == f"{default.method}:{default.error_correction}":
-            groups.setdefault(f"{method}, error correction {correction}", []).append(run)
+            groups.setdefault(_label(method, correction), []).append(run)
     return groups
+
+
+def _label(method: str, correction: str) -> str:
+    return f"{method}, error correction {correction}"
 
 
 def _perplexities(runs: list[dict[str, Any]], texts: list[str]) -> str:
