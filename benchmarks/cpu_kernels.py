@@ -3,7 +3,7 @@
 Single linear layers at several batch sizes: our 2:4 kernels, our dense kernel of 16-bit values,
 which has the same layout and the same care, and torch's products in float32 and bfloat16. Weights
 are bfloat16 values; inputs and outputs float32, but bfloat16 for torch's bfloat16 product. All
-take turns, on as many copies of a weight as no cache holds, as in a forward pass::
+take turns in random order, on as many copies of a weight as no cache holds, as in a forward pass::
 
     OMP_NUM_THREADS=1 python -m benchmarks.cpu_kernels
 """
@@ -11,6 +11,7 @@ take turns, on as many copies of a weight as no cache holds, as in a forward pas
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -92,14 +93,16 @@ def measure(rows: int, columns: int, batch: int, turns: dict[str, list[Product]]
     taken: dict[str, list[float]] = {name: [] for name in able}
     # Long batches spend their time in arithmetic: fewer copies show the same.
     copies = max(1, len(turns["cpu_dense"]) // batch)
-    for repeat in range(_REPEATS + 1):
-        for name, runs in able.items():
+    shuffled = random.Random(0)
+    for _ in range(_REPEATS):
+        for name in shuffled.sample(list(able), len(able)):
             x = narrow if name == "torch_bfloat16" else inputs
+            # What the product before left behind, freed memory above all, is not this one's cost.
+            able[name][-1](x)
             started = time.perf_counter()
-            for run in runs[:copies]:
+            for run in able[name][:copies]:
                 run(x)
-            if repeat:  # the first round warms up
-                taken[name].append((time.perf_counter() - started) / copies * 1000)
+            taken[name].append((time.perf_counter() - started) / copies * 1000)
     medians = {name: statistics.median(times) for name, times in taken.items()}
     return Row(rows, columns, batch, copies, medians)
 

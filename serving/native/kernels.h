@@ -200,6 +200,9 @@ void unpacked(const Call& call) {
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
       const std::int64_t first = chunk * blocks / chunks;
       const int count = static_cast<int>((chunk + 1) * blocks / chunks - first);
+      // The next chunk, of this panel or the next, comes from memory while this one is multiplied.
+      const std::uint8_t* next = at + (first + count) * block_bytes<T>();
+      for (std::size_t line = 0; line < count * block_bytes<T>(); line += 64) V::prefetch(next + line);
       for (int row = 0; row < kPanel; row += strip_rows<V>) {
         for (int i = 0; i < count; ++i)
           unpack_block<V, T>(at + (first + i) * block_bytes<T>(), row, row + strip_rows<V>,
