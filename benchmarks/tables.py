@@ -224,6 +224,30 @@ def cpu_kernels_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tune_table(result: dict[str, Any]) -> str:
+    """How many times as fast as vLLM's dense product the chosen kernels are, by batch size."""
+    batches = list(result["speedup"])
+    lines = [
+        f"| layer | how many | {' | '.join(batches)} |",
+        "|---|---|" + "---|" * len(batches),
+    ]
+    for layers in result["layers"]:
+        gains = [layers["dense_seconds"][b] / layers["seconds"][b] for b in batches]
+        cells = " | ".join(f"{gain:.2f}" for gain in gains)
+        lines.append(f"| {layers['layer']} | {len(layers['names'])} | {cells} |")
+    total = sum(len(layers["names"]) for layers in result["layers"])
+    cells = " | ".join(f"{gain:.2f}" for gain in result["speedup"].values())
+    lines.append(f"| together | {total} | {cells} |")
+    machine, versions = result["machine"], result["versions"]
+    software = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines.append(
+        f"\n`{Path(result['path']).name}`, columns are tokens at once; {machine['cpu']}, "
+        f"{machine['cores']} cores, of which vLLM leaves one free; {software}; "
+        f"{result['date'][:10]}."
+    )
+    return "\n".join(lines)
+
+
 # The others of EVIDENCE_TABLES have no committed result yet.
 MEASURED_EVIDENCE = ("warm-starts", "stacked-penalties", "operator-costs")
 
@@ -232,6 +256,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench-smollm2-2of4": bench_table,
     "operators": operators_table,
     "cpu-kernels": cpu_kernels_table,
+    "tune-smollm2-2of4": tune_table,
     "peers-smollm2-2of4": peers_table,
     "quality-smollm2-mixed": quality_table,
     "peers-smollm2-mixed": peers_table,
