@@ -69,13 +69,19 @@ def bench_table(result: dict[str, Any]) -> str:
         "| | dense | 2:4 packed | ratio |",
         "|---|---|---|---|",
         _ratio("weights on disk, MiB", base["weight_bytes"] / 2**20, own["weight_bytes"] / 2**20),
+        *(
+            _ratio(f"{what}, MiB", base["memory"][key] / 2**20, own["memory"][key] / 2**20)
+            for what, key in (
+                ("weights in memory", "weight_bytes"),
+                ("memory of the engine without its cache", "bytes_without_cache"),
+            )
+        ),
         _ratio("perplexity", base["perplexity"], own["perplexity"]),
     ]
-    if "memory" in own:
-        pair = (base["memory"]["weight_bytes"] / 2**20, own["memory"]["weight_bytes"] / 2**20)
-        lines.insert(3, _ratio("weights in memory, MiB", *pair))
     for other, found in zip(base["latency"], own["latency"], strict=True):
         lines += _latency_lines(other, found, len(result["plan"]["input_lengths"]) > 1)
+    for row in result.get("http", {}).get("rows", ()):
+        lines += _load_lines(row)
     plan, versions = result["plan"], result["versions"]
     lengths = ", ".join(map(str, plan["input_lengths"]))
     software = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -90,18 +96,28 @@ def _latency_lines(base: dict[str, Any], own: dict[str, Any], tell_length: bool)
     run = f"batch {own['batch_size']}"
     if tell_length:
         run = f"{own['input_length']} in, {run}"
-    lines = []
-    for label, key, figure, scale in (
-        (f"TTFT, {run}, ms", "ttft_seconds", "median", 1000),
-        (f"prompt tokens per second, {run}", "prefill_tokens_per_second", "median", 1),
-        (f"TPOT, {run}, ms", "tpot_seconds", "median", 1000),
-        (f"ITL, {run}, p99, ms", "itl_seconds", "p99", 1000),
-        (f"tokens per second, {run}", "tokens_per_second", "median", 1),
-    ):
-        # Results from before there was a figure lack it.
-        if key in own:
-            lines.append(_ratio(label, base[key][figure] * scale, own[key][figure] * scale))
-    return lines
+    return [
+        _ratio(label, base[key]["median"] * scale, own[key]["median"] * scale)
+        for label, key, scale in (
+            (f"TTFT, {run}, ms", "ttft_seconds", 1000),
+            (f"TPOT, {run}, ms", "tpot_seconds", 1000),
+            (f"tokens per second, {run}", "tokens_per_second", 1),
+        )
+    ]
+
+
+def _load_lines(row: dict[str, Any]) -> list[str]:
+    load = f"{row['concurrency']} requests at once"
+    if row["request_rate"]:
+        load = f"{row['request_rate']:g} requests a second"
+    return [
+        _ratio(f"HTTP, {load}: {label}", row["baseline"][key], row["model"][key])
+        for label, key in (
+            ("TTFT, ms", "ttft_ms"),
+            ("TPOT, ms", "tpot_ms"),
+            ("tokens per second", "tokens_per_second"),
+        )
+    ]
 
 
 def operators_table(result: dict[str, Any]) -> str:

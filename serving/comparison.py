@@ -201,6 +201,7 @@ def _options(
         # All prompts of a batch in one step: nothing decodes beside them, so prefill is apart.
         prompt_tokens=max(1024, largest * max(plan.input_lengths)),
         dtype=dtype,
+        threads_of_server=True,
     )
 
 
