@@ -116,7 +116,7 @@ def main(result: str, smoke: bool) -> None:
     for rows, columns in [(64, 64)] if smoke else SHAPES:
         copies = 2 if smoke else max(1, -(-_COLD_BYTES // (rows * columns * 9 // 8)))
         turns = products(rows, columns, copies)
-        for batch in (1, 8) if smoke else BATCHES:
+        for batch in (1, 32) if smoke else BATCHES:
             found.append(measure(rows, columns, batch, turns))
             click.echo(json.dumps(asdict(found[-1])), err=not smoke)
         del turns
