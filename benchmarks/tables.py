@@ -107,7 +107,7 @@ def _latency_lines(base: dict[str, Any], own: dict[str, Any], tell_length: bool)
 
 
 def _load_lines(row: dict[str, Any]) -> list[str]:
-    load = f"{row['concurrency']} requests at once"
+    load = f"{row['concurrency']} at once"
     if row["request_rate"]:
         load = f"{row['request_rate']:g} requests a second"
     return [

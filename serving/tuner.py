@@ -15,6 +15,7 @@ import torch
 
 from sparseserve.errors import ServingError
 from sparseserve.serving.engine import Engine, engine_options
+from sparseserve.serving.kernels import DENSE
 from sparseserve.serving.layer_choice import LayerChoice
 from sparseserve.serving.machine import Machine, installed_versions, this_machine
 from sparseserve.serving.served_model import ServedModel
@@ -44,6 +45,11 @@ class TunedLayers:
     seconds: dict[int, float]
     dense_seconds: dict[int, float]
 
+    @property
+    def compared(self) -> bool:
+        """Whether there was a choice, and dense was part of it."""
+        return bool(self.seconds and self.dense_seconds)
+
     def speedup(self, batch: int) -> float:
         """Return how many times faster than dense these layers are."""
         return self.dense_seconds[batch] / self.seconds[batch]
@@ -62,7 +68,7 @@ class TuningReport:
     @property
     def speedup(self) -> dict[int, float]:
         """By batch size: the dense time of all timed layers together, over theirs."""
-        timed = [layers for layers in self.layers if layers.seconds]
+        timed = [layers for layers in self.layers if layers.compared]
         batches = timed[0].seconds if timed else ()
         return {
             batch: sum(len(found.names) * found.dense_seconds[batch] for found in timed)
@@ -139,7 +145,7 @@ def _grouped(choices: Sequence[LayerChoice]) -> list[TunedLayers]:
             seconds={
                 batch: alike[0].times[kernel][batch] for batch, kernel in alike[0].kernels.items()
             },
-            dense_seconds=alike[0].times.get("dense", {}),
+            dense_seconds=alike[0].times.get(DENSE, {}),
         )
         for (layer, plan), alike in groups.items()
     ]

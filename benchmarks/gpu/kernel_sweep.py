@@ -26,13 +26,17 @@ from benchmarks.gpu.timing import Runs, interleaved, packed_copies, prepare
 from benchmarks.machine import Machine
 from sparseserve.checkpoint import write_json
 from sparseserve.recipe import DTYPES
-from sparseserve.serving.kernels import KERNELS, LinearKernel, LinearSpec, LoadedWeight, RowBlock
-from sparseserve.serving.kernels.cuda import CUDA_KERNELS
+from sparseserve.serving.kernels import (
+    DENSE,
+    KERNELS,
+    LinearKernel,
+    LinearSpec,
+    LoadedWeight,
+    RowBlock,
+)
 from sparseserve.serving.kernels.cuda_device import cuda_device
-from sparseserve.serving.kernels.dense import DenseKernel
 from sparseserve.sparsity import TWO_FOUR
 
-DENSE = "dense"
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SMOKE_BATCHES = (1, 8)
 ERROR_BATCH = 16
@@ -101,14 +105,13 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = SMOKE_MODELS if smoke else {name: MODELS[name] for name in _names(models)}
     sizes = SMOKE_BATCHES if smoke else tuple(int(batch) for batch in batches.split(","))
-    table = {DENSE: DenseKernel(), **CUDA_KERNELS} if device.type == "cuda" else dict(KERNELS)
     results: dict[str, dict[str, LayerResult]] = {}
     for model, decoder in chosen.items():
         for linear, (rows, columns) in decoder.linears().items():
             spec = LinearSpec(rows, columns, DTYPES[dtype], device, two_four=True)
             click.echo(f"{model} {linear}: {rows} x {columns}", err=True)
             found = layer_result(
-                table,
+                KERNELS,
                 spec,
                 model=model,
                 linear=linear,
@@ -177,8 +180,8 @@ def _measure(
             batch=batch,
             kernel=name,
             seconds=replayed.median,
-            lower=replayed.lower,
-            upper=replayed.upper,
+            lower=replayed.lower_quartile,
+            upper=replayed.upper_quartile,
             eager_seconds=eager.median,
             speedup=times[DENSE][0].median / replayed.median,
         )

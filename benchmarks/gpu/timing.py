@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.serving.kernels import LinearKernel, LinearSpec, LoadedWeight
+from sparseserve.serving.latency import Spread
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
@@ -43,23 +43,6 @@ class Runs:
     replayed: int
     eager: Callable[[], object]
     launched: int
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Median and quartiles of the seconds of one product."""
-
-    median: float
-    lower: float
-    upper: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
-        """Summarise measured seconds."""
-        if len(seconds) == 1:
-            return cls(seconds[0], seconds[0], seconds[0])
-        lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-        return cls(median, lower, upper)
 
 
 def packed_copies(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -29,7 +30,32 @@ LAYOUT = "packed24"
 
 
 @dataclass(frozen=True, slots=True)
-class TritonKernel:
+class _Packed24Kernel(ABC):
+    """What the kernels that read packed24 tensors share."""
+
+    layout: ClassVar[str] = LAYOUT
+    largest_batch: ClassVar[int | None] = None
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        """Return what the device, the layer or a trial run is short of."""
+        reason = triton_refusal(spec, cuda_device(spec.device))
+        return reason or trial_refusal(self, spec)
+
+    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Return values ``[rows, columns / 2]`` and indices ``[rows, ceil(columns / 8)]``."""
+        packed = weight.packed()
+        values = packed.values.to(spec.device, spec.dtype).contiguous()
+        return values, packed.indices.to(spec.device).contiguous()
+
+    @abstractmethod
+    def matmul(
+        self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
+    ) -> Tensor:
+        """Multiply, as every kernel does."""
+
+
+@dataclass(frozen=True, slots=True)
+class TritonKernel(_Packed24Kernel):
     """Decodes the weight in registers and multiplies on dense tensor cores.
 
     Attributes:
@@ -39,22 +65,10 @@ class TritonKernel:
         stages: Tiles in flight.
     """
 
-    layout: ClassVar[str] = LAYOUT
-    largest_batch: ClassVar[int | None] = None
-
     tile_rows: int = 64
     tile_columns: int = 128
     warps: int = 4
     stages: int = 4
-
-    def unsupported(self, spec: LinearSpec) -> str | None:
-        """Return what the device, the layer or a trial run is short of."""
-        reason = triton_refusal(spec, cuda_device(spec.device))
-        return reason or trial_refusal(self, spec)
-
-    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
-        """Return values ``[rows, columns / 2]`` and indices ``[rows, ceil(columns / 8)]``."""
-        return _packed(weight, spec)
 
     def matmul(
         self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
@@ -84,24 +98,12 @@ class TritonKernel:
         splits = split_count(
             batch, rows, columns, tile=tile, processors=device.processors if device else 1
         )
-        return Tiling(tile.batch, tile.rows, tile.columns, splits, tile.warps, tile.stages)
+        return replace(tile, splits=splits)
 
 
 @dataclass(frozen=True, slots=True)
-class TritonUnpackKernel:
+class TritonUnpackKernel(_Packed24Kernel):
     """Writes the dense weight, then multiplies densely."""
-
-    layout: ClassVar[str] = LAYOUT
-    largest_batch: ClassVar[int | None] = None
-
-    def unsupported(self, spec: LinearSpec) -> str | None:
-        """Return what the device, the layer or a trial run is short of."""
-        reason = triton_refusal(spec, cuda_device(spec.device))
-        return reason or trial_refusal(self, spec)
-
-    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
-        """Return values ``[rows, columns / 2]`` and indices ``[rows, ceil(columns / 8)]``."""
-        return _packed(weight, spec)
 
     def matmul(
         self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
@@ -128,12 +130,6 @@ def triton_refusal(spec: LinearSpec, device: CudaDevice | None) -> str | None:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _packed(weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
-    packed = weight.packed()
-    values = packed.values.to(spec.device, spec.dtype).contiguous()
-    return values, packed.indices.to(spec.device).contiguous()
 
 
 def _require(

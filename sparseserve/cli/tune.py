@@ -71,7 +71,7 @@ def _speedups(found: TuningReport) -> Table:
         "times the speed of dense at batch", "layers", *map(str, batches), box=None, title_style=""
     )
     for layers in found.layers:
-        gains = [f"{layers.speedup(batch):.2f}" for batch in batches if layers.seconds]
+        gains = [f"{layers.speedup(batch):.2f}" for batch in batches if layers.compared]
         table.add_row(layers.layer, str(len(layers.names)), *gains)
     total = sum(len(layers.names) for layers in found.layers)
     gains = [f"{gain:.2f}" for gain in found.speedup.values()]

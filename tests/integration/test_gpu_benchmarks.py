@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmarks.gpu import kernel_sweep, outcomes, random_model
 from benchmarks.gpu.shapes import MODELS
-from benchmarks.gpu.timing import Spread
 from sparseserve.serving.kernels import KERNELS, LinearSpec
 from sparseserve.serving.kernels.dense import DenseKernel
+from sparseserve.serving.latency import Spread
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run.sh"
 

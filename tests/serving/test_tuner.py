@@ -6,13 +6,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparseserve.serving.engine import _worker_environment
 from sparseserve.serving.kernels import BATCHES
 from sparseserve.serving.kernels.cpu_library import missing_library
+from sparseserve.serving.machine import this_machine
+from sparseserve.serving.tuner import TunedLayers, TuningReport
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -84,3 +88,19 @@ def test_a_folder_without_2_4_layers_has_nothing_to_tune(dense: Path) -> None:
     assert f"{dense}: no layer is served as 2:4" in result.stderr
     assert "--quantization sparseserve" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_only_a_worker_that_is_asked_to_times_kernels_again() -> None:
+    assert _worker_environment(measure_kernels=True)["SPARSESERVE_MEASURE"] == "1"
+    assert "SPARSESERVE_MEASURE" not in _worker_environment(measure_kernels=False)
+
+
+def test_layers_that_were_not_compared_with_dense_have_no_part_in_the_speedup() -> None:
+    def layers(seconds: float, dense: dict[int, float]) -> TunedLayers:
+        return TunedLayers(("a", "b"), "8 x 16", "some", {}, {1: "some"}, {1: seconds}, dense)
+
+    report = TuningReport(
+        Path(), (layers(1.0, {1: 3.0}), layers(1.0, {})), this_machine(), {}, "today"
+    )
+    assert report.speedup == {1: 3.0}
+    assert replace(report, layers=(layers(1.0, {}),)).speedup == {}
