@@ -132,12 +132,16 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
             ServingError: The checkpoint packs a module that vLLM does not run as a linear.
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+        from sparseserve.serving.embedding import PanelEmbeddingMethod
         from sparseserve.serving.linear import Dense24LinearMethod, Packed24LinearMethod
 
         if not isinstance(layer, LinearBase):
             self._refuse_packed(layer, prefix)
-            return None
+            return (
+                PanelEmbeddingMethod(prefix) if isinstance(layer, VocabParallelEmbedding) else None
+            )
         modules = self.checkpoint_modules(prefix)
         if not any(module.sparse for module in modules):
             return UnquantizedLinearMethod()

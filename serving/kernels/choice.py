@@ -84,7 +84,7 @@ def layer_kernels(
         ServingError: ``SPARSESERVE_KERNELS`` names what there is not, or leaves no kernel for a
             batch size.
     """
-    kernels = _allowed(kernels)
+    kernels = allowed_kernels(kernels)
     refusals = {
         name: reason
         for name, kernel in kernels.items()
@@ -135,7 +135,14 @@ def identity(device: torch.device) -> dict[str, str]:
     return {"device": processor_name(), "threads": str(torch.get_num_threads()), **libraries}
 
 
-def _allowed(kernels: Mapping[str, LinearKernel]) -> Mapping[str, LinearKernel]:
+def allowed_kernels(
+    kernels: Mapping[str, LinearKernel] = KERNELS,
+) -> Mapping[str, LinearKernel]:
+    """Return those of ``kernels`` that ``SPARSESERVE_KERNELS`` names; all, if it is not set.
+
+    Raises:
+        ServingError: It names what there is not.
+    """
     named = [name for name in os.environ.get(KERNELS_VARIABLE, "").split(",") if name]
     for name in named:
         if name not in kernels:

@@ -59,6 +59,25 @@ def dense_panels(weight: Tensor, stored: torch.dtype) -> Tensor:
     return _interleaved(pairs).reshape(*pairs.shape[:2], 2 * PANEL_ROWS)
 
 
+def dense_panel_rows(panels: Tensor, rows: Tensor, columns: int) -> Tensor:
+    """Return some rows of a weight in dense panels.
+
+    Args:
+        panels: Of :func:`dense_panels`.
+        rows: Their numbers, ``[count]``.
+        columns: Of the weight.
+
+    Returns:
+        ``[count, columns]`` in the dtype of the panels.
+    """
+    panel, row = rows // PANEL_ROWS, rows % PANEL_ROWS
+    if panels.dtype == torch.bfloat16:
+        found = panels.view(*panels.shape[:2], PANEL_ROWS, 2)[panel, :, row]
+    else:
+        found = panels.view(*panels.shape[:2], 2, PANEL_ROWS)[panel, :, :, row]
+    return found.reshape(len(rows), -1)[:, :columns]
+
+
 def _interleaved(pairs: Tensor) -> Tensor:
     """Order ``[..., 32 rows, 2]`` as the kernels read pairs of this dtype."""
     return pairs if pairs.dtype == torch.bfloat16 else pairs.transpose(-1, -2)

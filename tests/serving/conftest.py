@@ -44,8 +44,14 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 def two_four_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
     """Save a tiny model with 2:4 linears; names that hold a string of ``keep`` stay dense."""
 
-    def make(family: str, *, keep: tuple[str, ...] = (), manifest: bool = True) -> Path:
-        model = tiny_model(family)
+    def make(
+        family: str,
+        *,
+        keep: tuple[str, ...] = (),
+        manifest: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> Path:
+        model = tiny_model(family).to(dtype)
         pruned = [name for name in linears(model) if not any(part in name for part in keep)]
         for name in pruned:
             module = model.get_submodule(name)

@@ -25,6 +25,8 @@ SCRIPT = Path(__file__).parent / "many_engines.py"
 WINDOWS = [list(range(10, 74)), list(range(20, 120))]
 NEW_TOKENS = 8
 PARTLY = "llama, some modules dense"
+# Computed in float32 like the others; embedding and output head are kept in 16 bits.
+SIXTEEN_BITS = {"16-bit values": "llama", "16-bit values, tied": "qwen2"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ def served(
     llama = folders["llama"][0]
     partly = two_four_folder("llama", keep=("k_proj", "up_proj", "layers.1.mlp"))
     bare = two_four_folder("qwen2", manifest=False)
+    for name, family in SIXTEEN_BITS.items():
+        narrow = two_four_folder(family, dtype=torch.bfloat16)
+        folders[name] = (narrow, pack_folder(narrow), None)
     folders[PARTLY] = (partly, pack_folder(partly), None)
     folders["dense 2:4 with a manifest"] = (partly, partly, "sparseserve")
     folders["dense 2:4 without a manifest"] = (bare, bare, "sparseserve")
@@ -107,7 +112,7 @@ def without_indices(folder: Path) -> Path:
 
 
 def transformers_totals(folder: Path) -> list[float]:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     totals = []
     with torch.no_grad():
         for window in WINDOWS:
@@ -119,7 +124,7 @@ def transformers_totals(folder: Path) -> list[float]:
 
 
 def transformers_tokens(folder: Path) -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     found = []
     for window in WINDOWS:
         ids = torch.tensor([window])
@@ -135,6 +140,7 @@ def transformers_tokens(folder: Path) -> list[list[int]]:
     "case",
     [
         *TINY_FAMILIES,
+        *SIXTEEN_BITS,
         PARTLY,
         "dense 2:4 with a manifest",
         "dense 2:4 without a manifest",
