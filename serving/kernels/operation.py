@@ -1,7 +1,8 @@
 """The one operator through which every planned layer multiplies.
 
-To torch it is opaque and has a fake implementation, so torch.compile and CUDA graphs take it as it
-is. It measures nothing and keeps nothing: which kernel runs a batch is in its ``plan`` argument.
+To torch, when it compiles, it is opaque and has a fake implementation, so torch.compile and CUDA
+graphs take it as it is. It measures nothing and keeps nothing: which kernel runs a batch is in its
+``plan`` argument.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _SCHEMA = "(Tensor inputs, Tensor[] packed, Tensor? bias, str plan, int rows) ->
 def two_four_linear(
     inputs: Tensor, packed: Sequence[Tensor], bias: Tensor | None, plan: str, rows: int
 ) -> Tensor:
-    """Multiply through torch's dispatcher.
+    """Multiply; while torch compiles or traces, through its dispatcher.
 
     Args:
         inputs: ``[..., columns]``.
@@ -33,6 +34,9 @@ def two_four_linear(
     Returns:
         ``[..., rows]`` of the inputs' dtype.
     """
+    # The dispatcher takes as long as a product of a small layer: go through it where it is needed.
+    if type(inputs) is Tensor and not torch.compiler.is_compiling():
+        return _run(inputs, packed, bias, plan, rows)
     product: Tensor = torch.ops.sparseserve.two_four_linear(inputs, packed, bias, plan, rows)
     return product
 

@@ -255,6 +255,24 @@ def test_the_operator_multiplies_inputs_of_any_shape(
     torch.testing.assert_close(found, torch.nn.functional.linear(inputs, weight, bias))
 
 
+def test_compiled_and_traced_layers_keep_the_operator() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    weight, inputs, graphs = two_four(), torch.randn(3, 16), []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return two_four_linear(x, [weight], None, "dense,0,1,0", ROWS)
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    torch.testing.assert_close(torch.compile(layer, backend=keep)(inputs), layer(inputs))
+    assert "sparseserve.two_four_linear" in graphs[0]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(inputs)).shape == (3, ROWS)
+
+
 def test_the_operator_keeps_what_torch_asks_of_operators() -> None:
     arguments = (torch.randn(3, 16), [two_four()], torch.randn(ROWS), "dense,0,1,0", ROWS)
     torch.library.opcheck(
