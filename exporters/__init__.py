@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from sparseserve.artifact import Artifact, Format
 from sparseserve.exporters.dense import export_dense
 from sparseserve.exporters.packed24 import export_packed24, load_dense_state
 
-Exporter = Callable[[Artifact, Path], Artifact]
+Exporter = Callable[[Artifact, Path, torch.dtype | None], Artifact]
 
 EXPORTERS: dict[Format, Exporter] = {
     "dense": export_dense,

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sparseserve.artifact import Artifact, write_manifest
@@ -22,17 +23,28 @@ FORMAT_VERSION = 1
 
 
 def export_packed24(
-    artifact: Artifact, folder: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+    artifact: Artifact,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Artifact:
     """Write ``artifact``, of any format, to the new ``folder`` in packed form.
 
+    Args:
+        artifact: What to write.
+        folder: Where.
+        dtype: To round all weights to; None keeps theirs.
+        shard_bytes: Largest size of a file.
+
     Raises:
-        ArtifactError: The pattern is not 2:4, the artifact is damaged, or the disk is full.
+        ArtifactError: The pattern is not 2:4, the artifact is damaged, a weight is too large for
+            ``dtype``, or the disk is full.
     """
     require_two_four(artifact.manifest.pattern)
-    write_checkpoint(folder, _packed_tensors(artifact), shard_bytes=shard_bytes)
+    write_checkpoint(folder, _packed_tensors(artifact, dtype), shard_bytes=shard_bytes)
     copy_side_files(artifact.path, folder)
-    config = model_config(artifact.path)
+    config = model_config(artifact.path, dtype)
     config["quantization_config"] = {
         "quant_method": "sparseserve",
         "version": FORMAT_VERSION,
@@ -63,9 +75,9 @@ def load_dense_state(folder: Path) -> dict[str, Tensor]:
     return dict(dense_tensors(Artifact.open(folder)))
 
 
-def _packed_tensors(artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
+def _packed_tensors(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     pruned = set(artifact.manifest.pruned)
-    for name, tensor in dense_tensors(artifact):
+    for name, tensor in dense_tensors(artifact, dtype):
         module, _, leaf = name.rpartition(".")
         if module not in pruned or leaf != "weight":
             yield name, tensor

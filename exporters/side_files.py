@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
+
 from sparseserve.artifact import MANIFEST_FILE
 from sparseserve.checkpoint import read_json, writing
 
@@ -29,10 +31,15 @@ def _is_weight_index(name: str) -> bool:
     return name in _NOT_COPIED or name.endswith(".index.json")
 
 
-def model_config(source: Path) -> dict[str, object]:
-    """Read ``config.json``.
+def model_config(source: Path, dtype: torch.dtype | None = None) -> dict[str, object]:
+    """Read ``config.json``, and say in it that the weights are in ``dtype``; None changes nothing.
 
     Raises:
         ArtifactError: It is missing or not JSON.
     """
-    return read_json(source / "config.json")
+    config = read_json(source / "config.json")
+    if dtype is not None:
+        # Older releases of transformers wrote it under this name.
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    return config

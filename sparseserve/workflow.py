@@ -131,7 +131,7 @@ def prune_and_export(
     artifact = _write_dense(run.fresh("dense"), loaded, recipe, calibration, report)
     if export_format != "dense":
         on_stage(f"packing as {export_format}")
-        artifact = EXPORTERS[export_format](artifact, run.fresh(export_format))
+        artifact = EXPORTERS[export_format](artifact, run.fresh(export_format), None)
     run.publish(artifact.path)
     return replace(artifact, path=out)
 
@@ -251,14 +251,25 @@ def torch_device(name: str | None) -> torch.device | None:
     return device
 
 
-def export(checkpoint: Path, out: Path, export_format: Format) -> Artifact:
+def export(
+    checkpoint: Path, out: Path, export_format: Format, dtype: torch.dtype | None = None
+) -> Artifact:
     """Write a pruned ``checkpoint`` again, as ``export_format``, to the new folder ``out``.
 
+    Args:
+        checkpoint: A folder of ours.
+        out: Must be absent or empty; appears whole at the end.
+        export_format: How to store it.
+        dtype: To round all weights to; None keeps theirs.
+
     Raises:
-        ArtifactError: ``checkpoint`` is damaged, ``out`` is not empty, or the disk is full.
+        ArtifactError: ``checkpoint`` is damaged, a weight is too large for ``dtype``, ``out`` is
+            not empty, or the disk is full.
     """
     source = Artifact.open(checkpoint)
-    run = RunFolder.open(out, {"export": export_format, "of": asdict(source.manifest)})
-    artifact = EXPORTERS[export_format](source, run.fresh(export_format))
+    run = RunFolder.open(
+        out, {"export": export_format, "dtype": str(dtype), "of": asdict(source.manifest)}
+    )
+    artifact = EXPORTERS[export_format](source, run.fresh(export_format), dtype)
     run.publish(artifact.path)
     return replace(artifact, path=out)

@@ -12,12 +12,27 @@ import click
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
 @click.option("--format", "export_format", type=click.Choice(["packed24", "dense"]), required=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Round all weights to it; auto keeps theirs.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-def export_command(checkpoint: Path, output: Path, export_format: str, as_json: bool) -> None:
+def export_command(
+    *, checkpoint: Path, output: Path, export_format: str, dtype: str, as_json: bool
+) -> None:
     """Write a pruned CHECKPOINT again in another format."""
+    from sparseserve.recipe import DTYPES
     from sparseserve.workflow import export
 
-    artifact = export(checkpoint, output, "dense" if export_format == "dense" else "packed24")
+    artifact = export(
+        checkpoint,
+        output,
+        "dense" if export_format == "dense" else "packed24",
+        DTYPES.get(dtype),
+    )
     size = artifact.checkpoint.weight_bytes
     if as_json:
         facts = {"output": str(output), "format": export_format, "weight_bytes": size}

@@ -24,7 +24,7 @@ from benchmarks.evidence_tables import EVIDENCE_TABLES
 from benchmarks.machine import Machine
 from benchmarks.operator_data import Windows, decoder_layers, model_operators, small_operator
 from benchmarks.penalty_search import Trial, within
-from benchmarks.tables import cpu_kernels_table
+from benchmarks.serving_tables import cpu_kernels_table
 from sparseserve.pruners import PRUNERS
 from sparseserve.solvers.problem import layer_problem
 from sparseserve.sparsity import TWO_FOUR

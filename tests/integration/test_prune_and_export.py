@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparseserve.artifact import verify
@@ -103,6 +104,30 @@ def test_formats_convert_into_each_other_bit_for_bit(prune: Any, tmp_path: Path)
     assert same_bits(dict(packed.checkpoint.tensors()), dict(again.checkpoint.tensors()))
     assert same_bits(load_dense_state(packed.path), dict(dense.checkpoint.tensors()))
     verify(again.path)
+
+
+def test_an_export_can_round_all_weights_to_another_dtype(prune: Any, tmp_path: Path) -> None:
+    packed = prune("llama")
+    narrow = export(packed.path, tmp_path / "narrow", "packed24", torch.float16)
+    state = {name: t.half() for name, t in load_dense_state(packed.path).items()}
+    assert same_bits(load_dense_state(narrow.path), state)
+    model = AutoModelForCausalLM.from_pretrained(
+        export(narrow.path, tmp_path / "dense", "dense").path
+    )
+    assert model.dtype == torch.float16
+    verify(narrow.path)
+
+
+def test_a_weight_too_large_for_the_dtype_is_named_and_nothing_is_written(
+    prune: Any, tmp_path: Path
+) -> None:
+    dense = prune("llama", "dense", export_format="dense")
+    tensors = dict(dense.checkpoint.tensors())
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 1e5)
+    save_file(tensors, dense.path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"model\.norm\.weight holds 100000, more than float16"):
+        export(dense.path, tmp_path / "narrow", "packed24", torch.float16)
+    assert not (tmp_path / "narrow").exists()
 
 
 def test_small_shards_hold_the_same_tensors(prune: Any, tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""Tables of what serving measured: engines, kernels, and what agrees with what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def bench_table(result: dict[str, Any]) -> str:
+    """Dense against 2:4 through vLLM."""
+    own, base = result["model"], result["baseline"]
+    lines = [
+        "| | dense | 2:4 packed | ratio |",
+        "|---|---|---|---|",
+        _ratio("weights on disk, MiB", base["weight_bytes"] / 2**20, own["weight_bytes"] / 2**20),
+        *(
+            _ratio(f"{what}, MiB", base["memory"][key] / 2**20, own["memory"][key] / 2**20)
+            for what, key in (
+                ("weights in memory", "weight_bytes"),
+                ("memory of the engine without its cache", "bytes_without_cache"),
+            )
+        ),
+        _ratio("perplexity", base["perplexity"], own["perplexity"]),
+    ]
+    for other, found in zip(base["latency"], own["latency"], strict=True):
+        lines += _latency_lines(other, found, len(result["plan"]["input_lengths"]) > 1)
+    for row in result.get("http", {}).get("rows", ()):
+        lines += _load_lines(row)
+    plan, versions = result["plan"], result["versions"]
+    lengths = ", ".join(map(str, plan["input_lengths"]))
+    software = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines.append(
+        f"\n{lengths} tokens in, {plan['output_length']} out, medians of "
+        f"{plan['repeats']} runs in turns; {software}; {result['date'][:10]}."
+    )
+    return "\n".join(lines)
+
+
+def _latency_lines(base: dict[str, Any], own: dict[str, Any], tell_length: bool) -> list[str]:
+    run = f"batch {own['batch_size']}"
+    if tell_length:
+        run = f"{own['input_length']} in, {run}"
+    return [
+        _ratio(label, base[key]["median"] * scale, own[key]["median"] * scale)
+        for label, key, scale in (
+            (f"TTFT, {run}, ms", "ttft_seconds", 1000),
+            (f"TPOT, {run}, ms", "tpot_seconds", 1000),
+            (f"tokens per second, {run}", "tokens_per_second", 1),
+        )
+    ]
+
+
+def _load_lines(row: dict[str, Any]) -> list[str]:
+    load = f"{row['concurrency']} at once"
+    if row["request_rate"]:
+        load = f"{row['request_rate']:g} requests a second"
+    return [
+        _ratio(f"HTTP, {load}: {label}", row["baseline"][key], row["model"][key])
+        for label, key in (
+            ("TTFT, ms", "ttft_ms"),
+            ("TPOT, ms", "tpot_ms"),
+            ("tokens per second", "tokens_per_second"),
+        )
+    ]
+
+
+def _ratio(name: str, base: float, own: float) -> str:
+    return f"| {name} | {base:,.2f} | {own:,.2f} | {own / base:.3f} |"
+
+
+def cpu_kernels_table(result: dict[str, Any]) -> str:
+    """Each batch size's fastest 2:4 kernel against torch's products and our own dense one."""
+    lines = [
+        "| shape | batch | fastest 2:4 kernel | ms | torch, float32 or bfloat16, ms | gain "
+        "| gain over our dense kernel |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        times = row["milliseconds"]
+        sparse = {name: times[name] for name in times if name.startswith("cpu_")}
+        dense = sparse.pop("cpu_dense")
+        best = min(sparse, key=lambda name: sparse[name])
+        base = min(times["torch_float32"], times["torch_bfloat16"])
+        lines.append(
+            f"| {row['rows']} x {row['columns']} | {row['batch']} | `{best}` | {sparse[best]:.3f} "
+            f"| {base:.3f} | {base / sparse[best]:.2f} | {dense / sparse[best]:.2f} |"
+        )
+    machine = result["machine"]
+    lines.append(
+        f"\nWeights of bfloat16 values, medians of {result['setting']['repeats']} turns; "
+        f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}, "
+        f"commit {machine['commit']}, {machine['date']}."
+    )
+    return "\n".join(lines)
+
+
+def tune_table(result: dict[str, Any]) -> str:
+    """How many times as fast as vLLM's dense product the chosen kernels are, by batch size."""
+    batches = list(result["speedup"])
+    lines = [
+        f"| layer | how many | {' | '.join(batches)} |",
+        "|---|---|" + "---|" * len(batches),
+    ]
+    for layers in result["layers"]:
+        gains = [layers["dense_seconds"][b] / layers["seconds"][b] for b in batches]
+        cells = " | ".join(f"{gain:.2f}" for gain in gains)
+        lines.append(f"| {layers['layer']} | {len(layers['names'])} | {cells} |")
+    total = sum(len(layers["names"]) for layers in result["layers"])
+    cells = " | ".join(f"{gain:.2f}" for gain in result["speedup"].values())
+    lines.append(f"| together | {total} | {cells} |")
+    machine, versions = result["machine"], result["versions"]
+    software = ", ".join(f"{name} {version}" for name, version in versions.items())
+    lines.append(
+        f"\n`{Path(result['path']).name}`, columns are tokens at once; {machine['cpu']}, "
+        f"{machine['cores']} cores, of which vLLM leaves one free; {software}; "
+        f"{result['date'][:10]}."
+    )
+    return "\n".join(lines)
+
+
+def served_perplexity_table(result: dict[str, Any]) -> str:
+    """Perplexity under vLLM, and how far it is from that of transformers."""
+    lines = [
+        "| program | weights stored in | computed in | tokens at once | perplexity | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows, setting, machine = result["rows"], result["setting"], result["machine"]
+    for row in rows:
+        at_once = row["tokens_at_once"] or setting["length"]
+        lines.append(
+            f"| {row['program']} | {row['stored']} | {row['computed']} | {at_once} "
+            f"| {row['perplexity']:.4f} | {row['perplexity'] / rows[0]['perplexity'] - 1:+.5%} |"
+        )
+    lines.append(
+        f"\n`{setting['checkpoint']}`, {setting['samples']} windows of {setting['length']} tokens "
+        f"of the packaged evaluation text; {machine['cpu']}, torch {machine['torch']}, commit "
+        f"{machine['commit']}, {machine['date']}."
+    )
+    return "\n".join(lines)
+
+
+SERVING_TABLES = {
+    "bench-smollm2-2of4": bench_table,
+    "bench-llama-1b": bench_table,
+    "bench-llama-1b-bfloat16": bench_table,
+    "cpu-kernels": cpu_kernels_table,
+    "tune-smollm2-2of4": tune_table,
+    "served-perplexity": served_perplexity_table,
+}
