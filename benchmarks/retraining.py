@@ -113,7 +113,7 @@ def gather(setting: Setting, likeliest: int) -> tuple[Materials, Run]:
         for name, text in setting.texts.items()
     }
     found = {name: perplexity(loaded.model, each).perplexity for name, each in evaluation.items()}
-    dense = dense_predictions(loaded.model, calibration, likeliest)
+    dense = tuple(dense_predictions(loaded.model, calibration, likeliest))
     run = Run(pruner="dense", retraining=AS_PRUNED, perplexity=found, seconds=0.0)
     return Materials(calibration, dense, evaluation), run
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from sparseserve.hidden_states import HiddenStates
 
 # In float32 a probability computed as 1 - p is not known any better than this.
 _LEAST_REST = 1e-6
@@ -25,6 +29,47 @@ class DensePrediction:
 
     tokens: Tensor
     log_probabilities: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPredictions(Sequence[DensePrediction]):
+    """Predictions on disk, each read when it is asked for: memory must not grow with their number.
+
+    Attributes:
+        tokens: Of all windows.
+        log_probabilities: Likewise.
+    """
+
+    tokens: HiddenStates
+    log_probabilities: HiddenStates
+
+    @classmethod
+    def write(cls, folder: Path, predictions: Iterable[DensePrediction]) -> StoredPredictions:
+        """Write them, for windows of one length, to the new ``folder``.
+
+        Raises:
+            ArtifactError: The disk is full or cannot be written.
+        """
+        return cls(
+            *HiddenStates.write_several(
+                [folder / "tokens", folder / "log_probabilities"],
+                ((found.tokens, found.log_probabilities) for found in predictions),
+            )
+        )
+
+    def __len__(self) -> int:
+        """How many windows there are."""
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> DensePrediction: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[DensePrediction, ...]: ...
+    def __getitem__(self, index: int | slice) -> DensePrediction | tuple[DensePrediction, ...]:
+        """Read one, or several."""
+        if isinstance(index, slice):
+            return tuple(self[number] for number in range(len(self))[index])
+        return DensePrediction(self.tokens[index], self.log_probabilities[index])
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +97,20 @@ def dense_predictions(
     windows: Sequence[Tensor],
     likeliest: int,
     on_window: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[DensePrediction, ...]:
-    """Return what ``model``, not yet pruned, predicts in ``windows``, token ids ``[T]`` each.
+) -> Iterator[DensePrediction]:
+    """Yield what ``model``, not yet pruned, predicts in ``windows``, token ids ``[T]`` each.
 
     Only its ``likeliest`` tokens are told apart, so that this takes little memory for a large
     vocabulary; what is left out is that the others differ among themselves.
     """
-    found = []
     for number, window in enumerate(windows, start=1):
         logits = next_token_logits(model, window)
         tokens = logits.topk(min(likeliest, logits.shape[1])).indices
         rest = logits.scatter(1, tokens, -torch.inf).logsumexp(dim=1, keepdim=True)
         kept = torch.cat((logits.gather(1, tokens), rest), dim=1)
         log_probabilities = kept - logits.logsumexp(dim=1, keepdim=True)
-        found.append(DensePrediction(tokens.cpu(), log_probabilities.cpu()))
+        yield DensePrediction(tokens.cpu(), log_probabilities.cpu())
         on_window(number, len(windows))
-    return tuple(found)
 
 
 def prediction_loss(

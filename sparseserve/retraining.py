@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -85,6 +85,28 @@ class Retraining:
             raise RecipeError("retraining: nothing to train: set rank, norms or biases")
 
 
+@dataclass(frozen=True, slots=True)
+class _Examples:
+    """Some windows with their predictions, which may lie on disk: each is read when it is used."""
+
+    windows: Sequence[Tensor]
+    dense: Sequence[DensePrediction] | None
+    numbers: Sequence[int] = ()
+
+    def of(self, numbers: Sequence[int]) -> _Examples:
+        return replace(self, numbers=numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Example:
+        number = self.numbers[index]
+        return Example(self.windows[number], self.dense[number] if self.dense is not None else None)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+
 def retrain(
     model: PreTrainedModel,
     operators: Collection[str],
@@ -139,18 +161,17 @@ def retrain(
 
 def _split(
     windows: Sequence[Tensor], dense: Sequence[DensePrediction], knobs: Retraining
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[_Examples, _Examples]:
     """Return the windows to train on and those held out, which are spread evenly over them."""
     if len(windows) < 2:
         raise RecipeError("retraining holds windows out, so it needs at least --samples 2")
     if knobs.distillation and len(dense) != len(windows):
         raise ValueError(f"{len(dense)} dense predictions for {len(windows)} windows")
-    predictions = dense if knobs.distillation else [None] * len(windows)
-    examples = [Example(*pair) for pair in zip(windows, predictions, strict=True)]
+    examples = _Examples(windows, dense if knobs.distillation else None)
     count = min(max(1, round(knobs.held_out * len(windows))), len(windows) - 1)
     chosen = {(2 * index + 1) * len(windows) // (2 * count) for index in range(count)}
-    trained = [example for number, example in enumerate(examples) if number not in chosen]
-    return trained, [examples[number] for number in sorted(chosen)]
+    trained = [number for number in range(len(windows)) if number not in chosen]
+    return examples.of(trained), examples.of(sorted(chosen))
 
 
 def _updates(model: nn.Module, operators: Collection[str], knobs: Retraining) -> list[Update]:
@@ -167,7 +188,7 @@ def _updates(model: nn.Module, operators: Collection[str], knobs: Retraining) ->
 def _train(
     model: PreTrainedModel,
     parameters: list[nn.Parameter],
-    examples: Sequence[Example],
+    examples: _Examples,
     knobs: Retraining,
     *,
     measure: Callable[[], HeldOutLoss],
@@ -214,7 +235,7 @@ def _backward(model: PreTrainedModel, batch: Sequence[Example], distillation: fl
     return total
 
 
-def _steps(examples: Sequence[Example], knobs: Retraining) -> int:
+def _steps(examples: _Examples, knobs: Retraining) -> int:
     return knobs.epochs * math.ceil(len(examples) / knobs.batch)
 
 
@@ -227,9 +248,7 @@ def _rate(step: int, *, warmup: float, steps: int) -> float:
 
 
 @torch.no_grad()
-def _held_out_loss(
-    model: PreTrainedModel, examples: Sequence[Example], distillation: float
-) -> HeldOutLoss:
+def _held_out_loss(model: PreTrainedModel, examples: _Examples, distillation: float) -> HeldOutLoss:
     losses = [prediction_loss(model, example, distillation) for example in examples]
     return HeldOutLoss(
         loss=sum(_finite(loss.total) for loss in losses) / len(losses),

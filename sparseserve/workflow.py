@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from sparseserve.layer_pruning import PruneProgress, Silence, planned_operators
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import trace_structure
 from sparseserve.pipeline import LayerStore, check_plan, ignored_modules, prune_model
-from sparseserve.prediction_loss import DensePrediction, dense_predictions
+from sparseserve.prediction_loss import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.recipe import PruneRecipe
 from sparseserve.report import PruneReport
 from sparseserve.retraining import retrain
@@ -114,7 +114,9 @@ def prune_and_export(
     }
     run = RunFolder.open(out, fingerprint)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dense = _dense_predictions(loaded.model, recipe, calibration, device=device, on_stage=on_stage)
+    dense = _dense_predictions(
+        loaded.model, recipe, calibration, run=run, device=device, on_stage=on_stage
+    )
     on_stage("finding the model's structure")
     report = prune_model(
         loaded.model,
@@ -141,15 +143,20 @@ def _dense_predictions(
     recipe: PruneRecipe,
     calibration: CalibrationSet,
     *,
+    run: RunFolder,
     device: torch.device,
     on_stage: Callable[[str], None],
-) -> tuple[DensePrediction, ...]:
+) -> Sequence[DensePrediction]:
     """Return what the dense model predicts, if the recipe retrains towards that."""
     knobs = recipe.retraining
     if not knobs.epochs or not knobs.distillation:
         return ()
     on_stage("recording the dense model's predictions")
-    found = dense_predictions(model.to(device), calibration.windows, knobs.likeliest)
+    folder = run.fresh("predictions")
+    folder.mkdir()
+    found = StoredPredictions.write(
+        folder, dense_predictions(model.to(device), calibration.windows, knobs.likeliest)
+    )
     model.to("cpu")
     return found
 
@@ -159,7 +166,7 @@ def _retrained(
     recipe: PruneRecipe,
     calibration: CalibrationSet,
     report: PruneReport,
-    dense: tuple[DensePrediction, ...],
+    dense: Sequence[DensePrediction],
     *,
     device: torch.device,
     on_stage: Callable[[str], None],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from sparseserve.models.structure import trace_structure
 from sparseserve.prediction_loss import (
     DensePrediction,
     Example,
+    StoredPredictions,
     dense_predictions,
     next_token_logits,
     prediction_loss,
@@ -36,7 +39,7 @@ class Pruned:
     model: PreTrainedModel
     operators: list[str]
     windows: list[Tensor]
-    dense: tuple[DensePrediction, ...]
+    dense: Sequence[DensePrediction]
 
     def retrained(self, knobs: Retraining) -> RetrainReport:
         return retrain(self.model, self.operators, self.windows, knobs, dense=self.dense)
@@ -49,7 +52,7 @@ def pruned(family: str = "llama", dtype: torch.dtype = torch.float32) -> Pruned:
     model = tiny_model(family).to(dtype)
     generator = torch.Generator().manual_seed(1)
     windows = [torch.randint(0, 64, (32,), generator=generator) for _ in range(6)]
-    dense = dense_predictions(model, windows, QUICK.likeliest)
+    dense = tuple(dense_predictions(model, windows, QUICK.likeliest))
     operators = []
     for layer in trace_structure(model, windows[0]).layers:
         for operator in layer.operators:
@@ -224,6 +227,18 @@ def test_distillation_over_the_whole_vocabulary_is_the_divergence_of_the_textboo
     bound = prediction_loss(case.model, Example(window, some), 1.0).total
     assert 0 < float(bound) < float(expected)
     assert torch.allclose(some.log_probabilities.exp().sum(1), torch.ones(len(window) - 1))
+
+
+def test_predictions_are_the_same_when_they_wait_on_disk(tmp_path: Path) -> None:
+    kept, stored = pruned(), pruned()
+    on_disk = StoredPredictions.write(tmp_path, iter(stored.dense))
+    assert len(on_disk) == len(kept.dense)
+    for one, other in zip(on_disk[1:3], kept.dense[1:3], strict=True):
+        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.log_probabilities, other.log_probabilities)
+    found = replace(stored, dense=on_disk).retrained(QUICK)
+    assert replace(found, seconds=0.0) == replace(kept.retrained(QUICK), seconds=0.0)
+    assert all(torch.equal(kept.state()[name], value) for name, value in stored.state().items())
 
 
 def test_cross_entropy_is_what_the_model_itself_reports() -> None:
