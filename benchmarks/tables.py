@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from benchmarks.dial import dial_table
 from benchmarks.evidence_tables import EVIDENCE_TABLES
 from benchmarks.serving_tables import SERVING_TABLES
 from sparseserve.recipe import PruneRecipe
@@ -166,6 +167,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality-smollm2-50percent": quality_table,
     "quality-gemma3-mixed": quality_table,
     "peers-gemma3-mixed": peers_table,
+    "dial-smollm2-2of4": dial_table,
     **EVIDENCE_TABLES,
     **SERVING_TABLES,
 }
