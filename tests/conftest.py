@@ -16,9 +16,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip ``gpu`` tests where torch sees no CUDA device."""
+    """Put files that start vLLM first, and skip ``gpu`` tests where torch sees no CUDA device."""
     import torch
 
+    # Test processes take whole files, in this order: a long one last would leave the others idle.
+    slow = {item.path for item in items if item.get_closest_marker("vllm")}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     for item in items:
