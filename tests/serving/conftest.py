@@ -116,3 +116,10 @@ def pack_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pa
         return folder
 
     return pack
+
+
+@pytest.fixture(scope="session")
+def pair(two_four_folder: MakeFolder, pack_folder: Callable[[Path], Path]) -> tuple[Path, Path]:
+    """A packed folder and the dense one; nothing may write to them."""
+    dense = two_four_folder("llama")
+    return pack_folder(dense), dense
