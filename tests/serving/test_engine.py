@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sparseserve.errors import ServingError
 from sparseserve.serving.engine import Engine, engine_options
 from sparseserve.serving.perplexity import engine_perplexity, vllm_perplexity
 from sparseserve.serving.served_model import ServedModel
@@ -38,8 +39,6 @@ def test_perplexity_of_windows_as_long_as_the_model_takes(pair: tuple[Path, Path
 def test_an_engine_that_fails_says_why_and_one_that_dies_is_noticed(
     pair: tuple[Path, Path],
 ) -> None:
-    from sparseserve.errors import ServingError
-
     options = engine_options(ServedModel.open(pair[0]), max_model_len=16, dtype=torch.float32)
     with Engine(options) as engine:
         with pytest.raises(ServingError, match=r"vLLM failed: .*16"):
