@@ -1,4 +1,4 @@
-"""Settings every test runs under: no network, no threads beyond the cores, quiet libraries."""
+"""Settings every test runs under: no network, one thread a process, quiet libraries."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from hypothesis import settings
 settings.register_profile("sparseserve", deadline=None, derandomize=True)
 settings.load_profile("sparseserve")
 
+# Read when torch is imported, which is later. Processes of more threads would share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

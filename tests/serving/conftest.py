@@ -21,12 +21,6 @@ MakeFolder = Callable[..., Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-@pytest.fixture(scope="session", autouse=True)
 def kernels_without_timing() -> None:
     """Run 2:4 layers on our own kernels whatever is fastest; layers that are 2:4 in part, too."""
     if missing_library() is None:
