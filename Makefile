@@ -16,7 +16,8 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	  --cov --cov-report=term
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+
+from sparseserve.cli.options import dtype_option, give_json, json_file_option, json_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,15 +49,9 @@ Number = TypeVar("Number", int, float)
 @click.option("--concurrency", help="HTTP requests at once.  [default: 1,4,8]")
 @click.option("--request-rate", help="HTTP requests a second, such as 0.5,2, at random times.")
 @click.option("--requests", type=int, help="HTTP requests at each level.  [default: 16]")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="To compute in; auto is the checkpoint's, or float32 where the machine has no other.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the JSON here.")
+@dtype_option("To compute in; auto is the checkpoint's, or float32 where the machine has no other.")
+@json_option
+@json_file_option
 def bench_command(
     *,
     checkpoint: Path,
@@ -79,7 +74,6 @@ def bench_command(
     """Compare CHECKPOINT with the dense BASELINE through vLLM: quality, speed, memory and size."""
     from rich.console import Console
 
-    from sparseserve.checkpoint import write_json
     from sparseserve.cli.bench_table import comparison_table, load_table
     from sparseserve.cli.console import quiet_libraries
     from sparseserve.recipe import DTYPES
@@ -108,10 +102,7 @@ def bench_command(
             dtype=DTYPES.get(dtype),
             on_progress=on_progress,
         )
-    if output:
-        write_json(output, found.to_json())
-    if as_json:
-        click.echo(json.dumps(found.to_json()))
+    give_json(found.to_json(), as_json=as_json, output=output)
     console = Console(stderr=as_json)
     console.print(comparison_table(found), highlight=False)
     if found.http:

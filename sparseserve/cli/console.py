@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import click
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -89,9 +90,12 @@ def output_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
-def print_summary(artifact: Artifact) -> None:
+def show_artifact(artifact: Artifact, *, as_json: bool) -> None:
     """Print what was made."""
     manifest = artifact.manifest
+    if as_json:
+        click.echo(json.dumps({"output": str(artifact.path), **manifest.to_json()}))
+        return
     table = Table(show_header=False, box=None)
     table.add_row("checkpoint", str(artifact.path))
     table.add_row("format", f"{manifest.format}, pattern {manifest.pattern}")

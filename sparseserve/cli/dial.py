@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from sparseserve.cli.options import required_output
 
 if TYPE_CHECKING:
     from sparseserve.artifact import Artifact, Format
@@ -137,12 +138,10 @@ def run_dial(
     if options.sensitivity:
         folder = output or Path(f"{Path(model).name}-sensitivity")
         _measure(model, folder, options, recipe=recipe, device=device, as_json=as_json)
-    elif output is None:
-        raise click.UsageError("Missing option '-o' / '--output'.")
     else:
         _dial(
             model,
-            output,
+            required_output(output),
             options,
             recipe=recipe,
             export_format=export_format,
@@ -161,7 +160,7 @@ def _dial(
     device: str | None,
     as_json: bool,
 ) -> None:
-    from sparseserve.cli.console import print_summary, pruning_progress
+    from sparseserve.cli.console import pruning_progress, show_artifact
     from sparseserve.dial import dial_and_export
     from sparseserve.sensitivity_run import HeldOutSpec
     from sparseserve.workflow import torch_device
@@ -179,10 +178,8 @@ def _dial(
             progress=progress,
             on_stage=progress.stage,
         )
-    if as_json:
-        click.echo(json.dumps({"output": str(output), **artifact.manifest.to_json()}))
-    else:
-        print_summary(artifact)
+    show_artifact(artifact, as_json=as_json)
+    if not as_json:
         _print_dial(artifact, report)
 
 

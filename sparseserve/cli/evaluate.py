@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sparseserve.cli.options import dtype_option, json_option
+
 if TYPE_CHECKING:
     from sparseserve.measurement import Backend, EvaluationReport
 
@@ -23,15 +25,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="What runs the model.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Floating type to compute in; auto is that of the checkpoint.",
-)
+@dtype_option("Floating type to compute in; auto is that of the checkpoint.")
 @click.option("--device", help="Where transformers runs: cpu or cuda; default: cuda if any.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 def evaluate_command(
     *,
     model: str,

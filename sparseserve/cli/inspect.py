@@ -7,10 +7,12 @@ from pathlib import Path
 
 import click
 
+from sparseserve.cli.options import json_option
+
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 def inspect_command(path: Path, as_json: bool) -> None:
     """Show what the checkpoint folder PATH holds: recipe, sizes, sparsity of every matrix."""
     from dataclasses import asdict

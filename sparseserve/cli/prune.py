@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sparseserve.cli.dial import DialOptions, dial_options, run_dial
+from sparseserve.cli.options import json_option, required_output
 
 if TYPE_CHECKING:
     from sparseserve.artifact import Format
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--device", help="Where to prune: cpu or cuda; default: cuda if there is one.")
 @dial_options
 @click.option("--dry-run", is_flag=True, help="Only list what would be pruned.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 def prune_command(
     *,
     model: str,
@@ -105,12 +106,10 @@ def prune_command(
             device=device,
             as_json=as_json,
         )
-    elif output is None:
-        raise click.UsageError("Missing option '-o' / '--output'.")
     else:
         _prune(
             model,
-            output,
+            required_output(output),
             recipe=settings,
             export_format=_format(settings, export_format),
             device=device,
@@ -172,7 +171,7 @@ def _prune(
     device: str | None,
     as_json: bool,
 ) -> None:
-    from sparseserve.cli.console import print_summary, pruning_progress
+    from sparseserve.cli.console import pruning_progress, show_artifact
     from sparseserve.workflow import prune_and_export, torch_device
 
     with pruning_progress() as progress:
@@ -185,10 +184,7 @@ def _prune(
             progress=progress,
             on_stage=progress.stage,
         )
-    if as_json:
-        click.echo(json.dumps({"output": str(output), **artifact.manifest.to_json()}))
-    else:
-        print_summary(artifact)
+    show_artifact(artifact, as_json=as_json)
 
 
 def _print_plan(model: str, recipe: PruneRecipe, as_json: bool) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from sparseserve.cli.options import dtype_option, give_json, json_file_option, json_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,21 +17,15 @@ if TYPE_CHECKING:
 
 @click.command("tune")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="To compute in, as the server will; auto is what sparseserve serve takes.",
-)
+@dtype_option("To compute in, as the server will; auto is what sparseserve serve takes.")
 @click.option(
     "--quantization",
     type=click.Choice(["sparseserve"]),
     help="For a dense checkpoint whose weights are 2:4.",
 )
 @click.option("--again", is_flag=True, help="Time layers anew that were timed before.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the JSON here.")
+@json_option
+@json_file_option
 def tune_command(
     *,
     checkpoint: Path,
@@ -43,7 +38,6 @@ def tune_command(
     """Time the kernels of CHECKPOINT's layers ahead of serving, and show where 2:4 pays."""
     from rich.console import Console
 
-    from sparseserve.checkpoint import write_json
     from sparseserve.cli.console import output_console, quiet_libraries
     from sparseserve.recipe import DTYPES
     from sparseserve.serving.requirements import require_vllm
@@ -53,10 +47,7 @@ def tune_command(
     require_vllm("tune")
     with Console(stderr=True).status("timing kernels while the model is loaded"):
         found = tune(checkpoint, dtype=DTYPES.get(dtype), quantization=quantization, again=again)
-    if output:
-        write_json(output, found.to_json())
-    if as_json:
-        click.echo(json.dumps(found.to_json()))
+    give_json(found.to_json(), as_json=as_json, output=output)
     console = Console(stderr=True, width=200) if as_json else output_console()
     console.print(_speedups(found), highlight=False)
     for layers in found.layers:

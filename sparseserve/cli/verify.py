@@ -7,10 +7,12 @@ from pathlib import Path
 
 import click
 
+from sparseserve.cli.options import json_option
+
 
 @click.command("verify")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
 def verify_command(checkpoint: Path, as_json: bool) -> None:
     """Check hashes, pattern, dtypes and finiteness of CHECKPOINT; exit 0 if all is right."""
     from rich.console import Console

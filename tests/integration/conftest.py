@@ -1,7 +1,8 @@
-"""Runs of the main job on tiny models."""
+"""Runs of the main job on tiny models, by its function and by the command line."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ import pytest
 
 from sparseserve.artifact import Artifact, Format
 from sparseserve.calibration import CalibrationSpec
+from sparseserve.cli import main
 from sparseserve.layer_pruning import PruneProgress
 from sparseserve.pruners.wanda import Wanda
 from sparseserve.recipe import PruneRecipe
 from sparseserve.testing import save_tiny_model
 from sparseserve.workflow import prune_and_export
+from tests.integration.command_line import Cli, Done
 
 TEXT = "\n\n".join(f"Line {i}: the {i * i % 97} quick brown foxes jump over it." for i in range(99))
 
@@ -60,3 +63,32 @@ def prune(tmp_path: Path, quick: PruneRecipe) -> Prune:
 @pytest.fixture
 def with_pruner(quick: PruneRecipe) -> Callable[..., PruneRecipe]:
     return lambda pruner, **changes: replace(quick, pruner=pruner, **changes)
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run the ``sparseserve`` entry point in ``tmp_path``, in this process, which is quick."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["sparseserve", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        output = capfd.readouterr()
+        return Done(int(end.value.code or 0), output.out, output.err)
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Long enough to calibrate on."""
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(f"Sentence {i} of {i * 7 % 31} words." for i in range(200)))
+    return file
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return save_tiny_model("llama", tmp_path / "llama")

@@ -23,17 +23,11 @@ from sparseserve.recipe import PruneRecipe
 from sparseserve.report import LayerReport, OperatorReport
 from sparseserve.sensitivity_report import measure_and_report
 from sparseserve.sensitivity_run import HeldOutSpec
-from sparseserve.testing import save_tiny_model
 
 FEW = HeldOutSpec(sensitivity_windows=2, validation_windows=4)
 ALL = 14  # linears of the two layers of a tiny Llama
 
 Dial = Callable[..., tuple[Artifact, DialReport]]
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return save_tiny_model("llama", tmp_path / "llama")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from sparseserve.serving.kernels.cpu_library import missing_library
 from sparseserve.sparsity import TWO_FOUR, pack24
 from sparseserve.testing import tiny_model, tiny_tokenizer
+from tests.serving.torch_operators import operators_on_cpu
 
 MakeFolder = Callable[..., Path]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +25,21 @@ def kernels_without_timing() -> None:
     """Run 2:4 layers on our own kernels whatever is fastest; layers that are 2:4 in part, too."""
     if missing_library() is None:
         os.environ["SPARSESERVE_KERNELS"] = "cpu_unpacked,cpu_dense"
+
+
+@pytest.fixture(params=["dense", "cpu_unpacked,cpu_dense"])
+def kernels_in_turn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test on vLLM's own product and on our kernels."""
+    if request.param != "dense" and missing_library() is not None:
+        pytest.skip(str(missing_library()))
+    monkeypatch.setenv("SPARSESERVE_KERNELS", request.param)
+
+
+@pytest.fixture(scope="module")
+def torch_operators() -> Iterator[None]:
+    """Let a CPU run torch's operators for NVIDIA's cards."""
+    with operators_on_cpu():
+        yield
 
 
 def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -100,3 +110,10 @@ def pack_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pa
         return folder
 
     return pack
+
+
+@pytest.fixture(scope="session")
+def pair(two_four_folder: MakeFolder, pack_folder: Callable[[Path], Path]) -> tuple[Path, Path]:
+    """A packed folder and the dense one; nothing may write to them."""
+    dense = two_four_folder("llama")
+    return pack_folder(dense), dense

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ from sparseserve.serving.kernels import BATCHES
 from sparseserve.serving.kernels.cpu_library import missing_library
 from sparseserve.serving.machine import this_machine
 from sparseserve.serving.tuner import TunedLayers, TuningReport
+from tests.serving.command import sparseserve
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -29,23 +28,10 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="module")
-def dense(two_four_folder: Callable[..., Path]) -> Path:
-    return two_four_folder("llama")
-
-
-@pytest.fixture(scope="module")
-def packed(dense: Path, pack_folder: Callable[[Path], Path]) -> Path:
-    return pack_folder(dense)
-
-
-def tune(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "sparseserve", "tune", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def few_layers(two_four_folder: Callable[..., Path], pack_folder: Callable[[Path], Path]) -> Path:
+    """One 2:4 layer of a shape, and two of another: every shape takes seconds to time."""
+    return pack_folder(two_four_folder("llama", keep=("o_proj", "down_proj", "layers.1.self_attn")))
 
 
 def stored(cache: Path) -> dict[str, Any]:
@@ -56,10 +42,10 @@ def stored(cache: Path) -> dict[str, Any]:
 
 @pytest.mark.skipif(missing_library() is not None, reason="needs the compiled kernels")
 def test_tune_fills_the_cache_and_shows_where_2_4_pays(
-    packed: Path, cache_folder: Path, tmp_path: Path
+    few_layers: Path, cache_folder: Path, tmp_path: Path
 ) -> None:
     report = tmp_path / "report.json"
-    run = tune(str(packed), "--again", "--json", "-o", str(report))
+    run = sparseserve("tune", str(few_layers), "--again", "--json", "-o", str(report))
     assert run.returncode == 0, run.stderr[-2000:]
     found: dict[str, Any] = json.loads(run.stdout)
     assert found == json.loads(report.read_text())
@@ -82,8 +68,9 @@ def test_tune_fills_the_cache_and_shows_where_2_4_pays(
     assert "together" in run.stderr
 
 
-def test_a_folder_without_2_4_layers_has_nothing_to_tune(dense: Path) -> None:
-    result = tune(str(dense))
+def test_a_folder_without_2_4_layers_has_nothing_to_tune(pair: tuple[Path, Path]) -> None:
+    _, dense = pair
+    result = sparseserve("tune", str(dense))
     assert result.returncode == 1
     assert f"{dense}: no layer is served as 2:4" in result.stderr
     assert "--quantization sparseserve" in result.stderr

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparseserve.errors import NumericalError, UnsupportedModelError
+from sparseserve.errors import NumericalError
 from sparseserve.models import (
-    LayerCall,
-    ModelStructure,
     OperatorGroup,
     capture_layer_calls,
     copy_layer,
@@ -25,89 +20,17 @@ from sparseserve.models import (
     set_layer_weight,
     trace_structure,
 )
-from sparseserve.testing import TINY_FAMILIES, TINY_VOCABULARY, tiny_model
-
-LENGTH = 24  # three times the local attention window of the tiny models
-WIDTH = 16
-CPU = torch.device("cpu")
-
-
-def windows(count: int, seed: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 256, (LENGTH,), generator=generator) for _ in range(count)]
-
-
-def modules_of(model: nn.Module, structure: ModelStructure) -> list[nn.Module]:
-    return [model.get_submodule(layer.name) for layer in structure.layers]
-
-
-def seen_in_the_model(
-    model: nn.Module, names: Sequence[str], window: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The inputs and outputs of the named modules in one undisturbed run of the whole model."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def watch(name: str) -> torch.utils.hooks.RemovableHandle:
-        def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            first = output[0] if isinstance(output, tuple) else output
-            seen[name] = (args[0].clone(), first.clone())
-
-        return model.get_submodule(name).register_forward_hook(record)
-
-    handles = [watch(name) for name in names]
-    with torch.no_grad():
-        model(window[None])
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-class Scaled(nn.Module):
-    """A layer of one linear operator that multiplies by an argument of the model's choice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, hidden: Tensor, scale: object) -> Tensor:
-        factor = scale if isinstance(scale, (Tensor, float)) else 1.0
-        output: Tensor = hidden + self.linear(hidden) * factor
-        return output
-
-
-class ScaledChain(nn.Module):
-    """Two layers that receive whatever :meth:`scale` says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(TINY_VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList([Scaled(), Scaled()])
-        self.eval().requires_grad_(False)
-
-    def scale(self, tokens: Tensor) -> object:
-        return torch.ones(tokens.shape[1], 1)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embedding(tokens)
-        for layer in self.layers:
-            hidden = layer(hidden, scale=self.scale(tokens))
-        output: Tensor = hidden
-        return output
-
-
-@dataclass(frozen=True)
-class Captured:
-    """How the layers are called, and what enters the first of them for each window."""
-
-    calls: tuple[LayerCall, ...]
-    hidden: list[Tensor]
-
-
-def capture(model: nn.Module, structure: ModelStructure, texts: Sequence[Tensor]) -> Captured:
-    return Captured(
-        capture_layer_calls(model, structure, texts),
-        list(entering_states(model, structure, texts)),
-    )
+from sparseserve.testing import TINY_FAMILIES, tiny_model
+from tests.unit.models.layer_runs import (
+    CPU,
+    LENGTH,
+    Scaled,
+    ScaledChain,
+    capture,
+    modules_of,
+    seen_in_the_model,
+    windows,
+)
 
 
 @pytest.fixture(params=TINY_FAMILIES)
@@ -228,121 +151,6 @@ def test_a_copy_runs_in_another_dtype_and_leaves_the_model_alone(model: PreTrain
     assert output.dtype == torch.float64
     torch.testing.assert_close(output.float(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(run_layer(module, hidden, call), expected)
-
-
-def test_moving_a_call_casts_floating_tensors_only() -> None:
-    model = tiny_model("gemma2")
-    structure = trace_structure(model, windows(1)[0])
-    call = capture_layer_calls(model, structure, windows(2))[0]
-
-    moved = call.to(CPU, torch.bfloat16)
-
-    def dtypes(value: object) -> list[torch.dtype]:
-        tensors = value if isinstance(value, tuple) else (value,)
-        return [tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)]
-
-    assert dtypes(moved.kwargs["position_embeddings"]) == [torch.bfloat16, torch.bfloat16]
-    assert dtypes(moved.kwargs["attention_mask"]) == [torch.bool]
-    assert dtypes(moved.kwargs["position_ids"]) == [torch.int64]
-
-
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-def test_local_and_global_attention_layers_have_calls_of_their_own(family: str) -> None:
-    model = tiny_model(family)
-    structure = trace_structure(model, windows(1)[0])
-
-    calls = capture_layer_calls(model, structure, windows(2))
-
-    local = calls[0]
-    alike = [local.first_difference(call) is None for call in calls]
-    kinds = TINY_FAMILIES[family]["layer_types"]
-    assert isinstance(kinds, list)
-    assert alike == [kind == "sliding_attention" for kind in kinds]
-    assert all(call.kwargs["past_key_values"] is None for call in calls)
-
-
-def test_capturing_runs_the_layers_for_two_windows_only() -> None:
-    model = tiny_model("llama")
-    structure = trace_structure(model, windows(1)[0])
-    layers = modules_of(model, structure)
-    entered: list[int] = []
-    for index, layer in enumerate(layers):
-        layer.register_forward_hook(lambda *_, index=index: entered.append(index))
-
-    capture_layer_calls(model, structure, windows(6))
-
-    assert entered == [0, 0]  # not even the last layer's body, whose call is all that is needed
-
-
-def test_windows_of_different_lengths_are_a_programming_error() -> None:
-    model = tiny_model("llama")
-    structure = trace_structure(model, windows(1)[0])
-
-    with pytest.raises(ValueError, match="one common length"):
-        capture_layer_calls(model, structure, [torch.arange(8), torch.arange(9)])
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_layer_argument_that_depends_on_the_tokens_is_refused(count: int) -> None:
-    class ByToken(ScaledChain):
-        def scale(self, tokens: Tensor) -> object:
-            return tokens[0, :, None].float()
-
-    model = ByToken()
-    structure = trace_structure(model, windows(1)[0])
-
-    with pytest.raises(
-        UnsupportedModelError, match=r"layers\.0: argument scale depends on the tokens"
-    ):
-        capture_layer_calls(model, structure, windows(count))
-
-
-def test_a_layer_argument_that_cannot_be_replayed_is_refused() -> None:
-    class Cache:
-        pass
-
-    class Caching(ScaledChain):
-        def scale(self, tokens: Tensor) -> object:
-            return (Cache(),)
-
-    model = Caching()
-    structure = trace_structure(model, windows(1)[0])
-
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0: argument scale is a Cache"):
-        capture_layer_calls(model, structure, windows(2))
-
-
-def test_nested_arguments_are_compared_and_moved() -> None:
-    call = LayerCall("layer", (1, [torch.ones(2)]), {"pair": ({"a": torch.zeros(1)}, None)})
-    same = LayerCall("layer", (1, [torch.ones(2)]), {"pair": ({"a": torch.zeros(1)}, None)})
-    other = LayerCall("layer", (1, [torch.ones(2)]), {"pair": ({"a": torch.ones(1)}, None)})
-    fewer = LayerCall("layer", (1, [torch.ones(2)]), {})
-
-    assert call.first_difference(same) is None
-    assert call.first_difference(other) == "pair"
-    assert call.first_difference(fewer) == fewer.first_difference(call) == "pair"
-    halved = call.to(CPU, torch.float16)
-    assert halved.first_difference(call) == "2"
-    assert halved.to(CPU, torch.float32).first_difference(call) is None
-
-
-def test_hidden_states_given_by_keyword_are_replayed_by_keyword() -> None:
-    class ByKeyword(ScaledChain):
-        def forward(self, tokens: Tensor) -> Tensor:
-            hidden = self.embedding(tokens)
-            for layer in self.layers:
-                hidden = layer(hidden=hidden, scale=0.5)
-            output: Tensor = hidden
-            return output
-
-    model = ByKeyword()
-    structure = trace_structure(model, windows(1)[0])
-    captured = capture(model, structure, windows(2))
-    hidden = captured.hidden[1]
-    for layer, call in zip(modules_of(model, structure), captured.calls, strict=True):
-        hidden = run_layer(layer, hidden, call)
-
-    assert torch.equal(hidden, model(windows(2)[1][None]))
 
 
 def test_a_layer_that_works_in_place_leaves_its_caller_s_tensors_alone() -> None:

@@ -1,0 +1,122 @@
+"""Bad input on the command line is one line and an exit code."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+
+from sparseserve.testing import tiny_model, tiny_tokenizer
+from tests.integration.command_line import Cli, prune_arguments, refusal
+
+
+class TestBadInputIsOneLineAndExitCodeOne:
+    def test_no_such_model(self, cli: Cli, text: Path) -> None:
+        line = refusal(cli(*prune_arguments(Path("absent/model"), text, "-o", "out")))
+        assert "absent/model" in line
+
+    def test_a_model_that_is_not_a_causal_language_model(
+        self, cli: Cli, tmp_path: Path, text: Path
+    ) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 264}
+        config = BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+        BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+        tiny_tokenizer().save_pretrained(tmp_path / "bert")
+        line = refusal(cli(*prune_arguments(Path("bert"), text, "-o", "out")))
+        assert "causal" in line
+
+    def test_text_too_short_for_one_window(self, cli: Cli, tmp_path: Path, llama: Path) -> None:
+        (tmp_path / "short.txt").write_text("too short")
+        line = refusal(cli(*prune_arguments(llama, Path("short.txt"), "-o", "out")))
+        assert "short.txt" in line
+        assert "one window needs" in line
+
+    def test_in_features_that_do_not_fit_the_pattern(
+        self, cli: Cli, tmp_path: Path, text: Path
+    ) -> None:
+        config = tiny_model("llama").config
+        config.intermediate_size = 50
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "odd")
+        tiny_tokenizer().save_pretrained(tmp_path / "odd")
+        line = refusal(cli(*prune_arguments(Path("odd"), text, "-o", "out")))
+        assert "down_proj: in_features 50 is not a multiple of 4" in line
+        assert "--ignore" in line
+
+    def test_weights_that_are_not_finite(self, cli: Cli, llama: Path, text: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(llama)
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+        model.save_pretrained(llama)
+        line = refusal(cli(*prune_arguments(llama, text, "-o", "out")))
+        assert "model.layers.1.mlp.up_proj.weight" in line
+
+    def test_activations_that_are_not_finite(self, cli: Cli, llama: Path, text: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(llama)
+        model.model.layers[0].mlp.up_proj.weight.data.fill_(1e30)
+        model.model.layers[0].mlp.gate_proj.weight.data.fill_(1e30)
+        model.save_pretrained(llama)
+        line = refusal(cli(*prune_arguments(llama, text, "-o", "out")))
+        assert "model.layers.0" in line
+
+    def test_an_output_folder_that_is_not_empty(
+        self, cli: Cli, tmp_path: Path, llama: Path, text: Path
+    ) -> None:
+        line = refusal(cli(*prune_arguments(llama, text, "-o", tmp_path)))
+        assert "not empty" in line
+
+    def test_a_full_disk(self, cli: Cli, tmp_path: Path, llama: Path, text: Path) -> None:
+        """Files may grow to 100 KB only, as on a disk that fills up."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            done = cli(*prune_arguments(llama, text, "-o", "out"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "cannot be written" in refusal(done)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_checkpoint_cut_short(self, cli: Cli, llama: Path, text: Path) -> None:
+        weights = llama / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        assert "llama" in refusal(cli(*prune_arguments(llama, text, "-o", "out")))
+
+    def test_a_packed_folder_with_one_byte_changed(
+        self, cli: Cli, tmp_path: Path, llama: Path, text: Path
+    ) -> None:
+        assert cli(*prune_arguments(llama, text, "-o", "out")).returncode == 0
+        weights = tmp_path / "out" / "model.safetensors"
+        data = bytearray(weights.read_bytes())
+        data[len(data) // 2] ^= 0x10
+        weights.write_bytes(data)
+        assert "model.safetensors" in refusal(cli("verify", "out"))
+
+    def test_evaluating_on_the_calibration_text(self, cli: Cli, llama: Path, text: Path) -> None:
+        assert cli(*prune_arguments(llama, text, "-o", "out")).returncode == 0
+        line = refusal(cli("evaluate", "out", "--text", text, "--sequence-length", 32))
+        assert "calibrat" in line
+
+    @pytest.mark.parametrize(
+        ("options", "part"),
+        [
+            ("--pattern 2-4", "pattern '2-4'"),
+            ("--method fsta", "did you mean 'fista'"),
+            ("--recipe defalt", "did you mean 'default'"),
+            ("--error-correction inter", "available: intra, intra+inter, none, sequential"),
+            ("--inter-weight 1.5", "inter_weight 1.5 must be between 0 and 1"),
+            ("--reconstruct -1", "epochs -1 must not be negative"),
+            ("--retrain -1", "epochs must not be negative"),
+            ("--samples 1 --retrain 1", "at least --samples 2"),
+            ("--samples 1 --reconstruct 1", "raise --samples"),
+            ("--dtype int4", "unknown dtype 'int4'"),
+            ("--samples 0", "--samples 0 must be at least 1"),
+            ("--sequence-length 100000", "100000"),
+            ("--samples 100000", "100000"),
+            ("--device tpu9", "device 'tpu9'"),
+            ("--ignore (", "not a regular expression"),
+        ],
+    )
+    def test_an_option_out_of_range(
+        self, cli: Cli, llama: Path, text: Path, options: str, part: str
+    ) -> None:
+        assert part in refusal(cli(*prune_arguments(llama, text, "-o", "out", *options.split())))
