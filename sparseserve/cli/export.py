@@ -7,19 +7,15 @@ from pathlib import Path
 
 import click
 
+from sparseserve.cli.options import dtype_option, json_option
+
 
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
 @click.option("--format", "export_format", type=click.Choice(["packed24", "dense"]), required=True)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Round all weights to it; auto keeps theirs.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@dtype_option("Round all weights to it; auto keeps theirs.")
+@json_option
 def export_command(
     *, checkpoint: Path, output: Path, export_format: str, dtype: str, as_json: bool
 ) -> None:
