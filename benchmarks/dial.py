@@ -42,6 +42,8 @@ from sparseserve.sensitivity_run import HeldOutSpec
 from sparseserve.testing import save_tiny_model
 
 RESULTS = Path(__file__).parent / "results"
+# Stands for the package's calibration text, wherever the package lies.
+PACKAGED = "packaged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +154,7 @@ def measure(setting: Setting, share: float, spec: EvaluationSpec) -> tuple[Run, 
 
 def _held_out(setting: Setting) -> HeldOutSpec:
     return HeldOutSpec(
-        texts=setting.validation,
+        texts=tuple(_file(text) for text in setting.validation),
         sensitivity_windows=setting.sensitivity_windows,
         validation_windows=setting.validation_windows,
     )
@@ -190,11 +192,10 @@ def main(
         if model is None:
             raise click.UsageError("Missing argument 'MODEL'.")
         spec = EvaluationSpec(samples=windows, sequence_length=sequence_length)
-        own = str(resources.files("sparseserve").joinpath("data", "calibration.txt"))
         setting = Setting(
             model=model,
             recipe=load_recipe("default").to_json(),
-            validation=(own, other_validation) if other_validation else (own,),
+            validation=(PACKAGED, other_validation) if other_validation else (PACKAGED,),
             sensitivity_windows=sensitivity_windows,
             validation_windows=validation_windows,
             evaluation_windows=windows,
@@ -224,6 +225,12 @@ def _run(path: Path | None, setting: Setting, budgets: Sequence[str], spec: Eval
                 "runs": runs,
             }
             write_json(path, data)
+
+
+def _file(text: str) -> str:
+    if text != PACKAGED:
+        return text
+    return str(resources.files("sparseserve").joinpath("data", "calibration.txt"))
 
 
 def dial_table(result: dict[str, Any]) -> str:

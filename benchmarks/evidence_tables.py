@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
@@ -171,6 +173,32 @@ def operator_costs_table(result: Result) -> str:
     return "\n".join(lines)
 
 
+def paper_ablation_table(result: Result) -> str:
+    """What is left of SparseGPT's gap, by method and text."""
+    setting, machine, texts = result["setting"], result["machine"], list(result["setting"]["texts"])
+    perplexities = {row["method"]: row["perplexity"] for row in result["rows"]}
+    dense, base = perplexities["dense"], perplexities["sparsegpt, no correction"]
+    lines = [_head("method", [*(f"gap, {text}" for text in texts), "products with G", "seconds"])]
+    for row in result["rows"][1:]:
+        gaps = [
+            math.log(row["perplexity"][text] / dense[text]) / math.log(base[text] / dense[text])
+            for text in texts
+        ]
+        cells = [f"{gap:.2f}" for gap in gaps]
+        lines.append(
+            _line(row["method"], [*cells, f"{row['gram_products']:,}", f"{row['seconds']:.0f}"])
+        )
+    numbers = " and ".join(map(str, setting["layers"]))
+    lines.append(
+        f"\n`{Path(setting['model']).name}`, decoder layers {numbers} pruned to 2:4, on "
+        f"{setting['calibration']['samples'] * setting['calibration']['length']:,} tokens of the "
+        f"packaged speeches; {setting['evaluation_windows']} evaluation windows a text; "
+        f"{machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}, "
+        f"{machine['date']}."
+    )
+    return "\n".join(lines)
+
+
 def _pick(rows: list[Result], key: str, **wanted: object) -> list[Any]:
     return [row[key] for row in rows if all(row[name] == item for name, item in wanted.items())]
 
@@ -214,4 +242,5 @@ EVIDENCE_TABLES = {
     "warm-starts": warm_starts_table,
     "stacked-penalties": stacked_penalties_table,
     "operator-costs": operator_costs_table,
+    "paper-ablation": paper_ablation_table,
 }

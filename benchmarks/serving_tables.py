@@ -141,9 +141,11 @@ def served_perplexity_table(result: dict[str, Any]) -> str:
 
 SERVING_TABLES = {
     "bench-smollm2-2of4": bench_table,
+    "bench-smollm2-2of4-bf16": bench_table,
     "bench-llama-1b": bench_table,
     "bench-llama-1b-bfloat16": bench_table,
     "cpu-kernels": cpu_kernels_table,
     "tune-smollm2-2of4": tune_table,
+    "tune-smollm2-2of4-bf16": tune_table,
     "served-perplexity": served_perplexity_table,
 }
