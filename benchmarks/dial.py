@@ -27,7 +27,7 @@ from typing import Any
 
 import click
 
-from benchmarks.evaluation_texts import text_option
+from benchmarks.evaluation_texts import PACKAGED, text_option
 from benchmarks.machine import Machine
 from sparseserve.calibration import CalibrationSpec
 from sparseserve.checkpoint import write_json
@@ -42,8 +42,6 @@ from sparseserve.sensitivity_run import HeldOutSpec
 from sparseserve.testing import save_tiny_model
 
 RESULTS = Path(__file__).parent / "results"
-# Stands for the package's calibration text, wherever the package lies.
-PACKAGED = "packaged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +226,7 @@ def _run(path: Path | None, setting: Setting, budgets: Sequence[str], spec: Eval
 
 
 def _file(text: str) -> str:
+    """Return the file of a calibration text; a result must not name where the package lies."""
     if text != PACKAGED:
         return text
     return str(resources.files("sparseserve").joinpath("data", "calibration.txt"))

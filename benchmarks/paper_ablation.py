@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import click
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.evaluation_texts import text_option
 from benchmarks.gradient_blocks import Block, Weights, operator_by_operator
@@ -40,9 +40,9 @@ from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista import Fista
 from sparseserve.pruners.fista_paper import PaperFista
 from sparseserve.pruners.protocol import PrunedWeight
+from sparseserve.pruners.refit import refitted
 from sparseserve.pruners.sparsegpt import SparseGPT
-from sparseserve.solvers.conjugate_gradient import refit
-from sparseserve.solvers.problem import better_rows, layer_problem
+from sparseserve.solvers.problem import layer_problem
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 from sparseserve.text import evaluation_windows, read_text
 
@@ -87,9 +87,7 @@ class ThenRefit:
     ) -> PrunedWeight:
         start = self.method.prune(dense_weight, statistics, pattern)
         problem = layer_problem(dense_weight, statistics, DAMPING)
-        fitted = refit(problem, start.weight != 0, start.weight, iterations=self.iterations)
-        best = better_rows(problem, start.weight, fitted.weight)
-        return PrunedWeight(best, start.gram_products + fitted.iterations + 2)
+        return refitted(start, problem, self.iterations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +102,7 @@ class ScaledColumns:
         energy = statistics.gram.diagonal()
         scale = energy.clamp(min=1e-6 * float(energy.mean())).sqrt()
         square = torch.outer(scale, scale)
-        scaled = LayerStatistics(
-            statistics.gram / square,
-            statistics.cross / square,
-            statistics.dense_gram / square,
-            statistics.tokens,
-        )
+        scaled = _changed(statistics, lambda moment: moment / square)
         found = self.method.prune(dense_weight * scale.float(), scaled, pattern)
         return replace(found, weight=found.weight / scale.float())
 
@@ -124,12 +117,7 @@ class Damped:
         self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         ridge = DAMPING * statistics.gram.diagonal().mean() * torch.eye(len(statistics.gram))
-        damped = LayerStatistics(
-            statistics.gram + ridge,
-            statistics.cross + ridge,
-            statistics.dense_gram + ridge,
-            statistics.tokens,
-        )
+        damped = _changed(statistics, lambda moment: moment + ridge)
         return self.method.prune(dense_weight, damped, pattern)
 
 
@@ -145,6 +133,15 @@ class Uncorrected:
         dense = statistics.dense_gram
         own = LayerStatistics(dense, dense, dense, statistics.tokens)
         return self.method.prune(dense_weight, own, pattern)
+
+
+def _changed(statistics: LayerStatistics, change: Callable[[Tensor], Tensor]) -> LayerStatistics:
+    return LayerStatistics(
+        change(statistics.gram),
+        change(statistics.cross),
+        change(statistics.dense_gram),
+        statistics.tokens,
+    )
 
 
 PAPER = PaperFista()
@@ -179,10 +176,12 @@ class Run:
 class Evaluation:
     """The whole dense model, and windows of every text."""
 
-    model: Any
+    model: PreTrainedModel
     windows: dict[str, list[Tensor]]
 
-    def perplexities(self, pruned: dict[str, Weights], layers: Sequence[LayerWindows]) -> Any:
+    def perplexities(
+        self, pruned: dict[str, Weights], layers: Sequence[LayerWindows]
+    ) -> dict[str, float]:
         """Return the perplexity of every text with the weights ``pruned`` by layer name."""
         for layer in layers:
             module = self.model.get_submodule(layer.structure.name)

@@ -41,8 +41,15 @@ class PanelEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is
         self._dense.create_weights(layer, *sizes, **attributes)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
-        """Let the embedding be the output head: two modules would keep two copies in panels."""
-        return embed_tokens
+        """Let the embedding be the output head: two modules would keep two copies in panels.
+
+        A head with a bias stays a module of its own, and so does any on a GPU.
+        """
+        on_cpu = embed_tokens.get_parameter("weight").device.type == "cpu"
+        if on_cpu and getattr(layer, "bias", None) is None:
+            return embed_tokens
+        own: nn.Module = self._dense.tie_weights(layer, embed_tokens)
+        return own
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Keep the weight in panels alone, where that is less."""

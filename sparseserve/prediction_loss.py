@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparseserve.checkpoint import writing
 from sparseserve.hidden_states import HiddenStates
 
 # In float32 a probability computed as 1 - p is not known any better than this.
@@ -45,11 +46,13 @@ class StoredPredictions(Sequence[DensePrediction]):
 
     @classmethod
     def write(cls, folder: Path, predictions: Iterable[DensePrediction]) -> StoredPredictions:
-        """Write them, for windows of one length, to the new ``folder``.
+        """Write them, for windows of one length, to ``folder``, which is made.
 
         Raises:
             ArtifactError: The disk is full or cannot be written.
         """
+        with writing(folder):
+            folder.mkdir()
         return cls(
             *HiddenStates.write_several(
                 [folder / "tokens", folder / "log_probabilities"],

@@ -152,10 +152,9 @@ def _dense_predictions(
     if not knobs.epochs or not knobs.distillation:
         return ()
     on_stage("recording the dense model's predictions")
-    folder = run.fresh("predictions")
-    folder.mkdir()
     found = StoredPredictions.write(
-        folder, dense_predictions(model.to(device), calibration.windows, knobs.likeliest)
+        run.fresh("predictions"),
+        dense_predictions(model.to(device), calibration.windows, knobs.likeliest),
     )
     model.to("cpu")
     return found

@@ -152,8 +152,7 @@ def _unsupported(spec: LinearSpec) -> str | None:
     return missing_library()
 
 
-# A product of a small layer takes some tens of microseconds, and what surrounds it a third of that:
-# each call of torch below was measured.
+# A product of a small layer takes microseconds, as does each call of torch: so there are few below.
 
 
 def _multiply(

@@ -13,7 +13,7 @@ from sparseserve.pruners.dsnot import Dsnot
 from sparseserve.pruners.one_shot import ONE_SHOT
 from sparseserve.pruners.protocol import PrunedWeight, Pruner
 from sparseserve.solvers.conjugate_gradient import refit
-from sparseserve.solvers.problem import better_rows, layer_problem
+from sparseserve.solvers.problem import LayerProblem, better_rows, layer_problem
 from sparseserve.sparsity import SparsityPattern
 
 # Those that search with a refit of their own (admm, fista) gain nothing here.
@@ -52,7 +52,12 @@ class Refit:
         """Return the refitted weight, or the base's own in rows where that is better."""
         start = BASES[self.base].prune(dense_weight, statistics, pattern)
         problem = layer_problem(dense_weight, statistics, self.damping)
-        result = refit(problem, start.weight != 0, start.weight, iterations=self.iterations)
-        # Both have the same mask, so rows may be mixed whatever the pattern.
-        best = better_rows(problem, start.weight, result.weight)
-        return PrunedWeight(best, start.gram_products + result.iterations + 2)
+        return refitted(start, problem, self.iterations)
+
+
+def refitted(start: PrunedWeight, problem: LayerProblem, iterations: int) -> PrunedWeight:
+    """Return ``start`` with the best values on its mask, row by row no worse than it was."""
+    result = refit(problem, start.weight != 0, start.weight, iterations=iterations)
+    # Both have the same mask, so rows may be mixed whatever the pattern.
+    best = better_rows(problem, start.weight, result.weight)
+    return PrunedWeight(best, start.gram_products + result.iterations + 2)

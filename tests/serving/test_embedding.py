@@ -121,6 +121,17 @@ def test_a_tied_output_head_is_the_embedding_itself() -> None:
     assert embedding(weight, head=True).tie_weights(layer) is layer
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_a_tied_output_head_with_a_bias_or_on_another_device_stays_its_own_module() -> None:
+    weight = random_weight(torch.bfloat16)
+    layer, biased = embedding(weight), embedding(weight, head=True)
+    biased.bias = torch.nn.Parameter(torch.zeros(PADDED))
+    assert biased.tie_weights(layer) is biased
+    assert biased.weight is layer.weight
+    head = embedding(weight, head=True)
+    assert head.tie_weights(layer.to("meta")) is head
+
+
 @needs_kernels
 @pytest.mark.usefixtures("one_rank")
 def test_an_output_head_of_its_own_adds_its_bias() -> None:

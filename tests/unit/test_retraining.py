@@ -231,7 +231,7 @@ def test_distillation_over_the_whole_vocabulary_is_the_divergence_of_the_textboo
 
 def test_predictions_are_the_same_when_they_wait_on_disk(tmp_path: Path) -> None:
     kept, stored = pruned(), pruned()
-    on_disk = StoredPredictions.write(tmp_path, iter(stored.dense))
+    on_disk = StoredPredictions.write(tmp_path / "predictions", iter(stored.dense))
     assert len(on_disk) == len(kept.dense)
     for one, other in zip(on_disk[1:3], kept.dense[1:3], strict=True):
         assert torch.equal(one.tokens, other.tokens)
