@@ -6,10 +6,15 @@
 #include <vector>
 
 extern "C" int sparseserve_unit();
-extern "C" int sparseserve_run(int unit, int operation, int stored, const void* weight,
-                               const float* inputs, float* outputs, std::int64_t batch,
-                               std::int64_t rows, std::int64_t columns, int threads,
-                               void* parallel);
+extern "C" int sparseserve_run(const char* bytes);
+
+namespace {
+
+std::int64_t address(const void* data) {
+  return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(data));
+}
+
+}  // namespace
 
 int main() {
   std::mt19937 random(1);
@@ -31,8 +36,11 @@ int main() {
           for (auto& value : inputs) value = static_cast<float>(random() % 100) - 50.0f;
           const bool unpack = operation == 2;
           std::vector<float> outputs(unpack ? columns * panels * 32 : batch * rows);
-          if (sparseserve_run(unit, operation, stored, weight.data(), inputs.data(), outputs.data(),
-                              batch, unpack ? panels * 32 : rows, columns, 1, nullptr))
+          // Request of library.cpp.
+          const std::int64_t request[] = {unit, operation, stored, address(weight.data()),
+                                          address(inputs.data()), address(outputs.data()), batch,
+                                          unpack ? panels * 32 : rows, columns, 1, 0};
+          if (sparseserve_run(reinterpret_cast<const char*>(request)))
             return 1;
           ++calls;
         }
