@@ -3,7 +3,9 @@
 Single linear layers at several batch sizes: our 2:4 kernels, our dense kernel of 16-bit values,
 which has the same layout and the same care, and torch's products in float32 and bfloat16. Weights
 are bfloat16 values; inputs and outputs float32, but bfloat16 for torch's bfloat16 product. All
-take turns in random order, on as many copies of a weight as no cache holds, as in a forward pass::
+take turns in random order, on as many copies of a weight as no cache holds, as in a forward pass.
+Where a process's weights lie in memory moves small products by up to a third, so every shape is
+timed in several fresh processes, and the median of their medians is kept::
 
     OMP_NUM_THREADS=1 python -m benchmarks.cpu_kernels
 """
@@ -14,8 +16,10 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 
 import click
 import torch
@@ -40,7 +44,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 256)
 OWN = {name: kernel for name, kernel in KERNELS.items() if name.startswith("cpu_")}
 # More than the last cache of the processors this is for.
 _COLD_BYTES = 96 * 2**20
-_REPEATS = 7
+_REPEATS = 5
+_PROCESSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,21 +112,48 @@ def measure(rows: int, columns: int, batch: int, turns: dict[str, list[Product]]
     return Row(rows, columns, batch, copies, medians)
 
 
+def measure_shape(
+    rows: int, columns: int, batches: Sequence[int], cold_bytes: int = _COLD_BYTES
+) -> list[Row]:
+    """Time one shape at all batch sizes in this process."""
+    torch.manual_seed(0)
+    copies = -(-cold_bytes // (rows * columns * 9 // 8))
+    turns = products(rows, columns, copies)
+    return [measure(rows, columns, batch, turns) for batch in batches]
+
+
+def measure_in_processes(rows: int, columns: int, batches: Sequence[int]) -> list[Row]:
+    """Time one shape in fresh processes, one after the other; medians over them."""
+    runs = []
+    for _ in range(_PROCESSES):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            runs.append(fresh.submit(measure_shape, rows, columns, batches).result())
+    return [median_row(list(same)) for same in zip(*runs, strict=True)]
+
+
+def median_row(runs: list[Row]) -> Row:
+    """Combine one shape and batch size of several processes."""
+    milliseconds = {
+        name: statistics.median(run.milliseconds[name] for run in runs)
+        for name in runs[0].milliseconds
+    }
+    return replace(runs[0], milliseconds=milliseconds)
+
+
 @click.command()
 @click.option("--result", default="cpu-kernels.json", show_default=True)
 @click.option("--smoke", is_flag=True, help="One tiny shape, nothing written: does it run?")
 def main(result: str, smoke: bool) -> None:
-    torch.manual_seed(0)
+    if smoke:
+        for row in measure_shape(64, 64, (1, 32), cold_bytes=8192):
+            click.echo(json.dumps(asdict(row)))
+        return
     found = []
-    for rows, columns in [(64, 64)] if smoke else SHAPES:
-        copies = 2 if smoke else max(1, -(-_COLD_BYTES // (rows * columns * 9 // 8)))
-        turns = products(rows, columns, copies)
-        for batch in (1, 32) if smoke else BATCHES:
-            found.append(measure(rows, columns, batch, turns))
-            click.echo(json.dumps(asdict(found[-1])), err=not smoke)
-        del turns
-    if not smoke:
-        write_result(result, {"cold_bytes": _COLD_BYTES, "repeats": _REPEATS}, found)
+    for rows, columns in SHAPES:
+        found += measure_in_processes(rows, columns, BATCHES)
+        click.echo(f"{rows} x {columns}", err=True)
+    setting = {"cold_bytes": _COLD_BYTES, "repeats": _REPEATS, "processes": _PROCESSES}
+    write_result(result, setting, found)
 
 
 if __name__ == "__main__":

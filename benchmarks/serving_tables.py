@@ -87,7 +87,8 @@ def cpu_kernels_table(result: dict[str, Any]) -> str:
         )
     machine = result["machine"]
     lines.append(
-        f"\nWeights of bfloat16 values, medians of {result['setting']['repeats']} turns; "
+        f"\nWeights of bfloat16 values, medians of {result['setting']['repeats']} turns in each of "
+        f"{result['setting']['processes']} processes; "
         f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}, "
         f"commit {machine['commit']}, {machine['date']}."
     )

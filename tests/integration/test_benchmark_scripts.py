@@ -61,11 +61,17 @@ def test_a_smoke_run_times_every_product() -> None:
     lines = cpu_kernels_table(
         {
             "machine": asdict(Machine.here()),
-            "setting": {"repeats": 1},
+            "setting": {"repeats": 1, "processes": 1},
             "rows": [{"rows": 64, "columns": 64, "batch": 1, "milliseconds": single}],
         }
     ).splitlines()
     assert lines[2].startswith("| 64 x 64 | 1 | `cpu_")
+
+
+def test_processes_are_combined_by_medians_of_each_product() -> None:
+    times = [{"a": 1.0, "b": 9.0}, {"a": 3.0, "b": 2.0}, {"a": 2.0, "b": 4.0}]
+    runs = [cpu_kernels.Row(64, 64, 1, 2, each) for each in times]
+    assert cpu_kernels.median_row(runs) == cpu_kernels.Row(64, 64, 1, 2, {"a": 2.0, "b": 4.0})
 
 
 def test_blocks_are_trained_and_stay_in_the_pattern(tiny: Path) -> None:
