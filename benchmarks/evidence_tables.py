@@ -199,6 +199,26 @@ def paper_ablation_table(result: Result) -> str:
     return "\n".join(lines)
 
 
+def calibration_memory_table(result: Result) -> str:
+    """Peak memory by recipe and number of calibration windows."""
+    rows, setting, machine = result["rows"], result["setting"], result["machine"]
+    counts = _distinct(row["windows"] for row in rows)
+    lines = [_head("peak memory, MiB", [f"{count} windows" for count in counts])]
+    for recipe in _distinct(row["recipe"] for row in rows):
+        peaks = [
+            _pick(rows, "peak_memory_bytes", recipe=recipe, windows=count)[0] for count in counts
+        ]
+        lines.append(_line(f"`{recipe}`", [f"{peak / 2**20:,.0f}" for peak in peaks]))
+    lines.append(
+        f"\nLargest resident size of the whole process, of which `{Path(setting['model']).name}`'s "
+        f"parameters are {setting['model_bytes'] / 2**20:,.0f} MiB; windows of "
+        f"{setting['sequence_length']} tokens, {setting['layers']} decoder layers pruned. "
+        f"{machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}, "
+        f"{machine['date']}."
+    )
+    return "\n".join(lines)
+
+
 def _pick(rows: list[Result], key: str, **wanted: object) -> list[Any]:
     return [row[key] for row in rows if all(row[name] == item for name, item in wanted.items())]
 
@@ -243,4 +263,5 @@ EVIDENCE_TABLES = {
     "stacked-penalties": stacked_penalties_table,
     "operator-costs": operator_costs_table,
     "paper-ablation": paper_ablation_table,
+    "calibration-memory": calibration_memory_table,
 }

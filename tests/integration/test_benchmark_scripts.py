@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import (
+    calibration_memory,
     cpu_kernels,
     first_order,
     gradient_blocks,
@@ -38,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "script",
-    [first_order, penalty_search, warm_starts, stacked_penalties],
+    [first_order, penalty_search, warm_starts, stacked_penalties, calibration_memory],
     ids=lambda script: script.__name__.split(".")[-1],
 )
 def test_a_smoke_run_measures_and_writes_nothing(
@@ -50,7 +51,7 @@ def test_a_smoke_run_measures_and_writes_nothing(
     monkeypatch.setattr(script, "write_result", refuse)
     run = CliRunner().invoke(script.main, ["--smoke"], catch_exceptions=False)
     assert run.exit_code == 0
-    assert "error" in run.output
+    assert "error" in run.output or "peak_memory_bytes" in run.output
 
 
 def test_a_smoke_run_times_every_product() -> None:
@@ -204,3 +205,16 @@ def test_the_table_of_blocks_shows_the_best_of_a_grid() -> None:
     head, line = table("gradient-blocks", [worse, row], tokens=8)
     assert head == ["method", "layer 1, held-out", "layer 1, calibration", "seconds"]
     assert line == ["a", "0.4000", "0.5000", "2"]
+
+
+def test_the_table_of_memory_has_a_line_for_each_recipe() -> None:
+    rows = [
+        calibration_memory.Row(recipe=recipe, windows=count, peak_memory_bytes=count * 2**20)
+        for recipe in calibration_memory.RECIPES
+        for count in (8, 1024)
+    ]
+    head, *lines = table(
+        "calibration-memory", rows, model="a/b", model_bytes=0, sequence_length=16, layers=1
+    )
+    assert head == ["peak memory, MiB", "8 windows", "1024 windows"]
+    assert lines == [["`default`", "8", "1,024"], ["`fast`", "8", "1,024"]]
