@@ -48,6 +48,7 @@ def experiments() -> Iterator[Experiment]:
         "2of4",
         (
             "magnitude:none",
+            "admm:intra+inter,reconstruct",
             "admm:intra+inter",
             "admm:intra+inter,retrain",
             "sparsegpt:none",
@@ -62,7 +63,9 @@ def experiments() -> Iterator[Experiment]:
     )
     yield Experiment("inter-weight", tuple(f"admm:intra+inter@{weight}" for weight in WEIGHTS))
     yield Experiment(
-        "50percent", ("sparsegpt:sequential", "sparsegpt:none", "admm:intra+inter"), "50%"
+        "50percent",
+        ("sparsegpt:sequential", "sparsegpt:none", "admm:intra+inter,reconstruct"),
+        "50%",
     )
     yield Experiment(
         "corrections-2of4",
@@ -72,7 +75,7 @@ def experiments() -> Iterator[Experiment]:
         variants = tuple(f"fista:{kind}" for kind in CORRECTIONS[:4])
         yield Experiment(f"corrections-{percent.rstrip('%')}percent", variants, percent)
     for samples in (8, 32, 64, 128):
-        variants = ("sparsegpt:sequential", "admm:intra+inter")
+        variants = ("sparsegpt:sequential", "admm:intra+inter,reconstruct")
         yield Experiment(f"samples-{samples}", variants, samples=samples)
     yield Experiment(
         "reconstruction",

@@ -44,6 +44,7 @@ VARIANTS = (
     "sparsegpt:sequential",
     "fista:intra",
     "admm:intra+inter",
+    "admm:intra+inter,reconstruct",
 )
 
 
@@ -103,6 +104,13 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     if "retrain" in steps:
         data["retraining"] = {"epochs": 3}
     return recipe_from_mapping(data)
+
+
+def default_variant() -> str:
+    """Return how the default recipe is written here."""
+    recipe = PRESETS["default"]
+    step = ",reconstruct" if recipe.reconstruction.epochs else ""
+    return f"{recipe.method}:{recipe.error_correction}{step}"
 
 
 def measure(setting: Setting, variant: str, seed: int) -> Run:

@@ -19,11 +19,10 @@ import click
 
 from benchmarks.dial import dial_table
 from benchmarks.evidence_tables import EVIDENCE_TABLES
+from benchmarks.quality import RESULTS, default_variant
 from benchmarks.serving_tables import SERVING_TABLES
-from sparseserve.recipe import PruneRecipe
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/method.md", "docs/serving.md", "docs/evidence.md")
 DENSE = "the dense model"
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -102,8 +101,7 @@ def peers_table(result: dict[str, Any]) -> str:
     for label, runs in ours.items():
         tool = "" if label == DENSE else "sparseserve"
         lines.append(f"| {tool} | {label} | {_perplexities(runs, texts)} | |")
-    recipe = PruneRecipe()
-    default = ours.get(_label(recipe.method, recipe.error_correction))
+    default = ours.get(_label(default_variant()))
     if default and DENSE in ours:
         for (tool, method), others in groups.items():
             shares = _gap_shares(default, others, ours[DENSE][0], texts)
@@ -139,19 +137,20 @@ def _our_runs(result: dict[str, Any], methods: set[str]) -> dict[str, list[dict[
     ours = json.loads((RESULTS / result["ours"]).read_text(encoding="utf-8"))
     if ours["setting"] != result["setting"]:
         raise click.ClickException(f"{result['ours']} was measured with another setting")
-    default = PruneRecipe()
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in ours["runs"]:
-        method, _, correction = run["variant"].partition(":")
-        if run["variant"] == "dense":
+        variant = run["variant"]
+        if variant == "dense":
             groups[DENSE] = [run]
-        elif method in methods or run["variant"] == f"{default.method}:{default.error_correction}":
-            groups.setdefault(_label(method, correction), []).append(run)
+        elif variant.partition(":")[0] in methods or variant == default_variant():
+            groups.setdefault(_label(variant), []).append(run)
     return groups
 
 
-def _label(method: str, correction: str) -> str:
-    return f"{method}, error correction {correction}"
+def _label(variant: str) -> str:
+    head, *steps = variant.split(",")
+    method, _, correction = head.partition(":")
+    return ", then ".join([f"{method}, error correction {correction}", *steps])
 
 
 def _perplexities(runs: list[dict[str, Any]], texts: list[str]) -> str:

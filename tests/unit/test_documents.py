@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import PAGES, RESULTS, TABLES, render
+from benchmarks.quality import RESULTS
+from benchmarks.tables import PAGES, TABLES, render
 from sparseserve.cli.main import cli
 
 ROOT = Path(__file__).parents[2]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 import pytest
 
 from benchmarks.evaluation_texts import named_texts
 from benchmarks.evidence import command, experiments
-from benchmarks.quality import Setting, recipe_of
-from sparseserve.recipe import PruneRecipe
+from benchmarks.quality import Setting, default_variant, recipe_of
+from sparseserve.calibration import CalibrationSpec
+from sparseserve.recipe import PRESETS
 
 SETTING = Setting(
     model="m",
@@ -45,15 +48,9 @@ def test_a_variant_says_correction_weight_and_steps() -> None:
     assert recipe.calibration.seed == 3
 
 
-def test_the_default_method_and_correction_name_the_default_recipe() -> None:
-    recipe = recipe_of("admm:intra+inter", SETTING, 0)
-    default = PruneRecipe()
-    assert (recipe.error_correction, recipe.inter_weight, recipe.pattern) == (
-        default.error_correction,
-        default.inter_weight,
-        default.pattern,
-    )
-    assert recipe.pruner == default.pruner
+def test_the_default_variant_is_the_default_recipe() -> None:
+    recipe = recipe_of(default_variant(), SETTING, 0)
+    assert replace(recipe, calibration=CalibrationSpec()) == PRESETS["default"]
 
 
 def test_an_unknown_step_is_refused() -> None:
