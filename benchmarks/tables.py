@@ -131,18 +131,22 @@ def _gap_shares(
 
 
 def _our_runs(result: dict[str, Any], methods: set[str]) -> dict[str, list[dict[str, Any]]]:
-    """Our runs of ``methods`` and of the default recipe, from a result of the same setting."""
+    """Our runs of ``methods`` and of the default recipe, from a result of the same setting.
+
+    Of the default recipe those without its training, too.
+    """
     if not result["ours"]:
         return {}
     ours = json.loads((RESULTS / result["ours"]).read_text(encoding="utf-8"))
     if ours["setting"] != result["setting"]:
         raise click.ClickException(f"{result['ours']} was measured with another setting")
     groups: dict[str, list[dict[str, Any]]] = {}
+    untrained = default_variant().split(",")[0]
     for run in ours["runs"]:
         variant = run["variant"]
         if variant == "dense":
             groups[DENSE] = [run]
-        elif variant.partition(":")[0] in methods or variant == default_variant():
+        elif variant.partition(":")[0] in methods or variant in (untrained, default_variant()):
             groups.setdefault(_label(variant), []).append(run)
     return groups
 

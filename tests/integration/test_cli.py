@@ -51,6 +51,24 @@ def test_every_method_can_be_named(cli: Cli, llama: Path, text: Path, method: st
     assert json.loads(done.stdout)["recipe"]["method"]["name"] == method
 
 
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ("", True),
+        ("--method admm", True),
+        ("--method wanda", False),
+        ("--method wanda --reconstruct 1", True),
+        ("--reconstruct 0", False),
+    ],
+)
+def test_layers_are_reconstructed_by_the_recipes_own_method_or_when_asked(
+    cli: Cli, llama: Path, text: Path, options: str, trained: bool
+) -> None:
+    done = cli(*prune_arguments(llama, text, "-o", "out", "--json", *options.split()))
+    layers = json.loads(done.stdout)["report"]["layers"]
+    assert {layer["reconstruction"] is not None for layer in layers} == {trained}
+
+
 def test_the_paper_recipe_runs_with_its_own_method(cli: Cli, llama: Path, text: Path) -> None:
     arguments = prune_arguments(llama, text, "-o", "out", "--recipe", "paper", "--json")
     done = cli(*arguments, "--method", "fista", "--error-correction", "none")
