@@ -72,7 +72,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One variant with one seed; ``dense`` is the model itself."""
+    """One variant with one seed, by the code of ``commit``; ``dense`` is the model itself."""
 
     variant: str
     seed: int
@@ -81,6 +81,7 @@ class Run:
     seconds: float
     peak_memory_bytes: int
     gram_products: int
+    commit: str
 
 
 def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
@@ -132,6 +133,7 @@ def measure(setting: Setting, variant: str, seed: int) -> Run:
             seconds=seconds,
             peak_memory_bytes=report.peak_memory_bytes,
             gram_products=max(operator.gram_products for operator in report.operators),
+            commit=Machine.here().commit,
         )
 
 
@@ -216,6 +218,7 @@ def _dense(setting: Setting) -> Run:
         seconds=0.0,
         peak_memory_bytes=0,
         gram_products=0,
+        commit=Machine.here().commit,
     )
 
 

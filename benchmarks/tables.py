@@ -53,9 +53,14 @@ def quality_table(result: dict[str, Any]) -> str:
         f"of {_calibration_text(setting)}, {drawn if seeds > 1 else 'one calibration seed'}, "
         f"perplexity on {setting['evaluation_windows']} held-out windows of "
         f"{setting['evaluation_length']} tokens of each text; {machine['cpu']}, "
-        f"torch {machine['torch']}, commit {machine['commit']}, {machine['date']}."
+        f"torch {machine['torch']}, {_commits(result['runs'])}, {machine['date']}."
     )
     return "\n".join(lines)
+
+
+def _commits(runs: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(run["commit"] for run in runs if run["variant"] != "dense"))
+    return f"commit{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def _calibration_text(setting: dict[str, Any]) -> str:
@@ -121,7 +126,12 @@ def _gap_shares(
     dense: dict[str, Any],
     texts: list[str],
 ) -> str:
-    """What of the others' gap is left; a gap is ln(perplexity / dense perplexity), over seeds."""
+    """What of the others' gap is left, over the seeds that both have been run with.
+
+    A gap is ln(perplexity / dense perplexity).
+    """
+    common = {run["seed"] for run in runs} & {run["seed"] for run in others}
+    runs, others = ([run for run in each if run["seed"] in common] for each in (runs, others))
 
     def gap(found: list[dict[str, Any]], text: str) -> float:
         base = dense["perplexity"][text]
