@@ -33,7 +33,7 @@ from sparseserve.calibration import CalibrationSpec
 from sparseserve.checkpoint import write_json
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.measurement import EvaluationSpec, evaluate
-from sparseserve.recipe import PruneRecipe, recipe_from_mapping
+from sparseserve.recipe import PRESETS, PruneRecipe, recipe_from_mapping
 from sparseserve.report import PruneReport
 from sparseserve.workflow import prune_and_export
 
@@ -99,7 +99,7 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     if weight:
         data["inter_weight"] = float(weight)
     if "reconstruct" in steps:
-        data["reconstruction"] = {"epochs": 4}
+        data["reconstruction"] = asdict(PRESETS["default"].reconstruction)
     if "retrain" in steps:
         data["retraining"] = {"epochs": 3}
     return recipe_from_mapping(data)

@@ -1,7 +1,8 @@
 r"""A recipe: everything that decides what a pruning run computes.
 
-The presets are ``default``, the best setting found without training, ``fast``, SparseGPT as its
-authors run it, and ``paper``, FISTAPruner to the letter. A TOML file states the same keys::
+The presets are ``default``, the best setting found without retraining the whole model, ``fast``,
+SparseGPT as its authors run it, and ``paper``, FISTAPruner to the letter. A TOML file states the
+same keys; one that it leaves out is that of ``default``, except that nothing is trained::
 
     version = 1
     pattern = "2:4"               # or N:M, or "50%"
@@ -94,6 +95,12 @@ class PruneRecipe:
             raise RecipeError(f"inter_weight {self.inter_weight} must be between 0 and 1")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise RecipeError(unknown_name("dtype", self.dtype, ("auto", *DTYPES)))
+        trained = self.reconstruction.epochs or self.retraining.epochs
+        if trained and self.calibration.samples < 2:
+            raise RecipeError(
+                "training holds calibration windows out, so it needs at least --samples 2; or "
+                "leave it out: --reconstruct 0 --retrain 0"
+            )
         for expression in self.ignore:
             try:
                 re.compile(expression)
@@ -133,7 +140,7 @@ class PruneRecipe:
 
 
 PRESETS = {
-    "default": PruneRecipe(),
+    "default": PruneRecipe(reconstruction=Reconstruction(epochs=6)),
     "fast": PruneRecipe(pruner=SparseGPT(), error_correction="sequential"),
     "paper": PruneRecipe(
         pruner=PaperFista(),

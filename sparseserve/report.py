@@ -40,7 +40,8 @@ class ReconstructionReport:
 
     Attributes:
         epochs: Passes over the training windows that are kept; 0 if none made it better.
-        error_before: ``||f(h*) - f0(h)|| / ||f0(h)||`` of the layer as it was pruned.
+        error_before: Root mean square over tokens of ``||f(h*) - f0(h)|| / ||f0(h)||``, the error
+            of what leaves the layer as it was pruned.
         error_after: The same of the layer that is kept.
     """
 

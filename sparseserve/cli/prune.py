@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 @click.command("prune-and-export")
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder to write.")
-@click.option("--method", help="fista, admm, sparsegpt, wanda and others; default from the recipe.")
+@click.option(
+    "--method",
+    help="fista, admm, sparsegpt, wanda and others, each without the recipe's training; "
+    "default: the recipe's.",
+)
 @click.option(
     "--recipe", default="default", show_default=True, help="default, fast, paper or FILE.toml."
 )
 @click.option("--pattern", help="2:4, any N:M, or a share of zeros such as 50%.")
 @click.option("--error-correction", help="none, intra, intra+inter or sequential.")
 @click.option("--inter-weight", type=float, help="Of intra+inter: errors repaired, 0 to 1.")
-@click.option("--reconstruct", type=int, help="Epochs of training each layer; 0 for none.")
+@click.option("--reconstruct", type=int, help="Epochs of training each layer; 0: none.")
 @click.option("--retrain", type=int, help="Epochs of training the whole model; 0 for none.")
 @click.option("--calibration", help="Text file, folder or dataset name; default: packaged text.")
 @click.option("--samples", type=int, help="Calibration windows.")
@@ -141,6 +145,9 @@ def _recipe(
     from sparseserve.recipe import load_recipe, recipe_from_mapping
 
     recipe = load_recipe(name)
+    other_method = method is not None and method != recipe.method.removesuffix("-paper")
+    if other_method and reconstruct is None:
+        reconstruct = 0
     if reconstruct is not None:
         knobs = replace(recipe.reconstruction, epochs=reconstruct)
         recipe = replace(recipe, reconstruction=knobs)
@@ -151,7 +158,7 @@ def _recipe(
     spec = base["calibration"]
     if not isinstance(own, dict) or not isinstance(spec, dict):
         raise AssertionError("a recipe's method and calibration are tables")
-    if method is not None and method != str(own["name"]).removesuffix("-paper"):
+    if other_method:
         if name == "paper":
             raise RecipeError(
                 f"recipe 'paper' is FISTAPruner: --method {method} has no such recipe"

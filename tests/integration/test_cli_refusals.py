@@ -107,7 +107,7 @@ class TestBadInputIsOneLineAndExitCodeOne:
             ("--reconstruct -1", "epochs -1 must not be negative"),
             ("--retrain -1", "epochs must not be negative"),
             ("--samples 1 --retrain 1", "at least --samples 2"),
-            ("--samples 1 --reconstruct 1", "raise --samples"),
+            ("--samples 1 --reconstruct 1", "at least --samples 2"),
             ("--dtype int4", "unknown dtype 'int4'"),
             ("--samples 0", "--samples 0 must be at least 1"),
             ("--sequence-length 100000", "100000"),
