@@ -10,8 +10,8 @@ written to the JSON as soon as it is done; runs already there are not repeated::
         --text speeches=packaged --text wikipedia=demo/texts/wikipedia-evaluation.txt
 
 A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
-``,reconstruct`` and ``,retrain`` for the steps after pruning. The method of the default recipe has
-the knobs it has there::
+``,reconstruct`` and ``,retrain`` for the steps after pruning, ``,scramble`` for a scrambled copy of
+each window beside it. The method of the default recipe has the knobs it has there::
 
     --only sparsegpt:sequential --only admm:intra+inter@0.5 --only admm:intra,retrain
 """
@@ -89,14 +89,16 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     head, *steps = variant.split(",")
     method, _, correction = head.partition(":")
     correction, _, weight = correction.partition("@")
-    if unknown := set(steps) - {"reconstruct", "retrain"}:
+    if unknown := set(steps) - {"reconstruct", "retrain", "scramble"}:
         raise click.UsageError(f"{variant}: no such step: {', '.join(sorted(unknown))}")
     default = PruneRecipe().to_json()
     data: dict[str, object] = {
         "pattern": setting.pattern,
         "method": default["method"] if method == PruneRecipe().method else {"name": method},
         "error_correction": correction or "none",
-        "calibration": asdict(setting.calibration_spec(seed)),
+        "calibration": asdict(
+            replace(setting.calibration_spec(seed), scrambled=int("scramble" in steps))
+        ),
     }
     if weight:
         data["inter_weight"] = float(weight)

@@ -1,8 +1,15 @@
-"""Calibration windows: what they are drawn from, and a record that identifies them."""
+"""Calibration windows: what they are drawn from, and a record that identifies them.
+
+What the first decoder layers see depends on single tokens more than on sentences, and a
+calibration text holds a small part of the vocabulary. So these layers can be shown scrambled
+copies of the windows, too: with half of the tokens, at random places, drawn anew from the whole
+vocabulary. No text is needed for that.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_SEQUENCE_LENGTH = 512
+_SCRAMBLED_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +32,16 @@ class CalibrationSpec:
 
     ``source`` is a file, a folder, a dataset name, or None for the packaged text.
     ``sequence_length`` None means DEFAULT_SEQUENCE_LENGTH, or what the model takes if that is less.
+    ``scrambled`` is how many scrambled copies of each window the first ``scrambled_layers`` decoder
+    layers see beside it.
     """
 
     source: str | None = None
     samples: int = 128
     sequence_length: int | None = None
     seed: int = 0
+    scrambled: int = 0
+    scrambled_layers: int = 4
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -37,6 +49,11 @@ class CalibrationSpec:
             raise RecipeError(f"--samples {self.samples} must be at least 1")
         if self.sequence_length is not None and self.sequence_length < 2:
             raise RecipeError(f"--sequence-length {self.sequence_length} must be at least 2")
+        if self.scrambled < 0 or self.scrambled_layers < 1:
+            raise RecipeError(
+                f"calibration: scrambled {self.scrambled} must not be negative, scrambled_layers "
+                f"{self.scrambled_layers} must be at least 1"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,10 +74,19 @@ class CalibrationRecord:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSet:
-    """Windows of token ids, int64 ``[sequence_length]`` each, and their record."""
+    """Windows of token ids, int64 ``[sequence_length]`` each, and their record.
+
+    Attributes:
+        windows: Of the text.
+        record: Of ``windows``.
+        scrambled: Scrambled copies of them.
+        scrambled_layers: How many decoder layers, from the first on, see the copies.
+    """
 
     windows: tuple[Tensor, ...]
     record: CalibrationRecord
+    scrambled: tuple[Tensor, ...] = ()
+    scrambled_layers: int = 0
 
 
 def load_calibration(
@@ -88,7 +114,24 @@ def load_calibration(
         tokens=sum(len(window) for window in windows),
         digest=_digest(windows),
     )
-    return CalibrationSet(tuple(windows), record)
+    return CalibrationSet(
+        tuple(windows), record, tuple(_scrambled(windows, spec, tokenizer)), spec.scrambled_layers
+    )
+
+
+def _scrambled(
+    windows: list[Tensor], spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Tensor]:
+    """Yield copies of ``windows`` with half of the tokens replaced; special ones stay."""
+    special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.int64)
+    # Without tokens that were added later, which the model may know nothing of.
+    every = torch.arange(tokenizer.vocab_size)
+    ordinary = every[~torch.isin(every, special)]
+    generator = torch.Generator().manual_seed(spec.seed)
+    for window in windows * spec.scrambled:
+        drawn = ordinary[torch.randint(len(ordinary), window.shape, generator=generator)]
+        replaced = torch.rand(window.shape, generator=generator) < _SCRAMBLED_SHARE
+        yield torch.where(replaced & ~torch.isin(window, special), drawn, window)
 
 
 def _digest(windows: list[Tensor]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,11 +21,13 @@ class HiddenStates:
         path: The file, raw and in the byte order of this machine.
         shape: Of each tensor, ``[1, tokens, hidden]`` between layers.
         dtype: Of each tensor.
+        skipped: How many tensors at the beginning of the file do not count.
     """
 
     path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    skipped: int = 0
 
     @classmethod
     def write(cls, path: Path, windows: Iterable[Tensor]) -> HiddenStates:
@@ -63,7 +65,7 @@ class HiddenStates:
 
     def __len__(self) -> int:
         """How many tensors there are."""
-        return self.path.stat().st_size // self._bytes
+        return self.path.stat().st_size // self._bytes - self.skipped
 
     def __iter__(self) -> Iterator[Tensor]:
         """Read them one after the other."""
@@ -74,9 +76,13 @@ class HiddenStates:
         if not 0 <= index < len(self):
             raise IndexError(index)
         with self.path.open("rb") as file:
-            file.seek(index * self._bytes)
+            file.seek((self.skipped + index) * self._bytes)
             data = bytearray(file.read(self._bytes))
         return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
+    def without_first(self, count: int) -> HiddenStates:
+        """Return the tensors after the first ``count``, in the same file."""
+        return replace(self, skipped=self.skipped + count)
 
     @property
     def _bytes(self) -> int:

@@ -7,7 +7,7 @@ the disk, so memory does not grow with the number of calibration windows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class LayerRun:
         device: Where it runs.
         dtype: What it computes in.
         storage_dtype: What its weights are stored in.
+        scrambled: How many of the windows, the first ones, are scrambled text.
     """
 
     layer: LayerStructure
@@ -49,6 +50,7 @@ class LayerRun:
     device: torch.device
     dtype: torch.dtype
     storage_dtype: torch.dtype
+    scrambled: int = 0
 
     @property
     def entering(self) -> HiddenStates:
@@ -83,16 +85,24 @@ class HiddenStreams:
         dense: In the dense model.
         pruned: In the model pruned so far; None where layers are pruned independently.
         keep_inputs: Whether what each group of operators reads in the dense layer is kept, too.
+        scrambled: How many of the windows, the first ones, are scrambled text.
     """
 
     folder: Path
     dense: HiddenStates
     pruned: HiddenStates | None
     keep_inputs: bool
+    scrambled: int = 0
 
     @classmethod
     def start(
-        cls, folder: Path, entering: Iterable[Tensor], *, chained: bool, keep_inputs: bool
+        cls,
+        folder: Path,
+        entering: Iterable[Tensor],
+        *,
+        chained: bool,
+        keep_inputs: bool,
+        scrambled: int = 0,
     ) -> HiddenStreams:
         """Begin with what enters the first layer; ``chained`` asks for the pruned stream.
 
@@ -102,7 +112,16 @@ class HiddenStreams:
         with writing(folder):
             folder.mkdir()
         dense = HiddenStates.write(folder / "dense-0", entering)
-        return cls(folder, dense, dense if chained else None, keep_inputs)
+        return cls(folder, dense, dense if chained else None, keep_inputs, scrambled)
+
+    def without_scrambled(self) -> HiddenStreams:
+        """Return what the other windows carry into the next layer."""
+        return replace(
+            self,
+            dense=self.dense.without_first(self.scrambled),
+            pruned=None if self.pruned is None else self.pruned.without_first(self.scrambled),
+            scrambled=0,
+        )
 
     def enter(
         self, module: nn.Module, layer: LayerStructure, call: LayerCall, device: torch.device
@@ -139,6 +158,7 @@ class HiddenStreams:
             device=device,
             dtype=dtype,
             storage_dtype=storage,
+            scrambled=self.scrambled,
         )
 
     def leave(self, run: LayerRun, module: nn.Module) -> HiddenStreams:
@@ -158,7 +178,7 @@ class HiddenStreams:
         done = [stream for stream in (self.dense, self.pruned, *run.dense_inputs) if stream]
         for path in {stream.path for stream in done}:
             path.unlink()
-        return HiddenStreams(self.folder, run.dense_output, pruned, self.keep_inputs)
+        return replace(self, dense=run.dense_output, pruned=pruned)
 
 
 def _output_and_inputs(

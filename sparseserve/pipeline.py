@@ -86,15 +86,18 @@ def prune_model(
     calls = capture_layer_calls(model, structure, calibration.windows)
     streams = HiddenStreams.start(
         store.fresh("hidden"),
-        entering_states(model, structure, calibration.windows),
+        entering_states(model, structure, (*calibration.scrambled, *calibration.windows)),
         chained=recipe.error_correction in CHAINED,
         # A GPU runs a layer again sooner than a disk gives its inputs back; a CPU does not.
         keep_inputs=recipe.error_correction != "sequential" and device.type == "cpu",
+        scrambled=len(calibration.scrambled),
     )
     reports = []
     for number, (layer, call) in enumerate(zip(structure.layers, calls, strict=True), start=1):
         progress.layer_started(layer.name, number, len(structure.layers))
         module = model.get_submodule(layer.name)
+        if number > calibration.scrambled_layers:
+            streams = streams.without_scrambled()
         run = streams.enter(module, layer, call, device)
         pruned = store.load(layer.name)
         if pruned is None:

@@ -26,6 +26,8 @@ same keys; one that it leaves out is that of ``default``, except that nothing is
     samples = 128
     sequence_length = 512
     seed = 0
+    scrambled = 1                 # copies of each window with random tokens, for the first layers
+    scrambled_layers = 4
 """
 
 from __future__ import annotations

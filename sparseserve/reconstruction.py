@@ -144,7 +144,10 @@ class _Trained:
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """What enters the pruned layer and what should leave it; the last windows are held out."""
+    """What enters the pruned layer and what should leave it; the last windows are held out.
+
+    Those are windows of text; scrambled ones are only trained on.
+    """
 
     entering: HiddenStates
     leaving: HiddenStates
@@ -155,10 +158,11 @@ class _Windows:
     @classmethod
     def of(cls, run: LayerRun, knobs: Reconstruction) -> _Windows:
         count = len(run.entering)
-        held_out = max(1, round(knobs.held_out * count))
-        if held_out >= count:
+        text = count - run.scrambled
+        held_out = max(1, round(knobs.held_out * text))
+        if held_out >= text:
             raise RecipeError(
-                f"reconstruction holds {held_out} of {count} calibration windows out, which leaves "
+                f"reconstruction holds {held_out} of {text} calibration windows out, which leaves "
                 "none to train on: raise --samples"
             )
         call = run.call.to(run.device, torch.float32)

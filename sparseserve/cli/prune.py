@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @click.option("--samples", type=int, help="Calibration windows.")
 @click.option("--sequence-length", type=int, help="Tokens per calibration window.")
 @click.option("--seed", type=int, help="Draws the calibration windows.")
+@click.option("--scrambled", type=int, help="Copies of each window with random tokens; 0 for none.")
 @click.option(
     "--format",
     "export_format",
@@ -63,6 +64,7 @@ def prune_command(
     samples: int | None,
     sequence_length: int | None,
     seed: int | None,
+    scrambled: int | None,
     export_format: str | None,
     dtype: str | None,
     ignore: tuple[str, ...],
@@ -94,6 +96,7 @@ def prune_command(
             "samples": samples,
             "sequence_length": sequence_length,
             "seed": seed,
+            "scrambled": scrambled,
         },
         reconstruct=reconstruct,
         retrain=retrain,

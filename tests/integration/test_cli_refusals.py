@@ -109,6 +109,7 @@ class TestBadInputIsOneLineAndExitCodeOne:
             ("--samples 1 --retrain 1", "at least --samples 2"),
             ("--samples 1 --reconstruct 1", "at least --samples 2"),
             ("--dtype int4", "unknown dtype 'int4'"),
+            ("--scrambled -1", "scrambled -1 must not be negative"),
             ("--samples 0", "--samples 0 must be at least 1"),
             ("--sequence-length 100000", "100000"),
             ("--samples 100000", "100000"),

@@ -198,6 +198,22 @@ def test_inter_layer_correction_without_weight_only_sees_the_pruned_layers_befor
         assert not torch.equal(weights[chained][second], weights["none"][second])
 
 
+def test_only_the_first_layers_see_scrambled_copies(
+    prune: Any, with_pruner: Any, quick: Any
+) -> None:
+    """Without error correction a layer depends on its own calibration windows alone."""
+    plain = with_pruner(SparseGPT(), error_correction="none")
+    spec = replace(quick.calibration, scrambled=2, scrambled_layers=1)
+    first = prune("llama", "plain", recipe=plain, export_format="dense")
+    second = prune(
+        "llama", "scrambled", recipe=replace(plain, calibration=spec), export_format="dense"
+    )
+    assert first.manifest.calibration == second.manifest.calibration
+    for name in first.manifest.pruned:
+        weights = [each.checkpoint.tensor(f"{name}.weight") for each in (first, second)]
+        assert torch.equal(*weights) == (".layers.1." in name)
+
+
 def test_reconstruction_is_reported_and_its_norms_are_stored(
     prune: Any, with_pruner: Any, tmp_path: Path
 ) -> None:

@@ -40,12 +40,12 @@ def test_every_experiment_has_a_result_of_its_own() -> None:
 
 
 def test_a_variant_says_correction_weight_and_steps() -> None:
-    recipe = recipe_of("wanda:intra+inter@0.25,reconstruct,retrain", SETTING, 3)
+    recipe = recipe_of("wanda:intra+inter@0.25,reconstruct,retrain,scramble", SETTING, 3)
     assert recipe.method == "wanda"
     assert (recipe.error_correction, recipe.inter_weight) == ("intra+inter", 0.25)
     assert recipe.reconstruction.epochs > 0
     assert recipe.retraining.epochs > 0
-    assert recipe.calibration.seed == 3
+    assert (recipe.calibration.seed, recipe.calibration.scrambled) == (3, 1)
 
 
 def test_the_default_variant_is_the_default_recipe() -> None:

@@ -20,6 +20,15 @@ def test_every_tensor_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype)
     assert torch.equal(stored[2], windows[2])
 
 
+def test_the_first_tensors_can_be_left_out(tmp_path: Path) -> None:
+    windows = [torch.full((1, 2, 3), float(number)) for number in range(5)]
+    rest = HiddenStates.write(tmp_path / "states", windows).without_first(1).without_first(2)
+    assert [float(window[0, 0, 0]) for window in rest] == [3.0, 4.0]
+    assert torch.equal(rest[1], windows[4])
+    with pytest.raises(IndexError):
+        rest[2]
+
+
 def test_a_tensor_that_was_read_may_be_changed_without_changing_the_file(tmp_path: Path) -> None:
     stored = HiddenStates.write(tmp_path / "states", [torch.zeros(1, 2, 2)])
     stored[0].fill_(7)

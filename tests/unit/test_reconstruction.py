@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +117,17 @@ def test_one_window_cannot_be_held_out_and_trained_on(tmp_path: Path) -> None:
     pruned = pruned_layer(tmp_path, windows=1)
     with pytest.raises(RecipeError, match="1 of 1 calibration windows out"):
         reconstruct(pruned.run, pruned.module, pruned.masked, KNOBS)
+
+
+def test_scrambled_windows_are_trained_on_and_never_held_out(tmp_path: Path) -> None:
+    pruned = pruned_layer(tmp_path)
+    run = replace(pruned.run, scrambled=6)
+    _, report = reconstruct(run, pruned.module, pruned.masked, KNOBS)
+    # One of the two windows of text, not one in eight of all.
+    _, usual = reconstruct(pruned.run, pruned.module, pruned.masked, KNOBS)
+    assert report.error_before == usual.error_before
+    with pytest.raises(RecipeError, match="1 of 1 calibration windows out"):
+        reconstruct(replace(run, scrambled=7), pruned.module, pruned.masked, KNOBS)
 
 
 @pytest.mark.parametrize(
