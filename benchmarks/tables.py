@@ -43,7 +43,7 @@ def quality_table(result: dict[str, Any]) -> str:
         cells = [_spread([run["perplexity"][text] for run in runs]) for text in texts]
         head, *steps = variant.split(",")
         method, _, correction = head.partition(":")
-        label = ", then ".join([method, *steps])
+        label = _with_steps(method, steps)
         lines.append(f"| {label} | {correction} | {' | '.join(cells)} |")
     seeds = max(len(runs) for runs in groups.values())
     tokens = setting["samples"] * setting["sequence_length"]
@@ -164,7 +164,13 @@ def _our_runs(result: dict[str, Any], methods: set[str]) -> dict[str, list[dict[
 def _label(variant: str) -> str:
     head, *steps = variant.split(",")
     method, _, correction = head.partition(":")
-    return ", then ".join([f"{method}, error correction {correction}", *steps])
+    return _with_steps(f"{method}, error correction {correction}", steps)
+
+
+def _with_steps(label: str, steps: list[str]) -> str:
+    then = [step for step in steps if step != "scramble"]
+    beside = ["scrambled windows"] if "scramble" in steps else []
+    return ", ".join([label, *beside, *(f"then {step}" for step in then)])
 
 
 def _perplexities(runs: list[dict[str, Any]], texts: list[str]) -> str:
