@@ -1,6 +1,6 @@
 """Pruning a model: the whole of it, one decoder layer at a time.
 
-For every layer, on all calibration windows:
+For every layer, on all calibration windows, the first layers on scrambled copies of them, too:
 
 1. Copy the layer twice: one copy stays dense, the other is pruned. Run the dense one to the next
    layer's inputs.
