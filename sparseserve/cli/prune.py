@@ -149,8 +149,8 @@ def _recipe(
 
     recipe = load_recipe(name)
     other_method = method is not None and method != recipe.method.removesuffix("-paper")
-    if other_method and reconstruct is None:
-        reconstruct = 0
+    if other_method:
+        reconstruct, retrain = reconstruct or 0, retrain or 0
     if reconstruct is not None:
         knobs = replace(recipe.reconstruction, epochs=reconstruct)
         recipe = replace(recipe, reconstruction=knobs)

@@ -69,6 +69,17 @@ def test_layers_are_reconstructed_by_the_recipes_own_method_or_when_asked(
     assert {layer["reconstruction"] is not None for layer in layers} == {trained}
 
 
+def test_another_method_is_run_without_the_recipes_retraining(
+    cli: Cli, tmp_path: Path, llama: Path, text: Path
+) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[retraining]\nepochs = 1\n")
+    for options, trained in (("", True), ("--method wanda", False)):
+        arguments = ("-o", f"out-{trained}", "--recipe", recipe, "--json", *options.split())
+        report = json.loads(cli(*prune_arguments(llama, text, *arguments)).stdout)["report"]
+        assert (report["retraining"] is not None) == trained
+
+
 def test_the_paper_recipe_runs_with_its_own_method(cli: Cli, llama: Path, text: Path) -> None:
     arguments = prune_arguments(llama, text, "-o", "out", "--recipe", "paper", "--json")
     done = cli(*arguments, "--method", "fista", "--error-correction", "none")
