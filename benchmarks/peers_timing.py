@@ -1,5 +1,8 @@
 """How long do other tools and ours take to prune, in turns, each in a process of its own?
 
+Ours are our own versions of the tools' methods, on the dense model's inputs and on those that
+pruned operators leave, and the default recipe with and without its training.
+
 Counted is the pruning call alone, calibration passes included, loading and the final checkpoint
 not. Ours also writes every finished layer to disk in that time, so that a killed run can go on.
 """
@@ -23,6 +26,10 @@ from sparseserve.pruners import PRUNERS
 from sparseserve.report import PruneReport
 
 OURS = "sparseserve"
+DEFAULT_RECIPE = {
+    "default, untrained": "--recipe default --reconstruct 0 --scrambled 0",
+    "default": "--recipe default",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +46,7 @@ class Timing:
 def time_in_turns(
     model: str, spec: CalibrationSpec, wanted: Sequence[tuple[Peer, str]], repeats: int
 ) -> dict[str, object]:
-    """Time every tool and method of ``wanted``, then our methods of the same names.
+    """Time every tool and method of ``wanted``, then our methods of the same names and recipe.
 
     Raises:
         PeerError: A run failed.
@@ -67,8 +74,8 @@ def time_in_turns(
                 )
                 timings += [theirs]
                 click.echo(theirs, err=True)
-            for method in dict.fromkeys(name for _, name in wanted if name in PRUNERS):
-                timings += [time_ours(model, spec, method, repeat, digest)]
+            for label, options in _ours([method for _, method in wanted]).items():
+                timings += [time_ours(model, spec, label, options, repeat=repeat, digest=digest)]
                 click.echo(timings[-1], err=True)
     return {
         "model": model,
@@ -78,8 +85,29 @@ def time_in_turns(
     }
 
 
-def time_ours(model: str, spec: CalibrationSpec, method: str, repeat: int, digest: str) -> Timing:
-    """Time one of our methods on the windows of ``spec``, whose digest is ``digest``.
+def _ours(methods: Sequence[str]) -> dict[str, str]:
+    """Return the options of our runs beside those of a tool's ``methods``, by what to call them."""
+    runs = {
+        f"{method}, {correction}": f"--method {method} --error-correction {correction}"
+        for method in dict.fromkeys(methods)
+        if method in PRUNERS
+        for correction in ("none", "sequential")
+    }
+    return runs | DEFAULT_RECIPE
+
+
+def time_ours(
+    model: str, spec: CalibrationSpec, label: str, options: str, *, repeat: int, digest: str
+) -> Timing:
+    """Time one run of ours with these ``options`` on the windows of ``spec``.
+
+    Args:
+        model: What to prune.
+        spec: The windows.
+        label: What to call the method.
+        options: Of ``prune-and-export``.
+        repeat: Which turn this is.
+        digest: Of the tokens that the tools were given.
 
     Raises:
         PeerError: The command failed, or calibrated on other tokens.
@@ -87,8 +115,8 @@ def time_ours(model: str, spec: CalibrationSpec, method: str, repeat: int, diges
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "pruned"
         command = [sys.executable, "-m", "sparseserve", "prune-and-export", model, "-o", str(out)]
-        command += ["--method", method, "--error-correction", "none", "--format", "dense"]
-        command += ["--samples", str(spec.samples), "--seed", str(spec.seed)]
+        command += [*options.split(), "--format", "dense", "--seed", str(spec.seed)]
+        command += ["--samples", str(spec.samples)]
         command += ["--sequence-length", str(spec.sequence_length)]
         if spec.source:
             command += ["--calibration", spec.source]
@@ -98,10 +126,10 @@ def time_ours(model: str, spec: CalibrationSpec, method: str, repeat: int, diges
         manifest = Artifact.open(out).manifest
     report = PruneReport.from_json(manifest.report)
     if manifest.calibration["digest"] != digest:
-        raise PeerError(f"{OURS} {method} calibrated on other tokens than the tools were given")
+        raise PeerError(f"{OURS} {label} calibrated on other tokens than the tools were given")
     return Timing(
         tool=OURS,
-        method=method,
+        method=label,
         repeat=repeat,
         seconds=report.seconds,
         peak_memory_bytes=report.peak_memory_bytes,

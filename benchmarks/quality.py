@@ -113,7 +113,8 @@ def default_variant() -> str:
     """Return how the default recipe is written here."""
     recipe = PRESETS["default"]
     step = ",reconstruct" if recipe.reconstruction.epochs else ""
-    return f"{recipe.method}:{recipe.error_correction}{step}"
+    beside = ",scramble" if recipe.calibration.scrambled else ""
+    return f"{recipe.method}:{recipe.error_correction}{step}{beside}"
 
 
 def measure(setting: Setting, variant: str, seed: int) -> Run:

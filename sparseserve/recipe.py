@@ -2,7 +2,8 @@ r"""A recipe: everything that decides what a pruning run computes.
 
 The presets are ``default``, the best setting found without retraining the whole model, ``fast``,
 SparseGPT as its authors run it, and ``paper``, FISTAPruner to the letter. A TOML file states the
-same keys; one that it leaves out is that of ``default``, except that nothing is trained::
+same keys; one that it leaves out is that of ``default``, except that nothing is trained or
+scrambled::
 
     version = 1
     pattern = "2:4"               # or N:M, or "50%"
@@ -142,7 +143,9 @@ class PruneRecipe:
 
 
 PRESETS = {
-    "default": PruneRecipe(reconstruction=Reconstruction(epochs=6)),
+    "default": PruneRecipe(
+        reconstruction=Reconstruction(epochs=6), calibration=CalibrationSpec(scrambled=1)
+    ),
     "fast": PruneRecipe(pruner=SparseGPT(), error_correction="sequential"),
     "paper": PruneRecipe(
         pruner=PaperFista(),

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder to write.")
 @click.option(
     "--method",
-    help="fista, admm, sparsegpt, wanda and others, each without the recipe's training; "
-    "default: the recipe's.",
+    help="fista, admm, sparsegpt, wanda and others, each without the recipe's training and "
+    "scrambled windows; default: the recipe's.",
 )
 @click.option(
     "--recipe", default="default", show_default=True, help="default, fast, paper or FILE.toml."
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--samples", type=int, help="Calibration windows.")
 @click.option("--sequence-length", type=int, help="Tokens per calibration window.")
 @click.option("--seed", type=int, help="Draws the calibration windows.")
-@click.option("--scrambled", type=int, help="Copies of each window with random tokens; 0 for none.")
+@click.option("--scrambled", type=int, help="Copies of each window with random tokens; 0: none.")
 @click.option(
     "--format",
     "export_format",
@@ -167,6 +167,7 @@ def _recipe(
                 f"recipe 'paper' is FISTAPruner: --method {method} has no such recipe"
             )
         own = {"name": method}
+        spec["scrambled"] = 0
     given = {key: value for key, value in values.items() if value is not None}
     spec |= {key: value for key, value in calibration.items() if value is not None}
     return recipe_from_mapping({**base, **given, "method": own, "calibration": spec})

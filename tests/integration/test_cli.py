@@ -69,6 +69,17 @@ def test_layers_are_reconstructed_by_the_recipes_own_method_or_when_asked(
     assert {layer["reconstruction"] is not None for layer in layers} == {trained}
 
 
+@pytest.mark.parametrize(
+    ("options", "copies"),
+    [("", 1), ("--scrambled 0", 0), ("--method wanda", 0), ("--method wanda --scrambled 2", 2)],
+)
+def test_windows_are_scrambled_for_the_recipes_own_method_or_when_asked(
+    cli: Cli, llama: Path, text: Path, options: str, copies: int
+) -> None:
+    done = cli(*prune_arguments(llama, text, "-o", "out", "--json", *options.split()))
+    assert json.loads(done.stdout)["recipe"]["calibration"]["scrambled"] == copies
+
+
 def test_another_method_is_run_without_the_recipes_retraining(
     cli: Cli, tmp_path: Path, llama: Path, text: Path
 ) -> None:

@@ -100,9 +100,10 @@ def test_ours_is_timed_on_the_windows_that_the_tools_are_given(dense: Path, tmp_
     source.write_text("The quick brown fox jumps over the lazy dog again. " * 40, encoding="utf-8")
     own = replace(SPEC, source=str(source))
     digest = write_windows(str(dense), own, tmp_path / "windows.safetensors")
-    assert time_ours(str(dense), own, "magnitude", 0, digest).seconds > 0
+    magnitude = ("magnitude", "--method magnitude")
+    assert time_ours(str(dense), own, *magnitude, repeat=0, digest=digest).seconds > 0
     with pytest.raises(PeerError, match="other tokens"):
-        time_ours(str(dense), replace(own, seed=6), "magnitude", 0, digest)
+        time_ours(str(dense), replace(own, seed=6), *magnitude, repeat=0, digest=digest)
 
 
 def test_a_checkpoint_of_the_worker_is_the_dense_one_but_for_what_was_pruned(
