@@ -49,7 +49,7 @@ Number = TypeVar("Number", int, float)
 @click.option("--concurrency", help="HTTP requests at once.  [default: 1,4,8]")
 @click.option("--request-rate", help="HTTP requests a second, such as 0.5,2, at random times.")
 @click.option("--requests", type=int, help="HTTP requests at each level.  [default: 16]")
-@dtype_option("To compute in; auto is the checkpoint's, or float32 where the machine has no other.")
+@dtype_option("To compute in; auto is what sparseserve serve takes.")
 @json_option
 @json_file_option
 def bench_command(

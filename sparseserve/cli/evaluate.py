@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What runs the model.",
 )
-@dtype_option("Floating type to compute in; auto is that of the checkpoint.")
+@dtype_option("To compute in; auto is the checkpoint's, with vllm what sparseserve serve takes.")
 @click.option("--device", help="Where transformers runs: cpu or cuda; default: cuda if any.")
 @json_option
 def evaluate_command(
