@@ -36,7 +36,7 @@ from benchmarks.peers_environment import (
     run_peer,
     write_windows,
 )
-from benchmarks.peers_timing import time_in_turns
+from benchmarks.peers_timing import time_in_turns, write_timings
 from benchmarks.quality import RESULTS, Setting, perplexities
 from sparseserve.checkpoint import Checkpoint, write_json
 from sparseserve.cli.console import quiet_libraries
@@ -164,8 +164,8 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         path = (Path(scratch) if smoke else RESULTS) / result
         if time_against_ours:
-            timed = time_in_turns(model, setting.calibration_spec(0), wanted, repeats)
-            write_json(path, timed)
+            spec = setting.calibration_spec(0)
+            write_timings(path, model, spec, time_in_turns(model, spec, wanted, repeats))
         else:
             _measure_all(setting, wanted, [int(seed) for seed in seeds.split(",")], path, ours)
 

@@ -9,12 +9,14 @@ not. Ours also writes every finished layer to disk in that time, so that a kille
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,10 +24,12 @@ from benchmarks.machine import Machine
 from benchmarks.peers_environment import Peer, PeerError, environment, run_peer, write_windows
 from sparseserve.artifact import Artifact
 from sparseserve.calibration import CalibrationSpec
+from sparseserve.checkpoint import write_json
 from sparseserve.pruners import PRUNERS
 from sparseserve.report import PruneReport
 
 OURS = "sparseserve"
+REFERENCE = "sparsegpt, sequential"
 DEFAULT_RECIPE = {
     "default, untrained": "--recipe default --reconstruct 0 --scrambled 0",
     "default": "--recipe default",
@@ -45,44 +49,81 @@ class Timing:
 
 def time_in_turns(
     model: str, spec: CalibrationSpec, wanted: Sequence[tuple[Peer, str]], repeats: int
-) -> dict[str, object]:
+) -> Iterator[Timing]:
     """Time every tool and method of ``wanted``, then our methods of the same names and recipe.
 
     Raises:
         PeerError: A run failed.
     """
-    timings: list[Timing] = []
     with tempfile.TemporaryDirectory() as scratch:
         windows = Path(scratch) / "windows.safetensors"
         digest = write_windows(model, spec, windows)
         for repeat in range(repeats):
             for peer, method in wanted:
-                report = run_peer(
-                    peer,
-                    method,
-                    python=environment(peer),
-                    model=model,
-                    windows=windows,
-                    checkpoint=None,
-                )
-                theirs = Timing(
-                    tool=peer.tool,
-                    method=method,
-                    repeat=repeat,
-                    seconds=report.seconds,
-                    peak_memory_bytes=report.peak_memory_bytes,
-                )
-                timings += [theirs]
-                click.echo(theirs, err=True)
+                yield _time_theirs(peer, method, model, windows, repeat)
             for label, options in _ours([method for _, method in wanted]).items():
-                timings += [time_ours(model, spec, label, options, repeat=repeat, digest=digest)]
-                click.echo(timings[-1], err=True)
-    return {
-        "model": model,
-        "calibration": asdict(spec),
-        "machine": asdict(Machine.here()),
-        "timings": [asdict(timing) for timing in timings],
+                yield time_ours(model, spec, label, options, repeat=repeat, digest=digest)
+
+
+def write_timings(path: Path, model: str, spec: CalibrationSpec, runs: Iterable[Timing]) -> None:
+    """Write ``runs``, as many as there are after each."""
+    timings: list[Timing] = []
+    for timing in runs:
+        timings.append(timing)
+        click.echo(timing, err=True)
+        write_json(
+            path,
+            {
+                "model": model,
+                "calibration": asdict(spec),
+                "machine": asdict(Machine.here()),
+                "timings": [asdict(timing) for timing in timings],
+            },
+        )
+
+
+def timing_table(result: dict[str, Any]) -> str:
+    """Median time and highest peak memory of each run, and times relative to our SparseGPT."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for timing in result["timings"]:
+        groups.setdefault((timing["tool"], timing["method"]), []).append(timing)
+    seconds = {
+        key: statistics.median(timing["seconds"] for timing in timings)
+        for key, timings in groups.items()
     }
+    lines = [
+        "| tool | method | seconds | / our SparseGPT | peak memory, GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for (tool, method), timings in groups.items():
+        peak = max(timing["peak_memory_bytes"] for timing in timings) / 2**30
+        share = seconds[tool, method] / seconds[OURS, REFERENCE]
+        lines.append(
+            f"| {tool} | {method} | {seconds[tool, method]:.0f} | {share:.2f} | {peak:.2f} |"
+        )
+    spec, machine = result["calibration"], result["machine"]
+    tokens = spec["samples"] * spec["sequence_length"]
+    repeats = min(len(timings) for timings in groups.values())
+    lines.append(
+        f"\n`{Path(result['model']).name}`, {tokens:,} calibration tokens; "
+        f"{f'medians of {repeats} runs in turns' if repeats > 1 else 'one run each'}; "
+        f"{machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}, "
+        f"{machine['date']}."
+    )
+    return "\n".join(lines)
+
+
+def _time_theirs(peer: Peer, method: str, model: str, windows: Path, repeat: int) -> Timing:
+    report = run_peer(
+        peer, method, python=environment(peer), model=model, windows=windows, checkpoint=None
+    )
+    return Timing(
+        tool=peer.tool,
+        method=method,
+        repeat=repeat,
+        seconds=report.seconds,
+        peak_memory_bytes=report.peak_memory_bytes,
+    )
 
 
 def _ours(methods: Sequence[str]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from benchmarks.peers_environment import (
     read_windows,
     write_windows,
 )
-from benchmarks.peers_timing import time_ours
+from benchmarks.peers_timing import Timing, time_ours, timing_table, write_timings
 from benchmarks.quality import Setting
 from sparseserve.calibration import CalibrationSpec, load_calibration
 from sparseserve.recipe import PruneRecipe
@@ -104,6 +104,26 @@ def test_ours_is_timed_on_the_windows_that_the_tools_are_given(dense: Path, tmp_
     assert time_ours(str(dense), own, *magnitude, repeat=0, digest=digest).seconds > 0
     with pytest.raises(PeerError, match="other tokens"):
         time_ours(str(dense), replace(own, seed=6), *magnitude, repeat=0, digest=digest)
+
+
+def test_times_are_medians_and_relative_to_our_sparsegpt(tmp_path: Path) -> None:
+    seconds = {
+        ("llmcompressor", "sparsegpt"): (50.0, 90.0, 40.0),
+        ("sparseserve", "sparsegpt, sequential"): (100.0, 40.0, 30.0),
+        ("sparseserve", "default"): (110.0, 120.0, 300.0),
+    }
+    timings = [
+        Timing(tool=tool, method=method, repeat=0, seconds=each, peak_memory_bytes=2**30)
+        for (tool, method), times in seconds.items()
+        for each in times
+    ]
+    path = tmp_path / "times.json"
+    write_timings(path, "a/model", SPEC, timings)
+    table = timing_table(json.loads(path.read_text(encoding="utf-8")))
+    assert "| llmcompressor | sparsegpt | 50 | 1.25 | 1.00 |" in table
+    assert "| sparseserve | sparsegpt, sequential | 40 | 1.00 | 1.00 |" in table
+    assert "| sparseserve | default | 120 | 3.00 | 1.00 |" in table
+    assert "medians of 3 runs" in table
 
 
 def test_a_checkpoint_of_the_worker_is_the_dense_one_but_for_what_was_pruned(
