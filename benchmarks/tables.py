@@ -24,7 +24,8 @@ from benchmarks.serving_tables import SERVING_TABLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/method.md", "docs/serving.md", "docs/evidence.md")
-DENSE = "the dense model"
+DENSE = "dense"
+OURS = "sparseserve"
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -103,14 +104,14 @@ def peers_table(result: dict[str, Any]) -> str:
         changed = f"{statistics.fmean(run['changed_weights'] for run in runs):.0%}"
         lines.append(f"| {tool} | {method} | {_perplexities(runs, texts)} | {changed} |")
     ours = _our_runs(result, {method for _, method in groups})
-    for label, runs in ours.items():
-        tool = "" if label == DENSE else "sparseserve"
+    for variant, runs in ours.items():
+        tool, label = ("", "the dense model") if variant == DENSE else (OURS, _label(variant))
         lines.append(f"| {tool} | {label} | {_perplexities(runs, texts)} | |")
-    default = ours.get(_label(default_variant()))
-    if default and DENSE in ours:
+    for variant in [variant for variant in ours if _is_ours_by_default(variant)]:
         for (tool, method), others in groups.items():
-            shares = _gap_shares(default, others, ours[DENSE][0], texts)
-            lines.append(f"| | gap of our default / {tool.split()[0]} {method} | {shares} | |")
+            shares = _gap_shares(ours[variant], others, ours[DENSE][0], texts)
+            name = f"gap of {_label(variant)} / {tool.split()[0]} {method}"
+            lines.append(f"| | {name} | {shares} | |")
     lines.append(
         f"\n`{Path(setting['model']).name}`, {setting['pattern']}, the same "
         f"{setting['samples'] * setting['sequence_length']:,} calibration tokens a seed for all "
@@ -141,9 +142,9 @@ def _gap_shares(
 
 
 def _our_runs(result: dict[str, Any], methods: set[str]) -> dict[str, list[dict[str, Any]]]:
-    """Our runs of ``methods`` and of the default recipe, from a result of the same setting.
+    """Our runs of ``methods`` and of the default recipe, whichever steps follow, by variant.
 
-    Of the default recipe those without its training, too.
+    They are taken from a result of the same setting.
     """
     if not result["ours"]:
         return {}
@@ -151,20 +152,24 @@ def _our_runs(result: dict[str, Any], methods: set[str]) -> dict[str, list[dict[
     if ours["setting"] != result["setting"]:
         raise click.ClickException(f"{result['ours']} was measured with another setting")
     groups: dict[str, list[dict[str, Any]]] = {}
-    untrained = default_variant().split(",")[0]
     for run in ours["runs"]:
         variant = run["variant"]
-        if variant == "dense":
-            groups[DENSE] = [run]
-        elif variant.partition(":")[0] in methods or variant in (untrained, default_variant()):
-            groups.setdefault(_label(variant), []).append(run)
+        method = variant.partition(":")[0]
+        if variant == DENSE or method in methods or _is_ours_by_default(variant):
+            groups.setdefault(variant, []).append(run)
     return groups
+
+
+def _is_ours_by_default(variant: str) -> bool:
+    """Whether ``variant`` is the default recipe, with or without the steps after pruning."""
+    return variant.split(",", maxsplit=1)[0] == default_variant().split(",")[0]
 
 
 def _label(variant: str) -> str:
     head, *steps = variant.split(",")
     method, _, correction = head.partition(":")
-    return _with_steps(f"{method}, error correction {correction}", steps)
+    label = _with_steps(f"{method}, error correction {correction}", steps)
+    return f"{label} (default)" if variant == default_variant() else label
 
 
 def _with_steps(label: str, steps: list[str]) -> str:
