@@ -8,7 +8,7 @@ and activation functions let some errors through and damp others; the gradient t
 does. Each token's error is taken relative to its hidden state, since the norm that the next layer
 begins with does so; a plain sum would be that of the few tokens whose hidden states are a hundred
 times larger (Sun et al. 2024, "Massive activations in large language models"). Adam with a cosine
-schedule; windows held out decide which epoch is kept, or none.
+schedule; windows held out decide its rate, by short trainings, and which epoch is kept, or none.
 
 Shen et al. 2025, "Wanda++" (regional optimisation); Makni et al. 2025, "3BASiL" (transformer
 matching); Wagner et al. 2025, "A free lunch in LLM compression".
@@ -32,6 +32,9 @@ from sparseserve.models.layer_list import linear_modules
 from sparseserve.models.layers import copy_layer
 from sparseserve.report import ReconstructionReport
 
+# Enough for the order of rates at the end of a training to show (docs/log.md), a small part of it.
+_TRIAL_STEPS = 28
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reconstruction:
@@ -39,22 +42,26 @@ class Reconstruction:
 
     Attributes:
         epochs: Passes over the windows; 0 leaves the layer as it was pruned.
-        learning_rate: Of Adam, at its highest, relative to the root mean square of each tensor.
+        learning_rate: Of Adam, at its highest, relative to the root mean square of each tensor; the
+            first that is tried.
+        trials: Rates tried, each a third of the one before, in a short training each. The layer is
+            trained at the last before they get worse; one trial takes ``learning_rate`` as it is.
         batch: Windows a step.
         held_out: Share of the windows that are not trained on and decide; at least one window.
     """
 
     epochs: int = 0
     learning_rate: float = 0.01
+    trials: int = 3
     batch: int = 1
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        if self.epochs < 0 or self.batch < 1 or not self.learning_rate > 0:
+        if self.epochs < 0 or min(self.batch, self.trials) < 1 or not self.learning_rate > 0:
             raise RecipeError(
-                f"reconstruction: epochs {self.epochs} must not be negative, batch {self.batch} "
-                f"and learning_rate {self.learning_rate} must be positive"
+                f"reconstruction: epochs {self.epochs} must not be negative; batch {self.batch}, "
+                f"trials {self.trials} and learning_rate {self.learning_rate} must be positive"
             )
         if not 0 < self.held_out < 1:
             raise RecipeError(f"reconstruction: held_out {self.held_out} must be between 0 and 1")
@@ -86,22 +93,56 @@ def reconstruct(
     if not math.isfinite(start):
         raise NumericalError(f"{run.layer.name}: its output error is {start} before reconstruction")
     best, best_epoch = trained.snapshot(), 0
-    optimizer = torch.optim.Adam(trained.groups(knobs.learning_rate), betas=(0.9, 0.95))
-    steps = knobs.epochs * math.ceil(windows.training / knobs.batch)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rate = _rate(student, trained, windows, knobs)
+    steps = knobs.epochs * len(windows.batches(0, knobs.batch))
+    training = _Training(student, trained, windows, rate, steps)
     for epoch in range(1, knobs.epochs + 1):
-        for batch in torch.split(windows.shuffled(epoch), knobs.batch):
-            optimizer.zero_grad()
-            for index in batch.tolist():
-                (windows.error(student, index) / len(batch)).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            trained.apply_masks()
+        training.on(windows.batches(epoch, knobs.batch))
         error = windows.held_out_error(student)
         if error < lowest:
             lowest, best, best_epoch = error, trained.snapshot(), epoch
     trained.restore(best)
-    return student.requires_grad_(False), ReconstructionReport(best_epoch, start, lowest)
+    return student.requires_grad_(False), ReconstructionReport(best_epoch, rate, start, lowest)
+
+
+def _rate(student: nn.Module, trained: _Trained, windows: _Windows, knobs: Reconstruction) -> float:
+    """Return the last rate of those that fall before the error after a short training rises."""
+    if knobs.trials == 1:
+        return knobs.learning_rate
+    start, batches = trained.snapshot(), windows.batches(0, knobs.batch)[:_TRIAL_STEPS]
+    best, lowest = knobs.learning_rate, math.inf
+    for trial in range(knobs.trials):
+        rate = knobs.learning_rate / 3**trial
+        _Training(student, trained, windows, rate, len(batches)).on(batches)
+        error = windows.held_out_error(student)
+        trained.restore(start)
+        if error < lowest:
+            best, lowest = rate, error
+        elif math.isfinite(lowest):
+            break
+    return best
+
+
+class _Training:
+    """Adam with a cosine schedule, for a number of steps."""
+
+    def __init__(
+        self, student: nn.Module, trained: _Trained, windows: _Windows, rate: float, steps: int
+    ) -> None:
+        self._student, self._trained, self._windows = student, trained, windows
+        self._optimizer = torch.optim.Adam(trained.groups(rate), betas=(0.9, 0.95))
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, steps)
+
+    def on(self, batches: Sequence[Tensor]) -> None:
+        """Take a step for each batch of windows."""
+        for batch in batches:
+            self._optimizer.zero_grad()
+            for index in batch.tolist():
+                error = self._windows.error(self._student, index) / len(batch)
+                error.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+            self._schedule.step()
+            self._trained.apply_masks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +209,10 @@ class _Windows:
         call = run.call.to(run.device, torch.float32)
         return cls(run.entering, run.dense_output, call, run.device, count - held_out)
 
-    def shuffled(self, seed: int) -> Tensor:
-        """Return the training windows in an order of their own for each epoch."""
-        return torch.randperm(self.training, generator=torch.Generator().manual_seed(seed))
+    def batches(self, epoch: int, size: int) -> tuple[Tensor, ...]:
+        """Return the training windows in batches, in an order of their own for each epoch."""
+        generator = torch.Generator().manual_seed(epoch)
+        return torch.split(torch.randperm(self.training, generator=generator), size)
 
     def error(self, student: nn.Module, index: int) -> Tensor:
         """Return the objective of one window, ``[1, T, hidden]``."""

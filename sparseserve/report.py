@@ -40,12 +40,14 @@ class ReconstructionReport:
 
     Attributes:
         epochs: Passes over the training windows that are kept; 0 if none made it better.
+        learning_rate: Of Adam, at its highest, relative to the root mean square of each tensor.
         error_before: Root mean square over tokens of ``||f(h*) - f0(h)|| / ||f0(h)||``, the error
             of what leaves the layer as it was pruned.
         error_after: The same of the layer that is kept.
     """
 
     epochs: int
+    learning_rate: float
     error_before: float
     error_after: float
 
