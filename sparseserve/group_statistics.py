@@ -21,7 +21,7 @@ from torch import nn
 
 from sparseserve.layer_run import LayerRun
 from sparseserve.layer_statistics import LayerStatistics
-from sparseserve.models.layers import group_input, layer_inputs
+from sparseserve.models.layers import group_input, group_inputs
 from sparseserve.models.structure import OperatorGroup
 
 ErrorCorrection = Literal["none", "intra", "intra+inter", "sequential"]
@@ -67,7 +67,7 @@ def _one_pass(
         for group in groups
     ]
     for window in run.pruned_windows() if correction == "sequential" else run.dense_windows():
-        inputs, _ = layer_inputs(run.dense, window, run.call, groups)
+        inputs = group_inputs(run.dense, window, run.call, groups)
         collected = [part.updated(x) for part, x in zip(collected, inputs, strict=True)]
     return collected
 

@@ -87,6 +87,7 @@ def prune_model(
     streams = HiddenStreams.start(
         store.fresh("hidden"),
         entering_states(model, structure, (*calibration.scrambled, *calibration.windows)),
+        dense=recipe.compares_with_dense,
         chained=recipe.error_correction in CHAINED,
         # A GPU runs a layer again sooner than a disk gives its inputs back; a CPU does not.
         keep_inputs=recipe.error_correction != "sequential" and device.type == "cpu",

@@ -118,6 +118,11 @@ class PruneRecipe:
         return next(name for name, kind in PRUNERS.items() if type(self.pruner) is kind)
 
     @property
+    def compares_with_dense(self) -> bool:
+        """Whether the hidden states of the dense model are needed beside those of the pruned."""
+        return self.error_correction != "sequential" or self.reconstruction.epochs > 0
+
+    @property
     def torch_dtype(self) -> torch.dtype | None:
         """The dtype to store weights in; None keeps the model's own."""
         return DTYPES.get(self.dtype)

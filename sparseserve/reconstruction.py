@@ -207,6 +207,7 @@ class _Windows:
                 "none to train on: raise --samples"
             )
         call = run.call.to(run.device, torch.float32)
+        assert run.dense_output is not None, "PruneRecipe.compares_with_dense asks for it"
         return cls(run.entering, run.dense_output, call, run.device, count - held_out)
 
     def batches(self, epoch: int, size: int) -> tuple[Tensor, ...]:

@@ -88,16 +88,23 @@ def group_input(layer: nn.Module, hidden: Tensor, call: LayerCall, group: Operat
     Raises:
         NumericalError: The input is NaN or infinite.
     """
-    found: list[Tensor] = []
+    return group_inputs(layer, hidden, call, [group])[0]
 
-    def record(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        found.append(_operator_input(args, kwargs, group))
-        raise ForwardStopped
 
-    operator = layer.get_submodule(group.operators[0].name)
-    with hooks([operator.register_forward_pre_hook(record, with_kwargs=True)]), torch.no_grad():
+def group_inputs(
+    layer: nn.Module, hidden: Tensor, call: LayerCall, groups: Sequence[OperatorGroup]
+) -> list[Tensor]:
+    """Return the input ``[T, in_features]`` of each of ``groups``.
+
+    The layer stops as soon as all are known, so the operators of the last group do not run.
+
+    Raises:
+        NumericalError: An input is NaN or infinite.
+    """
+    found: list[list[Tensor]] = [[] for _ in groups]
+    with hooks(_recording(layer, groups, found, stop=True)), torch.no_grad():
         call.apply(layer, hidden)
-    return _finite_input(found, call, group)
+    return _finite_inputs(found, call, groups)
 
 
 def layer_inputs(
@@ -113,19 +120,9 @@ def layer_inputs(
         NumericalError: An input or the output is NaN or infinite.
     """
     found: list[list[Tensor]] = [[] for _ in groups]
-
-    def hook(group: OperatorGroup, inputs: list[Tensor]) -> RemovableHandle:
-        def record(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            # The copy stays right when the layer later writes into the tensor in place.
-            inputs.append(_operator_input(args, kwargs, group).clone())
-
-        operator = layer.get_submodule(group.operators[0].name)
-        return operator.register_forward_pre_hook(record, with_kwargs=True)
-
-    with hooks([hook(group, inputs) for group, inputs in zip(groups, found, strict=True)]):
+    with hooks(_recording(layer, groups, found, stop=False)):
         output = run_layer(layer, hidden, call)
-    pairs = zip(groups, found, strict=True)
-    return [_finite_input(inputs, call, group) for group, inputs in pairs], output
+    return _finite_inputs(found, call, groups), output
 
 
 def layer_weight(layer: nn.Module, operator: Operator) -> Tensor:
@@ -186,20 +183,35 @@ def _refuse_token_dependence(calls: Sequence[LayerCall], probe: Sequence[LayerCa
             )
 
 
-def _operator_input(
-    args: tuple[object, ...], kwargs: dict[str, object], group: OperatorGroup
-) -> Tensor:
-    value = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(value, Tensor)
-    return value.detach().reshape(-1, group.in_features)
+def _recording(
+    layer: nn.Module, groups: Sequence[OperatorGroup], found: list[list[Tensor]], *, stop: bool
+) -> list[RemovableHandle]:
+    """Hook the first operator of each group, so that its inputs end up in ``found``."""
+
+    def hook(group: OperatorGroup, inputs: list[Tensor]) -> RemovableHandle:
+        def record(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            value = args[0] if args else next(iter(kwargs.values()))
+            assert isinstance(value, Tensor)
+            # The copy stays right when the layer later writes into the tensor in place.
+            inputs.append(value.detach().reshape(-1, group.in_features).clone())
+            if stop and all(found):
+                raise ForwardStopped
+
+        operator = layer.get_submodule(group.operators[0].name)
+        return operator.register_forward_pre_hook(record, with_kwargs=True)
+
+    return [hook(group, inputs) for group, inputs in zip(groups, found, strict=True)]
 
 
-def _finite_input(found: Sequence[Tensor], call: LayerCall, group: OperatorGroup) -> Tensor:
-    name = group.operators[0].name
-    if len(found) != 1:
-        raise ValueError(f"{call.layer}: {name} was called {len(found)} times, not once")
-    _require_finite(found[0], f"{call.layer}: the input of {name}")
-    return found[0]
+def _finite_inputs(
+    found: Sequence[Sequence[Tensor]], call: LayerCall, groups: Sequence[OperatorGroup]
+) -> list[Tensor]:
+    for group, inputs in zip(groups, found, strict=True):
+        name = group.operators[0].name
+        if len(inputs) != 1:
+            raise ValueError(f"{call.layer}: {name} was called {len(inputs)} times, not once")
+        _require_finite(inputs[0], f"{call.layer}: the input of {name}")
+    return [inputs[0] for inputs in found]
 
 
 def _require_finite(tensor: Tensor, what: str) -> None:

@@ -54,7 +54,9 @@ class SparseGPT:
         """
         problem = layer_problem(dense_weight, statistics, self.damping)
         factor = upper_inverse_factor(problem.gram)
-        weight = problem.reference + problem.pull @ factor.T @ factor
+        weight = problem.reference.clone()
+        if statistics.corrected:
+            weight += problem.pull @ factor.T @ factor
         columns = weight.shape[1]
         unit = pattern.selection_columns or self.block_size
         block = max(self.block_size // unit, 1) * unit

@@ -42,24 +42,31 @@ def weakened(layer: nn.Module) -> nn.Module:
     return changed
 
 
-def second_layer(folder: Path, correction: ErrorCorrection, *, keep: bool = False) -> SecondLayer:
+def second_run(
+    folder: Path, correction: ErrorCorrection, *, keep: bool = False, dense: bool = True
+) -> LayerRun:
+    """Return the second layer about to be pruned, the first being weakened."""
     model = tiny_model("llama")
     generator = torch.Generator().manual_seed(3)
     windows = [torch.randint(0, 256, (12,), generator=generator) for _ in range(3)]
     structure = trace_structure(model, windows[0])
     calls = capture_layer_calls(model, structure, windows)
     entering = list(entering_states(model, structure, windows))
-    streams = HiddenStreams.start(folder, entering, chained=correction in CHAINED, keep_inputs=keep)
-    first, second = structure.layers
-    modules = [model.get_submodule(layer.name) for layer in structure.layers]
-    run = streams.enter(modules[0], first, calls[0], CPU)
-    streams = streams.leave(run, weakened(modules[0]))
-    run = streams.enter(modules[1], second, calls[1], CPU)
-    changed = weakened(modules[1])
-    found = [layer_inputs(run.dense, h, run.call, second.groups)[0] for h in run.dense_windows()]
-    return SecondLayer(
-        run, changed, [torch.cat(parts) for parts in zip(*found, strict=True)], list(run.entering)
+    streams = HiddenStreams.start(
+        folder, entering, dense=dense, chained=correction in CHAINED, keep_inputs=keep
     )
+    first, second = (model.get_submodule(layer.name) for layer in structure.layers)
+    run = streams.enter(first, structure.layers[0], calls[0], CPU)
+    streams = streams.leave(run, weakened(first))
+    return streams.enter(second, structure.layers[1], calls[1], CPU)
+
+
+def second_layer(folder: Path, correction: ErrorCorrection, *, keep: bool = False) -> SecondLayer:
+    run = second_run(folder, correction, keep=keep)
+    groups = run.layer.groups
+    found = [layer_inputs(run.dense, h, run.call, groups)[0] for h in run.dense_windows()]
+    dense_inputs = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    return SecondLayer(run, weakened(run.dense), dense_inputs, list(run.entering))
 
 
 def pruned_inputs(layer: SecondLayer, module: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
@@ -121,6 +128,16 @@ def test_new_weights_of_a_group_are_seen_by_the_next(tmp_path: Path) -> None:
     assert float(drift.diagonal().sum()) > 0.01 * float(later.gram.diagonal().sum())
 
 
+def test_sequential_statistics_need_no_dense_stream(tmp_path: Path) -> None:
+    runs = [second_run(tmp_path / str(dense), "sequential", dense=dense) for dense in (True, False)]
+    groups = runs[0].layer.groups
+    found = [group_statistics(run, run.dense, groups, "sequential", 1.0) for run in runs]
+    for with_dense, without in zip(*found, strict=True):
+        assert torch.equal(with_dense.gram, without.gram)
+    assert runs[1].dense_output is None
+    assert {path.name for path in (tmp_path / "False").iterdir()} == {"pruned-model.layers.0"}
+
+
 def test_the_files_of_a_layer_are_gone_when_it_is_left(tmp_path: Path) -> None:
     layer = second_layer(tmp_path / "streams", "intra+inter", keep=True)
     left = {path.name for path in (tmp_path / "streams").iterdir()}
@@ -131,4 +148,5 @@ def test_the_files_of_a_layer_are_gone_when_it_is_left(tmp_path: Path) -> None:
         "dense-model.layers.1",
         "pruned-model.layers.0",
     }
+    assert layer.run.dense_hidden is not None
     assert layer.run.dense_hidden.path.name == "dense-model.layers.0"

@@ -42,7 +42,9 @@ def pruned_layer(folder: Path, family: str = "llama", windows: int = 8) -> Prune
     structure = trace_structure(model, texts[0])
     calls = capture_layer_calls(model, structure, texts)
     entering = entering_states(model, structure, texts)
-    streams = HiddenStreams.start(folder / "streams", entering, chained=False, keep_inputs=False)
+    streams = HiddenStreams.start(
+        folder / "streams", entering, dense=True, chained=False, keep_inputs=False
+    )
     layer = structure.layers[0]
     cpu = torch.device("cpu")
     run = streams.enter(model.get_submodule(layer.name), layer, calls[0], cpu)
@@ -75,7 +77,8 @@ def test_the_reported_error_is_relative_to_each_tokens_own_hidden_state(tmp_path
     result, report = reconstruct(pruned.run, pruned.module, pruned.masked, KNOBS)
 
     def error(module: nn.Module) -> float:
-        entering, leaving = pruned.run.dense_hidden[7], pruned.run.dense_output[7]
+        assert pruned.run.dense_output is not None
+        entering, leaving = pruned.run.entering[7], pruned.run.dense_output[7]
         output = pruned.run.call.apply(module, entering)
         assert isinstance(output, torch.Tensor)
         relative = (output - leaving).norm(dim=-1) / leaving.norm(dim=-1)
