@@ -25,6 +25,9 @@ from dataclasses import dataclass
 import click
 
 from benchmarks.evaluation_texts import HELP
+from benchmarks.quality import default_variant
+
+DEFAULT = default_variant()
 
 # How much of earlier layers' errors is repaired: the weight of intra+inter.
 WEIGHTS = ("0", "0.25", "0.5", "0.75", "1")
@@ -48,7 +51,7 @@ def experiments() -> Iterator[Experiment]:
         "2of4",
         (
             "magnitude:none",
-            "admm:intra+inter,reconstruct",
+            DEFAULT,
             "admm:intra+inter",
             "admm:intra+inter,retrain",
             "sparsegpt:none",
@@ -64,7 +67,7 @@ def experiments() -> Iterator[Experiment]:
     yield Experiment("inter-weight", tuple(f"admm:intra+inter@{weight}" for weight in WEIGHTS))
     yield Experiment(
         "50percent",
-        ("sparsegpt:sequential", "sparsegpt:none", "admm:intra+inter,reconstruct"),
+        ("sparsegpt:sequential", "sparsegpt:none", DEFAULT),
         "50%",
     )
     yield Experiment(
@@ -75,7 +78,7 @@ def experiments() -> Iterator[Experiment]:
         variants = tuple(f"fista:{kind}" for kind in CORRECTIONS[:4])
         yield Experiment(f"corrections-{percent.rstrip('%')}percent", variants, percent)
     for samples in (8, 32, 64, 128):
-        variants = ("sparsegpt:sequential", "admm:intra+inter,reconstruct")
+        variants = ("sparsegpt:sequential", DEFAULT)
         yield Experiment(f"samples-{samples}", variants, samples=samples)
     yield Experiment(
         "reconstruction",
@@ -83,7 +86,7 @@ def experiments() -> Iterator[Experiment]:
             "wanda:none",
             "wanda:none,reconstruct",
             "sparsegpt:sequential,reconstruct",
-            "admm:intra+inter,reconstruct",
+            DEFAULT,
         ),
     )
 
