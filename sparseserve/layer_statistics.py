@@ -21,6 +21,8 @@ from sparseserve.errors import NumericalError
 # Up to this width the sums are kept in float64, which makes them independent of the batching to
 # the last digits of float32; beyond it the memory would hurt more than the digits help.
 _DOUBLE_WIDTH = 8192
+# Columns of a second moment that are computed at once: its other triangle comes for nothing.
+_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,11 @@ class LayerStatistics:
         if (dense_inputs is not None) != self.corrected:
             raise ValueError("dense_inputs go with corrected statistics, and only with them")
         x = _checked(pruned_inputs)
-        self.gram.add_(x.T @ x)
+        _add_gram(self.gram, x)
         if dense_inputs is not None:
             dense = _checked(dense_inputs)
             self.cross.add_(dense.T @ x)
-            self.dense_gram.add_(dense.T @ dense)
+            _add_gram(self.dense_gram, dense)
         return LayerStatistics(self.gram, self.cross, self.dense_gram, self.tokens + len(x))
 
     def mixed(self, weight: float) -> LayerStatistics:
@@ -136,6 +138,15 @@ def relative_output_error(
     energy = output_energy(dense_weight, statistics).sum()
     error = output_error(weight, dense_weight, statistics).sum()
     return float((error / energy).sqrt()) if energy > 0 else float(error.sqrt())
+
+
+def _add_gram(gram: Tensor, x: Tensor) -> None:
+    """Add ``x^T x`` to a symmetric ``gram``."""
+    for start in range(0, len(gram), _BLOCK):
+        stop = start + _BLOCK
+        part = x[:, start:stop].T @ x[:, start:]
+        gram[start:stop, start:] += part
+        gram[stop:, start:stop] += part[:, _BLOCK:].T
 
 
 def _checked(inputs: Tensor) -> Tensor:

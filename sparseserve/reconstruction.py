@@ -130,7 +130,7 @@ class _Training:
         self, student: nn.Module, trained: _Trained, windows: _Windows, rate: float, steps: int
     ) -> None:
         self._student, self._trained, self._windows = student, trained, windows
-        self._optimizer = torch.optim.Adam(trained.groups(rate), betas=(0.9, 0.95))
+        self._optimizer = torch.optim.Adam(trained.groups(rate), betas=(0.9, 0.95), fused=True)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, steps)
 
     def on(self, batches: Sequence[Tensor]) -> None:

@@ -41,6 +41,17 @@ def test_batching_does_not_change_the_second_moments(cuts: list[int], seed: int)
     torch.testing.assert_close(whole.cross.float(), dense.T @ x)
 
 
+@pytest.mark.parametrize("width", [511, 513, 1100])
+def test_wide_second_moments_are_products_of_the_activations_and_symmetric(width: int) -> None:
+    x, dense = torch.randn(2, 9, width, generator=torch.Generator().manual_seed(width))
+    found = collect(x, dense, [4])
+    products = ((found.gram, x, x), (found.cross, dense, x), (found.dense_gram, dense, dense))
+    for moment, left, right in products:
+        torch.testing.assert_close(moment, left.double().T @ right.double(), rtol=1e-5, atol=1e-5)
+    for moment in (found.gram, found.dense_gram):
+        assert torch.equal(moment, moment.T)
+
+
 def test_token_order_does_not_change_the_second_moments(make_case: Any) -> None:
     x = make_case().pruned_inputs
     shuffled = x[torch.randperm(len(x))]
