@@ -8,7 +8,7 @@ and activation functions let some errors through and damp others; the gradient t
 does. Each token's error is taken relative to its hidden state, since the norm that the next layer
 begins with does so; a plain sum would be that of the few tokens whose hidden states are a hundred
 times larger (Sun et al. 2024, "Massive activations in large language models"). Adam with a cosine
-schedule; windows held out decide its rate, by short trainings, and which epoch is kept, or none.
+schedule; windows held out decide which epoch is kept, or none, and whether its rate is too high.
 
 Shen et al. 2025, "Wanda++" (regional optimisation); Makni et al. 2025, "3BASiL" (transformer
 matching); Wagner et al. 2025, "A free lunch in LLM compression".
@@ -32,9 +32,6 @@ from sparseserve.models.layer_list import linear_modules
 from sparseserve.models.layers import copy_layer
 from sparseserve.report import ReconstructionReport
 
-# Enough for the order of rates at the end of a training to show (docs/log.md), a small part of it.
-_TRIAL_STEPS = 28
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reconstruction:
@@ -42,26 +39,24 @@ class Reconstruction:
 
     Attributes:
         epochs: Passes over the windows; 0 leaves the layer as it was pruned.
-        learning_rate: Of Adam, at its highest, relative to the root mean square of each tensor; the
-            first that is tried.
-        trials: Rates tried, each a third of the one before, in a short training each. The layer is
-            trained at the last before they get worse; one trial takes ``learning_rate`` as it is.
+        learning_rate: Of Adam, at its highest, relative to the root mean square of each tensor. An
+            epoch that leaves the layer worse than it was pruned is undone, and those after it have
+            a third of the rate.
         batch: Windows a step.
         held_out: Share of the windows that are not trained on and decide; at least one window.
     """
 
     epochs: int = 0
     learning_rate: float = 0.01
-    trials: int = 3
     batch: int = 1
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
         """Check the knobs."""
-        if self.epochs < 0 or min(self.batch, self.trials) < 1 or not self.learning_rate > 0:
+        if self.epochs < 0 or self.batch < 1 or not self.learning_rate > 0:
             raise RecipeError(
-                f"reconstruction: epochs {self.epochs} must not be negative; batch {self.batch}, "
-                f"trials {self.trials} and learning_rate {self.learning_rate} must be positive"
+                f"reconstruction: epochs {self.epochs} must not be negative, batch {self.batch} "
+                f"and learning_rate {self.learning_rate} must be positive"
             )
         if not 0 < self.held_out < 1:
             raise RecipeError(f"reconstruction: held_out {self.held_out} must be between 0 and 1")
@@ -93,49 +88,35 @@ def reconstruct(
     if not math.isfinite(start):
         raise NumericalError(f"{run.layer.name}: its output error is {start} before reconstruction")
     best, best_epoch = trained.snapshot(), 0
-    rate = _rate(student, trained, windows, knobs)
-    steps = knobs.epochs * len(windows.batches(0, knobs.batch))
-    training = _Training(student, trained, windows, rate, steps)
+    rate = knobs.learning_rate
+    training = _Training(student, trained, windows, rate, knobs.epochs)
     for epoch in range(1, knobs.epochs + 1):
-        training.on(windows.batches(epoch, knobs.batch))
+        training.run_epoch(epoch)
         error = windows.held_out_error(student)
         if error < lowest:
             lowest, best, best_epoch = error, trained.snapshot(), epoch
+        elif best_epoch == 0 and epoch < knobs.epochs:
+            rate /= 3
+            trained.restore(best)
+            training = _Training(student, trained, windows, rate, knobs.epochs - epoch)
     trained.restore(best)
     return student.requires_grad_(False), ReconstructionReport(best_epoch, rate, start, lowest)
 
 
-def _rate(student: nn.Module, trained: _Trained, windows: _Windows, knobs: Reconstruction) -> float:
-    """Return the last rate of those that fall before the error after a short training rises."""
-    if knobs.trials == 1:
-        return knobs.learning_rate
-    start, batches = trained.snapshot(), windows.batches(0, knobs.batch)[:_TRIAL_STEPS]
-    best, lowest = knobs.learning_rate, math.inf
-    for trial in range(knobs.trials):
-        rate = knobs.learning_rate / 3**trial
-        _Training(student, trained, windows, rate, len(batches)).on(batches)
-        error = windows.held_out_error(student)
-        trained.restore(start)
-        if error < lowest:
-            best, lowest = rate, error
-        elif math.isfinite(lowest):
-            break
-    return best
-
-
 class _Training:
-    """Adam with a cosine schedule, for a number of steps."""
+    """Adam with a cosine schedule over ``epochs`` epochs."""
 
     def __init__(
-        self, student: nn.Module, trained: _Trained, windows: _Windows, rate: float, steps: int
+        self, student: nn.Module, trained: _Trained, windows: _Windows, rate: float, epochs: int
     ) -> None:
         self._student, self._trained, self._windows = student, trained, windows
         self._optimizer = torch.optim.Adam(trained.groups(rate), betas=(0.9, 0.95), fused=True)
+        steps = epochs * len(windows.batches(0))
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, steps)
 
-    def on(self, batches: Sequence[Tensor]) -> None:
-        """Take a step for each batch of windows."""
-        for batch in batches:
+    def run_epoch(self, epoch: int) -> None:
+        """Take a step for each batch of windows, in the order of that epoch."""
+        for batch in self._windows.batches(epoch):
             self._optimizer.zero_grad()
             for index in batch.tolist():
                 error = self._windows.error(self._student, index) / len(batch)
@@ -195,6 +176,7 @@ class _Windows:
     call: LayerCall
     device: torch.device
     training: int
+    batch: int
 
     @classmethod
     def of(cls, run: LayerRun, knobs: Reconstruction) -> _Windows:
@@ -208,12 +190,12 @@ class _Windows:
             )
         call = run.call.to(run.device, torch.float32)
         assert run.dense_output is not None, "PruneRecipe.compares_with_dense asks for it"
-        return cls(run.entering, run.dense_output, call, run.device, count - held_out)
+        return cls(run.entering, run.dense_output, call, run.device, count - held_out, knobs.batch)
 
-    def batches(self, epoch: int, size: int) -> tuple[Tensor, ...]:
+    def batches(self, epoch: int) -> tuple[Tensor, ...]:
         """Return the training windows in batches, in an order of their own for each epoch."""
         generator = torch.Generator().manual_seed(epoch)
-        return torch.split(torch.randperm(self.training, generator=generator), size)
+        return torch.split(torch.randperm(self.training, generator=generator), self.batch)
 
     def error(self, student: nn.Module, index: int) -> Tensor:
         """Return the objective of one window, ``[1, T, hidden]``."""

@@ -21,7 +21,6 @@ from sparseserve.models import (
     trace_structure,
 )
 from sparseserve.reconstruction import Reconstruction, reconstruct
-from sparseserve.report import ReconstructionReport
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import TINY_FAMILIES, tiny_model
 
@@ -101,7 +100,7 @@ def test_matrices_that_were_not_pruned_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_training_that_only_hurts_is_thrown_away(tmp_path: Path) -> None:
     pruned = pruned_layer(tmp_path)
-    wild = Reconstruction(epochs=2, learning_rate=50.0, trials=1)
+    wild = Reconstruction(epochs=2, learning_rate=50.0)
     result, report = reconstruct(pruned.run, pruned.module, pruned.masked, wild)
     assert report.epochs == 0
     assert report.error_after == report.error_before
@@ -109,28 +108,23 @@ def test_training_that_only_hurts_is_thrown_away(tmp_path: Path) -> None:
         assert torch.equal(result.get_parameter(name), value)
 
 
-def test_a_rate_that_is_too_high_falls_by_thirds_while_that_helps(tmp_path: Path) -> None:
+def test_a_rate_that_is_too_high_falls_by_thirds_until_an_epoch_helps(tmp_path: Path) -> None:
     pruned = pruned_layer(tmp_path)
-
-    def trained_at(rate: float, trials: int) -> ReconstructionReport:
-        knobs = replace(KNOBS, learning_rate=rate, trials=trials)
-        return reconstruct(pruned.run, pruned.module, pruned.masked, knobs)[1]
-
-    found = trained_at(0.06 * 9, trials=9)
-    falls = round(math.log(0.06 * 9 / found.learning_rate, 3))
-    assert 0 < falls < 8, "neither the first rate nor the last"
-    assert found.learning_rate == 0.06 * 9 / 3**falls
-    # The trials leave no trace: told the rate, training does the same.
-    assert trained_at(found.learning_rate, trials=1) == found
-    assert trained_at(0.06 * 9, trials=falls).learning_rate == 0.06 * 9 / 3 ** (falls - 1)
-
-
-def test_trials_go_on_past_a_rate_at_which_training_overflows(tmp_path: Path) -> None:
-    pruned = pruned_layer(tmp_path)
-    knobs = replace(KNOBS, learning_rate=1e30, trials=70)
-    _, report = reconstruct(pruned.run, pruned.module, pruned.masked, knobs)
-    assert report.learning_rate < 1
+    high = replace(KNOBS, learning_rate=0.02 * 81)
+    _, report = reconstruct(pruned.run, pruned.module, pruned.masked, high)
+    falls = round(math.log(high.learning_rate / report.learning_rate, 3))
+    assert 0 < falls < report.epochs
+    assert report.learning_rate == pytest.approx(high.learning_rate / 3**falls)
     assert report.error_after < report.error_before
+
+
+def test_training_that_overflows_is_undone(tmp_path: Path) -> None:
+    pruned = pruned_layer(tmp_path)
+    wild = replace(KNOBS, learning_rate=1e30, epochs=2)
+    result, report = reconstruct(pruned.run, pruned.module, pruned.masked, wild)
+    assert (report.epochs, report.error_after) == (0, report.error_before)
+    for name, value in pruned.module.named_parameters():
+        assert torch.equal(result.get_parameter(name), value)
 
 
 def test_reconstructing_twice_gives_the_same_bits(tmp_path: Path) -> None:
@@ -166,7 +160,6 @@ def test_scrambled_windows_are_trained_on_and_never_held_out(tmp_path: Path) -> 
         ({"epochs": -1}, "epochs -1 must not be negative"),
         ({"batch": 0}, "batch 0"),
         ({"learning_rate": 0.0}, "learning_rate 0.0 must be positive"),
-        ({"trials": 0}, "trials 0"),
         ({"held_out": 1.0}, "held_out 1.0 must be between 0 and 1"),
     ],
 )
