@@ -187,7 +187,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "operators": operators_table,
     "peers-smollm2-2of4": peers_table,
     "peers-smollm2-128": peers_table,
-    "quality-gemma3-128": quality_table,
     "quality-smollm2-mixed": quality_table,
     "peers-smollm2-mixed": peers_table,
     "quality-smollm2-50percent": quality_table,
