@@ -86,7 +86,8 @@ def experiments() -> Iterator[Experiment]:
             "wanda:none",
             "wanda:none,reconstruct",
             "sparsegpt:sequential,reconstruct",
-            DEFAULT,
+            # Without scrambled windows, as the others: the training is what is compared.
+            "admm:intra+inter,reconstruct",
         ),
     )
 

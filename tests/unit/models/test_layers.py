@@ -14,6 +14,7 @@ from sparseserve.models import (
     copy_layer,
     entering_states,
     group_input,
+    group_inputs,
     layer_inputs,
     layer_weight,
     run_layer,
@@ -87,6 +88,25 @@ def test_group_inputs_are_what_the_operators_see_in_the_model(model: PreTrainedM
         for operator in group.operators:
             expected = seen[layer.full_name(operator)][0].reshape(LENGTH, -1)
             torch.testing.assert_close(inputs, expected, rtol=0, atol=1e-6)
+
+
+def test_the_inputs_of_all_groups_are_had_without_running_the_last(model: PreTrainedModel) -> None:
+    structure = trace_structure(model, windows(1)[0])
+    captured = capture(model, structure, windows(1))
+    layer, call, hidden = structure.layers[0], captured.calls[0], captured.hidden[0]
+    module = copy_layer(model.get_submodule(layer.name))
+    expected, _ = layer_inputs(module, hidden, call, layer.groups)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the last group ran")
+
+    # After its inputs are recorded, an operator that runs ends here.
+    module.get_submodule(layer.groups[-1].operators[0].name).register_forward_hook(refuse)
+    found = group_inputs(module, hidden, call, layer.groups)
+
+    assert len(found) == len(expected)
+    for inputs, other in zip(found, expected, strict=True):
+        assert torch.equal(inputs, other)
 
 
 def test_an_operator_is_a_product_with_its_layer_weight(model: PreTrainedModel) -> None:
