@@ -2,7 +2,8 @@
 
 Every method prunes the same model to the same pattern with the same calibration windows, once a
 seed, and is evaluated on text of the calibration's domain and on text of another. Each run is
-written to the JSON as soon as it is done; runs already there are not repeated::
+written to the JSON as soon as it is done; runs already there are not repeated, and one that was
+killed goes on from the layer it had reached (``demo/unfinished``)::
 
     python -m benchmarks.demo_assets smollm2
     python -m benchmarks.demo_assets wikipedia
@@ -19,8 +20,7 @@ each window beside it. The method of the default recipe has the knobs it has the
 from __future__ import annotations
 
 import json
-import tempfile
-import time
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import click
 
 from benchmarks.evaluation_texts import text_option
 from benchmarks.machine import Machine
+from sparseserve.artifact import Artifact
 from sparseserve.calibration import CalibrationSpec
 from sparseserve.checkpoint import write_json
 from sparseserve.cli.console import pruning_progress, quiet_libraries
@@ -38,6 +39,7 @@ from sparseserve.report import PruneReport
 from sparseserve.workflow import prune_and_export
 
 RESULTS = Path(__file__).parent / "results"
+UNFINISHED = Path("demo/unfinished")
 VARIANTS = (
     "magnitude:none",
     "wanda:sequential",
@@ -117,27 +119,34 @@ def default_variant() -> str:
     return f"{recipe.method}:{recipe.error_correction}{step}{beside}"
 
 
-def measure(setting: Setting, variant: str, seed: int) -> Run:
-    recipe = recipe_of(variant, setting, seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "pruned"
-        start = time.perf_counter()
+def measure(setting: Setting, variant: str, seed: int, scratch: Path) -> Run:
+    """Prune and evaluate; what a killed run of the same code left in ``scratch`` goes on."""
+    commit = Machine.here().commit
+    out = scratch / f"{variant.replace(':', '-')}-{seed}-{commit}"
+    if out.exists():
+        artifact = Artifact.open(out)
+    else:
         with pruning_progress() as progress:
             artifact = prune_and_export(
-                setting.model, out, recipe, export_format="dense", progress=progress
+                setting.model,
+                out,
+                recipe_of(variant, setting, seed),
+                export_format="dense",
+                progress=progress,
             )
-        seconds = time.perf_counter() - start
-        report = PruneReport.from_json(artifact.manifest.report)
-        return Run(
-            variant=variant,
-            seed=seed,
-            perplexity=perplexities(setting, str(out)),
-            mean_relative_error=report.mean_relative_error,
-            seconds=seconds,
-            peak_memory_bytes=report.peak_memory_bytes,
-            gram_products=max(operator.gram_products for operator in report.operators),
-            commit=Machine.here().commit,
-        )
+    report = PruneReport.from_json(artifact.manifest.report)
+    run = Run(
+        variant=variant,
+        seed=seed,
+        perplexity=perplexities(setting, str(out)),
+        mean_relative_error=report.mean_relative_error,
+        seconds=report.seconds,
+        peak_memory_bytes=report.peak_memory_bytes,
+        gram_products=max(operator.gram_products for operator in report.operators),
+        commit=commit,
+    )
+    shutil.rmtree(out)
+    return run
 
 
 def perplexities(setting: Setting, model: str) -> dict[str, float]:
@@ -200,7 +209,7 @@ def main(
             if any((run.variant, run.seed) == (variant, seed) for run in runs):
                 continue
             click.echo(f"{variant}, seed {seed}", err=True)
-            runs.append(measure(setting, variant, seed))
+            runs.append(measure(setting, variant, seed, UNFINISHED / path.stem))
             write_json(
                 path,
                 {

@@ -147,7 +147,7 @@ class PruneReport:
     Attributes:
         layers: The decoder layers, first to last.
         dense_modules: Linears inside decoder layers that were left dense, on request.
-        seconds: Wall time of all layers.
+        seconds: Wall time of all layers, with that of the layers an interrupted run had finished.
         peak_memory_bytes: Largest resident size of the process, or of the CUDA allocator.
         environment: Where it ran.
         retraining: What training of the whole model did at the end, if there was any.

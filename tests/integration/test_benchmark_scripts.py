@@ -18,6 +18,7 @@ from benchmarks import (
     first_order,
     gradient_blocks,
     penalty_search,
+    quality,
     stacked_penalties,
     warm_starts,
 )
@@ -218,3 +219,30 @@ def test_the_table_of_memory_has_a_line_for_each_recipe() -> None:
     )
     assert head == ["peak memory, MiB", "8 windows", "1024 windows"]
     assert lines == [["`default`", "8", "1,024"], ["`fast`", "8", "1,024"]]
+
+
+def test_a_model_pruned_before_the_kill_is_not_pruned_again(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = quality.Setting(
+        model=str(tiny),
+        pattern="2:4",
+        calibration=None,
+        samples=2,
+        sequence_length=16,
+        evaluation_windows=1,
+        evaluation_length=16,
+        texts={"speeches": None},
+    )
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quality.measure(setting, "magnitude:none", 0, tmp_path)
+    monkeypatch.setattr(quality, "prune_and_export", killed)
+    run = quality.measure(setting, "magnitude:none", 0, tmp_path)
+    assert run.perplexity["speeches"] > 1
+    assert not list(tmp_path.iterdir())

@@ -175,6 +175,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     assert not (out.parent / "killed.partial").exists()
 
 
+def test_the_time_of_layers_finished_before_the_kill_counts(prune: Any, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        prune("llama", progress=KilledAfter(9))
+    [stored] = (tmp_path / "out.partial").rglob("report.json")
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"seconds": 1000.0}))
+    assert 1000 < prune("llama").manifest.report["seconds"] < 2000
+
+
 def test_an_unfinished_run_with_other_settings_is_not_mixed_in(
     prune: Any, with_pruner: Any
 ) -> None:
