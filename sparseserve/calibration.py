@@ -37,7 +37,7 @@ class CalibrationSpec:
     """
 
     source: str | None = None
-    samples: int = 128
+    samples: int = 256
     sequence_length: int | None = None
     seed: int = 0
     scrambled: int = 0

@@ -17,14 +17,14 @@ scrambled::
     damping = 0.1
 
     [reconstruction]
-    epochs = 4                    # passes over the windows for each decoder layer; 0 for none
+    epochs = 3                    # passes over the windows for each decoder layer; 0 for none
 
     [retraining]
     epochs = 3                    # passes over the windows for the whole model; 0 for none
 
     [calibration]
     source = "text.txt"           # file, folder or dataset name; left out: the packaged text
-    samples = 128
+    samples = 256
     sequence_length = 512
     seed = 0
     scrambled = 1                 # copies of each window with random tokens, for the first layers
@@ -149,7 +149,7 @@ class PruneRecipe:
 
 PRESETS = {
     "default": PruneRecipe(
-        reconstruction=Reconstruction(epochs=6), calibration=CalibrationSpec(scrambled=1)
+        reconstruction=Reconstruction(epochs=3), calibration=CalibrationSpec(scrambled=1)
     ),
     "fast": PruneRecipe(pruner=SparseGPT(), error_correction="sequential"),
     "paper": PruneRecipe(
