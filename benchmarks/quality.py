@@ -11,8 +11,8 @@ killed goes on from the layer it had reached (``demo/unfinished``)::
         --text speeches=packaged --text wikipedia=demo/texts/wikipedia-evaluation.txt
 
 A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
-``,reconstruct`` and ``,retrain`` for the steps after pruning, ``,scramble`` for a scrambled copy of
-each window beside it. The method of the default recipe has the knobs it has there::
+``,reconstruct`` (``@N`` for N epochs, not the default's) and ``,retrain`` for the steps after
+pruning, ``,scramble`` for a scrambled copy of each window beside it. The method of the default recipe has the knobs it has there::
 
     --only sparsegpt:sequential --only admm:intra+inter@0.5 --only admm:intra,retrain
 """
@@ -91,7 +91,8 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     head, *steps = variant.split(",")
     method, _, correction = head.partition(":")
     correction, _, weight = correction.partition("@")
-    if unknown := set(steps) - {"reconstruct", "retrain", "scramble"}:
+    arguments = dict(step.partition("@")[::2] for step in steps)
+    if unknown := set(arguments) - {"reconstruct", "retrain", "scramble"}:
         raise click.UsageError(f"{variant}: no such step: {', '.join(sorted(unknown))}")
     default = PruneRecipe().to_json()
     data: dict[str, object] = {
@@ -99,14 +100,16 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
         "method": default["method"] if method == PruneRecipe().method else {"name": method},
         "error_correction": correction or "none",
         "calibration": asdict(
-            replace(setting.calibration_spec(seed), scrambled=int("scramble" in steps))
+            replace(setting.calibration_spec(seed), scrambled=int("scramble" in arguments))
         ),
     }
     if weight:
         data["inter_weight"] = float(weight)
-    if "reconstruct" in steps:
-        data["reconstruction"] = asdict(PRESETS["default"].reconstruction)
-    if "retrain" in steps:
+    if "reconstruct" in arguments:
+        knobs = PRESETS["default"].reconstruction
+        epochs = int(arguments["reconstruct"] or knobs.epochs)
+        data["reconstruction"] = asdict(replace(knobs, epochs=epochs))
+    if "retrain" in arguments:
         data["retraining"] = {"epochs": 3}
     return recipe_from_mapping(data)
 

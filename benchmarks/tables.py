@@ -19,6 +19,7 @@ import click
 
 from benchmarks.dial import dial_table
 from benchmarks.evidence_tables import EVIDENCE_TABLES
+from benchmarks.peers_timing import timing_table
 from benchmarks.quality import RESULTS, default_variant
 from benchmarks.serving_tables import SERVING_TABLES
 
@@ -173,7 +174,7 @@ def _label(variant: str) -> str:
 
 
 def _with_steps(label: str, steps: list[str]) -> str:
-    then = [step for step in steps if step != "scramble"]
+    then = [re.sub(r"@(.+)", r" (\1 epochs)", step) for step in steps if step != "scramble"]
     beside = ["scrambled windows"] if "scramble" in steps else []
     return ", ".join([label, *beside, *(f"then {step}" for step in then)])
 
@@ -192,6 +193,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality-smollm2-50percent": quality_table,
     "quality-gemma3-mixed": quality_table,
     "peers-gemma3-mixed": peers_table,
+    "time-smollm2": timing_table,
     "dial-smollm2-2of4": dial_table,
     **EVIDENCE_TABLES,
     **SERVING_TABLES,

@@ -48,6 +48,11 @@ def test_a_variant_says_correction_weight_and_steps() -> None:
     assert (recipe.calibration.seed, recipe.calibration.scrambled) == (3, 1)
 
 
+def test_a_variant_says_how_many_epochs() -> None:
+    for variant, epochs in (("wanda:none,reconstruct@6", 6), ("wanda:none,reconstruct", 3)):
+        assert recipe_of(variant, SETTING, 0).reconstruction.epochs == epochs
+
+
 def test_the_default_variant_is_the_default_recipe() -> None:
     recipe = recipe_of(default_variant(), SETTING, 0)
     scrambled = CalibrationSpec(scrambled=recipe.calibration.scrambled)
