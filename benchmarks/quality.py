@@ -12,7 +12,8 @@ killed goes on from the layer it had reached (``demo/unfinished``)::
 
 A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
 ``,reconstruct`` (``@N`` for N epochs, not the default's) and ``,retrain`` for the steps after
-pruning, ``,scramble`` for a scrambled copy of each window beside it. The method of the default recipe has the knobs it has there::
+pruning, ``,scramble`` for a scrambled copy of each window beside it. The method of the default
+recipe has the knobs it has there::
 
     --only sparsegpt:sequential --only admm:intra+inter@0.5 --only admm:intra,retrain
 """
