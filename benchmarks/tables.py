@@ -190,7 +190,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "peers-smollm2-128": peers_table,
     "quality-smollm2-mixed": quality_table,
     "peers-smollm2-mixed": peers_table,
-    "quality-smollm2-50percent": quality_table,
+    "quality-smollm2-50percent-mixed": quality_table,
     "quality-gemma3-mixed": quality_table,
     "peers-gemma3-mixed": peers_table,
     "time-smollm2": timing_table,
