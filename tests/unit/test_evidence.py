@@ -49,8 +49,10 @@ def test_a_variant_says_correction_weight_and_steps() -> None:
 
 
 def test_a_variant_says_how_many_epochs() -> None:
-    for variant, epochs in (("wanda:none,reconstruct@6", 6), ("wanda:none,reconstruct", 3)):
-        assert recipe_of(variant, SETTING, 0).reconstruction.epochs == epochs
+    usual = PRESETS["default"].reconstruction
+    assert recipe_of("wanda:none,reconstruct", SETTING, 0).reconstruction == usual
+    other = recipe_of(f"wanda:none,reconstruct@{usual.epochs + 1}", SETTING, 0).reconstruction
+    assert other == replace(usual, epochs=usual.epochs + 1)
 
 
 def test_the_default_variant_is_the_default_recipe() -> None:
