@@ -151,6 +151,7 @@ METHODS: dict[str, Method] = {
     "paper": PAPER,
     "paper, start SparseGPT": PaperFista(warm_start="sparsegpt"),
     "paper, start ADMM": PaperFista(warm_start="admm"),
+    "paper, small gains end it": replace(PAPER, improvement_tolerance=1e-3),
     "paper, relative lambda": RelativeLambda(PAPER),
     "paper, then refit": ThenRefit(PAPER),
     "paper, scaled columns": ScaledColumns(PAPER),

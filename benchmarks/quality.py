@@ -12,8 +12,8 @@ killed goes on from the layer it had reached (``demo/unfinished``)::
 
 A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
 ``,reconstruct`` (``@N`` for N epochs, not the default's) and ``,retrain`` for the steps after
-pruning, ``,scramble`` for a scrambled copy of each window beside it. The method of the default
-recipe has the knobs it has there::
+pruning, ``,scramble`` for a scrambled copy of each window beside it. The method of a preset has the
+knobs it has there::
 
     --only sparsegpt:sequential --only admm:intra+inter@0.5 --only admm:intra,retrain
 """
@@ -95,10 +95,10 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     arguments = dict(step.partition("@")[::2] for step in steps)
     if unknown := set(arguments) - {"reconstruct", "retrain", "scramble"}:
         raise click.UsageError(f"{variant}: no such step: {', '.join(sorted(unknown))}")
-    default = PruneRecipe().to_json()
+    knobs = {preset.method: preset.to_json()["method"] for preset in PRESETS.values()}
     data: dict[str, object] = {
         "pattern": setting.pattern,
-        "method": default["method"] if method == PruneRecipe().method else {"name": method},
+        "method": knobs.get(method, {"name": method}),
         "error_correction": correction or "none",
         "calibration": asdict(
             replace(setting.calibration_spec(seed), scrambled=int("scramble" in arguments))
@@ -107,9 +107,9 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     if weight:
         data["inter_weight"] = float(weight)
     if "reconstruct" in arguments:
-        knobs = PRESETS["default"].reconstruction
-        epochs = int(arguments["reconstruct"] or knobs.epochs)
-        data["reconstruction"] = asdict(replace(knobs, epochs=epochs))
+        training = PRESETS["default"].reconstruction
+        epochs = int(arguments["reconstruct"] or training.epochs)
+        data["reconstruction"] = asdict(replace(training, epochs=epochs))
     if "retrain" in arguments:
         data["retraining"] = {"epochs": 3}
     return recipe_from_mapping(data)

@@ -41,7 +41,8 @@ def find_model_folder(source: str | Path) -> Path:
     except (OSError, HFValidationError) as error:
         raise UnsupportedModelError(
             f"no such model '{source}': there is no folder of that name, and the hub gives "
-            f"none ({first_line(error)})"
+            f"none ({first_line(error)}): give a model's folder, or OWNER/NAME as the hub has it, "
+            "after 'hf auth login' if it is private or gated"
         ) from error
     return Path(folder)
 

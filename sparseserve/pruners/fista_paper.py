@@ -24,7 +24,9 @@ class PaperFista:
 
     Lambda has the unit of ``W0 X X*^T`` summed over tokens, so its first value and interval mean
     something else for every operator and calibration size; read literally, the first bisections
-    annihilate the weight and the search stops after ``patience`` rounds (docs/method.md).
+    annihilate the weight and the search stops after ``patience`` rounds. Where they do not, lambda
+    is halved towards zero for as long as rounds improve, a thousand of them (docs/method.md);
+    ``improvement_tolerance`` ends that.
 
     Attributes:
         warm_start: ``wanda`` as the paper does for LLaMA, or ``sparsegpt`` as it does for OPT.
@@ -36,6 +38,8 @@ class PaperFista:
         step_tolerance: FISTA stops when its step is shorter (equation 6).
         interval_tolerance: Bisection stops when the interval is shorter than this share of its
             upper end.
+        improvement_tolerance: A round improves if it lowers the error by more than this share of
+            it; any gain counts at 0, the reading to the letter.
     """
 
     rows_are_independent: ClassVar[bool] = False
@@ -48,6 +52,7 @@ class PaperFista:
     iterations: int = 20
     step_tolerance: float = 1e-6
     interval_tolerance: float = 1e-6
+    improvement_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the knobs."""
@@ -59,6 +64,11 @@ class PaperFista:
             raise RecipeError("fista-paper: first_lambda must lie between 0 and upper_lambda")
         if self.patience < 1 or self.iterations < 1:
             raise RecipeError("fista-paper: patience and iterations must be positive")
+        if not 0 <= self.improvement_tolerance < 1:
+            raise RecipeError(
+                f"fista-paper: improvement_tolerance {self.improvement_tolerance:g} must be at "
+                "least 0 and below 1"
+            )
 
     def prune(
         self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
@@ -89,10 +99,10 @@ class PaperFista:
                 low = penalty
             else:
                 high = penalty
+            improved = error < (1 - self.improvement_tolerance) * best_error
+            stale = 0 if improved else stale + 1
             if error < best_error:
-                best, best_error, stale = rounded, error, 0
-            else:
-                stale += 1
+                best, best_error = rounded, error
             penalty = (low + high) / 2
         return PrunedWeight(best, products)
 

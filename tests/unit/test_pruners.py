@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,24 @@ def test_the_paper_recipe_agrees_with_a_plain_version(case: Any, upper: float) -
     expected = plain_fistapruner(case, warm, settings.first_lambda, upper)
     # The step 1 / L differs by the margin of the power iteration, hence the tolerance.
     assert case.error(ours) == pytest.approx(case.error(expected), rel=0.02)
+
+
+def test_small_gains_end_the_papers_search_if_asked_to(make_case: Any) -> None:
+    case = make_case(corrected=True, rows=10, columns=24)
+    literal = PaperFista(first_lambda=1.0, upper_lambda=10.0)
+    to_the_letter, soon, at_once = (
+        replace(literal, improvement_tolerance=tolerance).prune(
+            case.weight, case.statistics, TWO_FOUR
+        )
+        for tolerance in (0.0, 0.01, 0.9)
+    )
+    rounds = literal.patience * (literal.iterations + 2)
+    assert at_once.gram_products <= rounds < soon.gram_products < to_the_letter.gram_products
+    # What small gains there were is kept all the same.
+    warm = Wanda().prune(case.weight, case.statistics, TWO_FOUR).weight
+    errors = [case.error(each.weight) for each in (to_the_letter, soon, at_once)]
+    assert errors == sorted(errors)
+    assert errors[-1] < case.error(warm)
 
 
 def test_with_correction_sparsegpt_prunes_the_corrected_target(make_case: Any) -> None:

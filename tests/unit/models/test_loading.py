@@ -116,6 +116,7 @@ def test_a_model_that_is_neither_a_folder_nor_on_the_hub_is_refused(name: str) -
     message = refusal(name)
     assert f"no such model '{name}'" in message
     assert "there is no folder of that name, and the hub gives none" in message
+    assert "give a model's folder, or OWNER/NAME" in message
 
 
 def test_a_file_is_not_a_model(folder: Path) -> None:
