@@ -1,13 +1,14 @@
 """How much of a model can be pruned within a budget of perplexity, and does the budget hold?
 
 The dial chooses on calibration texts of two domains; the result is evaluated on evaluation texts of
-the same domains, which neither pruning nor the dial saw. Beside it stands how well sensitivities
-agree between two halves of their windows: what a choice by them can be worth. A budget that is
-already in the JSON is not measured again::
+the same domains, which neither pruning nor the dial saw. Pruning is calibrated on both, too. Beside
+it stands how well sensitivities agree between two halves of their windows: what a choice by them
+can be worth. A budget that is already in the JSON is not measured again::
 
     python -m benchmarks.demo_assets smollm2
-    python -m benchmarks.demo_assets wikipedia
+    python -m benchmarks.demo_assets mixed
     python -m benchmarks.dial demo/models/smollm2-135m --budget 10% \
+        --calibration demo/texts/mixed-calibration.txt --samples 64 \
         --other-validation demo/texts/wikipedia-calibration.txt \
         --text speeches=packaged --text wikipedia=demo/texts/wikipedia-evaluation.txt
 """
@@ -29,14 +30,13 @@ import click
 
 from benchmarks.evaluation_texts import PACKAGED, text_option
 from benchmarks.machine import Machine
-from sparseserve.calibration import CalibrationSpec
 from sparseserve.checkpoint import write_json
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.cli.dial import parse_share
 from sparseserve.dial import dial_and_export
 from sparseserve.dial_report import DialReport, MaxPerplexityIncrease
 from sparseserve.measurement import EvaluationSpec, evaluate
-from sparseserve.recipe import load_recipe
+from sparseserve.recipe import PRESETS, PruneRecipe, recipe_from_mapping
 from sparseserve.sensitivity import UnitSensitivity
 from sparseserve.sensitivity_run import HeldOutSpec
 from sparseserve.testing import save_tiny_model
@@ -116,10 +116,7 @@ def perplexities(
 
 
 def measure(setting: Setting, share: float, spec: EvaluationSpec) -> tuple[Run, DialReport]:
-    recipe = replace(
-        load_recipe("default"),
-        calibration=CalibrationSpec(samples=16, sequence_length=spec.sequence_length),
-    )
+    recipe = recipe_from_mapping(setting.recipe)
     with tempfile.TemporaryDirectory() as scratch, pruning_progress() as progress:
         started = time.perf_counter()
         artifact, report = dial_and_export(
@@ -150,6 +147,14 @@ def measure(setting: Setting, share: float, spec: EvaluationSpec) -> tuple[Run, 
     return run, report
 
 
+def _recipe(calibration: str | None, samples: int, sequence_length: int) -> PruneRecipe:
+    default = PRESETS["default"]
+    drawn = replace(
+        default.calibration, source=calibration, samples=samples, sequence_length=sequence_length
+    )
+    return replace(default, calibration=drawn)
+
+
 def _held_out(setting: Setting) -> HeldOutSpec:
     return HeldOutSpec(
         texts=tuple(_file(text) for text in setting.validation),
@@ -162,6 +167,8 @@ def _held_out(setting: Setting) -> HeldOutSpec:
 @click.argument("model", required=False)
 @click.option("--result", default="dial-smollm2-2of4.json", show_default=True)
 @click.option("--budget", "budgets", multiple=True, default=("10%",), show_default=True)
+@click.option("--calibration", help="Calibration text; default: the packaged one.")
+@click.option("--samples", default=16, show_default=True, help="Calibration windows.")
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--sensitivity-windows", default=4, show_default=True, help="A text.")
 @click.option("--validation-windows", default=32, show_default=True, help="A text.")
@@ -174,6 +181,8 @@ def main(
     model: str | None,
     result: str,
     budgets: tuple[str, ...],
+    calibration: str | None,
+    samples: int,
     sequence_length: int,
     sensitivity_windows: int,
     validation_windows: int,
@@ -192,7 +201,7 @@ def main(
         spec = EvaluationSpec(samples=windows, sequence_length=sequence_length)
         setting = Setting(
             model=model,
-            recipe=load_recipe("default").to_json(),
+            recipe=_recipe(calibration, samples, sequence_length).to_json(),
             validation=(PACKAGED, other_validation) if other_validation else (PACKAGED,),
             sensitivity_windows=sensitivity_windows,
             validation_windows=validation_windows,
@@ -235,7 +244,7 @@ def _file(text: str) -> str:
 def dial_table(result: dict[str, Any]) -> str:
     """What each budget allows, and whether it held on the evaluation texts."""
     setting, machine = result["setting"], result["machine"]
-    texts = list(setting["texts"])
+    texts, calibration = list(setting["texts"]), setting["recipe"]["calibration"]
     lines = [
         f"| budget | pruned share | size | {' | '.join(f'increase, {text}' for text in texts)} "
         "| models tried |",
@@ -249,10 +258,11 @@ def dial_table(result: dict[str, Any]) -> str:
             f"| {len(run['rounds'])} |"
         )
     lines.append(
-        f"\n`{Path(setting['model']).name}`, 2:4, the default recipe; the share is of the weights "
-        "that may be pruned, the size that of all weights on disk; perplexity against the dense "
-        f"model's on {setting['evaluation_windows']} windows of each evaluation text; commit "
-        f"{machine['commit']}, {machine['date']}."
+        f"\n`{Path(setting['model']).name}`, 2:4, the default recipe with "
+        f"{calibration['samples']} windows of {calibration['sequence_length']} tokens; the share "
+        "is of the weights that may be pruned, the size that of all weights on disk; perplexity "
+        f"against the dense model's on {setting['evaluation_windows']} windows of each evaluation "
+        f"text; commit {machine['commit']}, {machine['date']}."
     )
     return "\n".join(lines)
 
