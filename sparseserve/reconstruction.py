@@ -17,7 +17,8 @@ matching); Wagner et al. 2025, "A free lunch in LLM compression".
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,8 @@ def reconstruct(
     rate = knobs.learning_rate
     training = _Training(student, trained, windows, rate, knobs.epochs)
     for epoch in range(1, knobs.epochs + 1):
-        training.run_epoch(epoch)
+        with _tensor_cores():
+            training.run_epoch(epoch)
         error = windows.held_out_error(student)
         if error < lowest:
             lowest, best, best_epoch = error, trained.snapshot(), epoch
@@ -101,6 +103,17 @@ def reconstruct(
             training = _Training(student, trained, windows, rate, knobs.epochs - epoch)
     trained.restore(best)
     return student.requires_grad_(False), ReconstructionReport(best_epoch, rate, start, lowest)
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Let a GPU multiply float32 on its tensor cores (TF32): ten bits are enough for a gradient."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _Training:

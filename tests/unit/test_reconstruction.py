@@ -87,6 +87,19 @@ def test_the_reported_error_is_relative_to_each_tokens_own_hidden_state(tmp_path
     assert report.error_after == pytest.approx(error(result), rel=1e-4)
 
 
+def test_only_training_may_use_tensor_cores_that_round_their_inputs(tmp_path: Path) -> None:
+    pruned = pruned_layer(tmp_path)
+    seen = set()
+
+    def watch(*_: object) -> None:
+        seen.add((torch.is_grad_enabled(), torch.get_float32_matmul_precision()))
+
+    pruned.module.register_forward_pre_hook(watch)
+    reconstruct(pruned.run, pruned.module, pruned.masked, KNOBS)
+    assert seen == {(True, "high"), (False, "highest")}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_matrices_that_were_not_pruned_stay_as_they_are(tmp_path: Path) -> None:
     pruned = pruned_layer(tmp_path)
     kept = "mlp.down_proj.weight"
