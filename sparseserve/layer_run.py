@@ -40,6 +40,8 @@ class LayerRun:
         dtype: What it computes in.
         storage_dtype: What its weights are stored in.
         scrambled: How many of the windows, the first ones, are scrambled text.
+        reading_weights: How much a squared error of each feature of its output counts, ``[hidden]``
+            on the CPU; None is alike.
     """
 
     layer: LayerStructure
@@ -53,6 +55,7 @@ class LayerRun:
     dtype: torch.dtype
     storage_dtype: torch.dtype
     scrambled: int = 0
+    reading_weights: Tensor | None = None
 
     @property
     def entering(self) -> HiddenStates:

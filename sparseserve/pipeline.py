@@ -22,11 +22,12 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparseserve.calibration import CalibrationSet
 from sparseserve.errors import RecipeError
@@ -34,6 +35,7 @@ from sparseserve.group_statistics import CHAINED
 from sparseserve.layer_pruning import PrunedLayer, PruneProgress, planned_operators, prune_layer
 from sparseserve.layer_run import HiddenStreams
 from sparseserve.models.layers import capture_layer_calls, entering_states
+from sparseserve.models.reading import reading_weights
 from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.recipe import PruneRecipe
 from sparseserve.report import Environment, PruneReport
@@ -93,14 +95,18 @@ def prune_model(
         keep_inputs=recipe.error_correction != "sequential" and device.type == "cpu",
         scrambled=len(calibration.scrambled),
     )
+    reading: tuple[Tensor | None, ...] = (None,) * len(calls)
+    if recipe.reconstruction.epochs:
+        reading = reading_weights(model, structure, calibration.windows[0])
     reports = []
     earlier = 0.0
-    for number, (layer, call) in enumerate(zip(structure.layers, calls, strict=True), start=1):
+    layers = zip(structure.layers, calls, reading, strict=True)
+    for number, (layer, call, weights) in enumerate(layers, start=1):
         progress.layer_started(layer.name, number, len(structure.layers))
         module = model.get_submodule(layer.name)
         if number > calibration.scrambled_layers:
             streams = streams.without_scrambled()
-        run = streams.enter(module, layer, call, device)
+        run = replace(streams.enter(module, layer, call, device), reading_weights=weights)
         pruned = store.load(layer.name)
         if pruned is None:
             pruned = prune_layer(run, recipe, progress)

@@ -1,9 +1,10 @@
 r"""Reconstruction of a whole decoder layer against its dense outputs, the masks fixed.
 
-    minimise over the kept weights, biases and norms   mean ||f(h*) - f0(h)||^2 / ||f0(h)||^2
+    minimise over the kept weights, biases and norms   mean ||s (f(h*) - f0(h))||^2 / ||f0(h)||^2
 
 ``f0`` is the dense layer on what enters it in the dense model, ``f`` the pruned one on what enters
-it in the pruned model, and the mean is over tokens. Operator-wise pruning cannot see that attention
+it in the pruned model, and the mean is over tokens. ``s`` weighs features by the gains with which
+later layers read them (``models/reading.py``). Operator-wise pruning cannot see that attention
 and activation functions let some errors through and damp others; the gradient through the layer
 does. Each token's error is taken relative to its hidden state, since the norm that the next layer
 begins with does so; a plain sum would be that of the few tokens whose hidden states are a hundred
@@ -187,6 +188,7 @@ class _Windows:
     entering: HiddenStates
     leaving: HiddenStates
     call: LayerCall
+    weights: Tensor | None
     device: torch.device
     training: int
     batch: int
@@ -203,7 +205,16 @@ class _Windows:
             )
         call = run.call.to(run.device, torch.float32)
         assert run.dense_output is not None, "PruneRecipe.compares_with_dense asks for it"
-        return cls(run.entering, run.dense_output, call, run.device, count - held_out, knobs.batch)
+        weights = None if run.reading_weights is None else run.reading_weights.to(run.device)
+        return cls(
+            entering=run.entering,
+            leaving=run.dense_output,
+            call=call,
+            weights=weights,
+            device=run.device,
+            training=count - held_out,
+            batch=knobs.batch,
+        )
 
     def batches(self, epoch: int) -> tuple[Tensor, ...]:
         """Return the training windows in batches, in an order of their own for each epoch."""
@@ -217,7 +228,10 @@ class _Windows:
         output = hidden_output(self.call.apply(student, entering))
         assert output is not None
         energy = target.square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        return ((output - target).square().sum(dim=-1) / energy).mean()
+        error = (output - target).square()
+        if self.weights is not None:
+            error = error * self.weights
+        return (error.sum(dim=-1) / energy).mean()
 
     @torch.no_grad()
     def held_out_error(self, student: nn.Module) -> float:

@@ -71,8 +71,12 @@ def test_the_error_on_held_out_windows_falls_and_zeros_stay(tmp_path: Path, fami
         assert torch.equal(value, before[name])
 
 
-def test_the_reported_error_is_relative_to_each_tokens_own_hidden_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", [None, torch.linspace(0, 2, 64)])
+def test_the_reported_error_is_relative_to_each_tokens_own_hidden_state(
+    tmp_path: Path, weights: torch.Tensor | None
+) -> None:
     pruned = pruned_layer(tmp_path)
+    pruned = replace(pruned, run=replace(pruned.run, reading_weights=weights))
     result, report = reconstruct(pruned.run, pruned.module, pruned.masked, KNOBS)
 
     def error(module: nn.Module) -> float:
@@ -80,11 +84,23 @@ def test_the_reported_error_is_relative_to_each_tokens_own_hidden_state(tmp_path
         entering, leaving = pruned.run.entering[7], pruned.run.dense_output[7]
         output = pruned.run.call.apply(module, entering)
         assert isinstance(output, torch.Tensor)
-        relative = (output - leaving).norm(dim=-1) / leaving.norm(dim=-1)
+        error = (output - leaving) * (1 if weights is None else weights.sqrt())
+        relative = error.norm(dim=-1) / leaving.norm(dim=-1)
         return float(relative.square().mean().sqrt())
 
     assert report.error_before == pytest.approx(error(pruned.module), rel=1e-4)
     assert report.error_after == pytest.approx(error(result), rel=1e-4)
+
+
+def test_errors_that_nothing_reads_are_let_be(tmp_path: Path) -> None:
+    """Where most features weigh nothing, the others come closer than they do otherwise."""
+    pruned = pruned_layer(tmp_path)
+    weights = torch.cat([torch.zeros(60), torch.full((4,), 16.0)])
+    weighted = replace(pruned.run, reading_weights=weights)
+    alike, _ = reconstruct(pruned.run, pruned.module, pruned.masked, KNOBS)
+    _, report = reconstruct(weighted, pruned.module, pruned.masked, KNOBS)
+    _, judged = reconstruct(weighted, alike, pruned.masked, replace(KNOBS, learning_rate=1e-12))
+    assert report.error_after < judged.error_before
 
 
 def test_only_training_may_use_tensor_cores_that_round_their_inputs(tmp_path: Path) -> None:
