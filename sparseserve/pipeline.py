@@ -9,7 +9,8 @@ For every layer, on all calibration windows, the first layers on scrambled copie
    its second moments, and prune the group's weights.
    With ``intra`` error correction the inputs of the pruned copy (``X*``) carry the errors of the
    operators pruned before, and the target stays the dense output ``W0 X``.
-3. If the recipe asks for it, train the kept weights of the whole layer towards its dense output.
+3. If the recipe asks for it, train the kept weights of the whole layer towards its dense output,
+   features weighed by how much later layers read them.
 4. Write the layer to disk. With a correction across layers, run it to what the next one sees.
 
 With ``none`` and ``intra`` every layer starts from dense hidden states, so layers are independent

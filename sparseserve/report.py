@@ -42,8 +42,8 @@ class ReconstructionReport:
         epochs: Passes over the training windows that are kept; 0 if none made it better.
         learning_rate: Of Adam, as the last epochs were trained, at its highest and relative to the
             root mean square of each tensor.
-        error_before: Root mean square over tokens of ``||f(h*) - f0(h)|| / ||f0(h)||``, the error
-            of what leaves the layer as it was pruned.
+        error_before: Root mean square over tokens of ``||s (f(h*) - f0(h))|| / ||f0(h)||``, the
+            error of what leaves the layer as it was pruned; ``s`` are the gains it is read with.
         error_after: The same of the layer that is kept.
     """
 
