@@ -42,6 +42,7 @@ from sparseserve.pruners.fista_paper import PaperFista
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.pruners.refit import refitted
 from sparseserve.pruners.sparsegpt import SparseGPT
+from sparseserve.recipe import PRESETS
 from sparseserve.solvers.problem import layer_problem
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 from sparseserve.text import evaluation_windows, read_text
@@ -151,7 +152,7 @@ METHODS: dict[str, Method] = {
     "paper": PAPER,
     "paper, start SparseGPT": PaperFista(warm_start="sparsegpt"),
     "paper, start ADMM": PaperFista(warm_start="admm"),
-    "paper, small gains end it": replace(PAPER, improvement_tolerance=1e-3),
+    "paper, small gains end it": PRESETS["paper"].pruner,
     "paper, relative lambda": RelativeLambda(PAPER),
     "paper, then refit": ThenRefit(PAPER),
     "paper, scaled columns": ScaledColumns(PAPER),
