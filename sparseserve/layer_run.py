@@ -7,7 +7,7 @@ with the number of calibration windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class LayerRun:
         scrambled: How many of the windows, the first ones, are scrambled text.
         reading_weights: How much a squared error of each feature of its output counts, ``[hidden]``
             on the CPU; None is alike.
+        predict: What turns its output into logits, on ``device``; None for all layers but the last.
     """
 
     layer: LayerStructure
@@ -56,6 +57,7 @@ class LayerRun:
     storage_dtype: torch.dtype
     scrambled: int = 0
     reading_weights: Tensor | None = None
+    predict: Callable[[Tensor], Tensor] | None = None
 
     @property
     def entering(self) -> HiddenStates:

@@ -10,7 +10,7 @@ For every layer, on all calibration windows, the first layers on scrambled copie
    With ``intra`` error correction the inputs of the pruned copy (``X*``) carry the errors of the
    operators pruned before, and the target stays the dense output ``W0 X``.
 3. If the recipe asks for it, train the kept weights of the whole layer towards its dense output,
-   features weighed by how much later layers read them.
+   features weighed by how much later layers read them, or the last towards dense predictions.
 4. Write the layer to disk. With a correction across layers, run it to what the next one sees.
 
 With ``none`` and ``intra`` every layer starts from dense hidden states, so layers are independent
@@ -36,6 +36,7 @@ from sparseserve.group_statistics import CHAINED
 from sparseserve.layer_pruning import PrunedLayer, PruneProgress, planned_operators, prune_layer
 from sparseserve.layer_run import HiddenStreams
 from sparseserve.models.layers import capture_layer_calls, entering_states
+from sparseserve.models.prediction import prediction_head
 from sparseserve.models.reading import reading_weights
 from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.recipe import PruneRecipe
@@ -109,6 +110,9 @@ def prune_model(
         if number > calibration.scrambled_layers:
             streams = streams.without_scrambled()
         run = replace(streams.enter(module, layer, call, device), reading_weights=weights)
+        if recipe.reconstruction.epochs and number == len(calls):
+            head = prediction_head(model, structure, calibration.windows[0][:8], device)
+            run = replace(run, predict=head)
         pruned = store.load(layer.name)
         if pruned is None:
             pruned = prune_layer(run, recipe, progress)

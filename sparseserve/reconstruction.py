@@ -4,12 +4,15 @@ r"""Reconstruction of a whole decoder layer against its dense outputs, the masks
 
 ``f0`` is the dense layer on what enters it in the dense model, ``f`` the pruned one on what enters
 it in the pruned model, and the mean is over tokens. ``s`` weighs features by the gains with which
-later layers read them (``models/reading.py``). Operator-wise pruning cannot see that attention
-and activation functions let some errors through and damp others; the gradient through the layer
-does. Each token's error is taken relative to its hidden state, since the norm that the next layer
-begins with does so; a plain sum would be that of the few tokens whose hidden states are a hundred
-times larger (Sun et al. 2024, "Massive activations in large language models"). Adam with a cosine
-schedule; windows held out decide which epoch is kept, or none, and whether its rate is too high.
+later layers read them (``models/reading.py``). Only the predictions follow the last layer, so what
+is minimised there is their divergence from the dense model's, KL(dense || pruned).
+
+Operator-wise pruning cannot see that attention and activation functions let some errors through
+and damp others; the gradient through the layer does. Each token's error is taken relative to its
+hidden state, since the norm that the next layer begins with does so; a plain sum would be that of
+the few tokens whose hidden states are a hundred times larger (Sun et al. 2024, "Massive activations
+in large language models"). Adam with a cosine schedule; windows held out decide which epoch is
+kept, or none, and whether its rate is too high.
 
 Shen et al. 2025, "Wanda++" (regional optimisation); Makni et al. 2025, "3BASiL" (transformer
 matching); Wagner et al. 2025, "A free lunch in LLM compression".
@@ -18,7 +21,7 @@ matching); Wagner et al. 2025, "A free lunch in LLM compression".
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,6 +36,9 @@ from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.layer_list import linear_modules
 from sparseserve.models.layers import copy_layer
 from sparseserve.report import ReconstructionReport
+
+# Tokens of a window that the last layer's predictions are compared at: more would cost logits.
+_PREDICTED = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +139,7 @@ class _Training:
         for batch in self._windows.batches(epoch):
             self._optimizer.zero_grad()
             for index in batch.tolist():
-                error = self._windows.error(self._student, index) / len(batch)
+                error = self._windows.error(self._student, index, epoch) / len(batch)
                 error.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             self._schedule.step()
@@ -189,6 +195,7 @@ class _Windows:
     leaving: HiddenStates
     call: LayerCall
     weights: Tensor | None
+    predict: Callable[[Tensor], Tensor] | None
     device: torch.device
     training: int
     batch: int
@@ -211,6 +218,7 @@ class _Windows:
             leaving=run.dense_output,
             call=call,
             weights=weights,
+            predict=run.predict,
             device=run.device,
             training=count - held_out,
             batch=knobs.batch,
@@ -221,12 +229,16 @@ class _Windows:
         generator = torch.Generator().manual_seed(epoch)
         return torch.split(torch.randperm(self.training, generator=generator), self.batch)
 
-    def error(self, student: nn.Module, index: int) -> Tensor:
-        """Return the objective of one window, ``[1, T, hidden]``."""
+    def error(self, student: nn.Module, index: int, epoch: int = 0) -> Tensor:
+        """Return the objective of one window, on other tokens in each epoch where it predicts."""
         target = self.leaving[index].to(self.device, torch.float32)
         entering = self.entering[index].to(self.device, torch.float32)
         output = hidden_output(self.call.apply(student, entering))
         assert output is not None
+        if self.predict is not None:
+            stride = -(-target.shape[1] // _PREDICTED)
+            chosen = slice((index + epoch) % stride, None, stride)
+            return _divergence(self.predict, output[:, chosen], target[:, chosen])
         energy = target.square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         error = (output - target).square()
         if self.weights is not None:
@@ -238,6 +250,14 @@ class _Windows:
         """Return the root of the mean over the windows held out."""
         held_out = range(self.training, len(self.entering))
         return math.sqrt(math.fsum(float(self.error(student, i)) for i in held_out) / len(held_out))
+
+
+def _divergence(predict: Callable[[Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over tokens of ``KL(p(target) || p(output))`` in nats."""
+    with torch.no_grad():
+        expected = predict(target).log_softmax(dim=-1)
+    found = predict(output).log_softmax(dim=-1)
+    return (expected.exp() * (expected - found)).sum(dim=-1).mean()
 
 
 def _scale(parameter: Tensor) -> float:

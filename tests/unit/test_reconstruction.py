@@ -34,10 +34,10 @@ class Pruned:
     masked: list[str]
 
 
-def pruned_layer(folder: Path, family: str = "llama", windows: int = 8) -> Pruned:
+def pruned_layer(folder: Path, family: str = "llama", windows: int = 8, length: int = 24) -> Pruned:
     model = tiny_model(family)
     generator = torch.Generator().manual_seed(1)
-    texts = [torch.randint(0, 256, (24,), generator=generator) for _ in range(windows)]
+    texts = [torch.randint(0, 256, (length,), generator=generator) for _ in range(windows)]
     structure = trace_structure(model, texts[0])
     calls = capture_layer_calls(model, structure, texts)
     entering = entering_states(model, structure, texts)
@@ -90,6 +90,46 @@ def test_the_reported_error_is_relative_to_each_tokens_own_hidden_state(
 
     assert report.error_before == pytest.approx(error(pruned.module), rel=1e-4)
     assert report.error_after == pytest.approx(error(result), rel=1e-4)
+
+
+def test_where_the_output_is_predicted_from_the_divergence_of_predictions_falls(
+    tmp_path: Path,
+) -> None:
+    pruned = pruned_layer(tmp_path)
+    head = torch.randn(64, 40, generator=torch.Generator().manual_seed(2)) / 8
+    run = replace(pruned.run, predict=lambda hidden: hidden @ head)
+    result, report = reconstruct(run, pruned.module, pruned.masked, KNOBS)
+
+    def divergence(module: nn.Module) -> float:
+        assert run.dense_output is not None
+        output = run.call.apply(module, run.entering[7])
+        assert isinstance(output, torch.Tensor)
+        dense, found = (
+            torch.distributions.Categorical(logits=hidden @ head)
+            for hidden in (run.dense_output[7], output)
+        )
+        return float(torch.distributions.kl_divergence(dense, found).mean())
+
+    assert report.error_before**2 == pytest.approx(divergence(pruned.module), rel=1e-4)
+    assert report.error_after**2 == pytest.approx(divergence(result), rel=1e-4)
+    assert report.error_after < report.error_before
+
+
+def test_long_windows_are_predicted_at_other_tokens_in_each_epoch(tmp_path: Path) -> None:
+    pruned = pruned_layer(tmp_path, length=250)
+    seen: list[torch.Tensor] = []
+
+    def predict(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden.detach().clone())
+        return hidden
+
+    run = replace(pruned.run, predict=predict)
+    reconstruct(run, pruned.module, pruned.masked, replace(KNOBS, epochs=2))
+    assert {hidden.shape[1] for hidden in seen} == {125}
+    dense = run.dense_output
+    assert dense is not None
+    for start in (0, 1):
+        assert any(torch.equal(hidden, dense[0][:, start::2]) for hidden in seen)
 
 
 def test_errors_that_nothing_reads_are_let_be(tmp_path: Path) -> None:
