@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from sparseserve.calibration import CalibrationSpec
 from sparseserve.pruners import PRUNERS
-from sparseserve.recipe import PruneRecipe
+from sparseserve.recipe import PRESETS, PruneRecipe
 from sparseserve.report import PruneReport
 from sparseserve.testing import save_tiny_model
 from sparseserve.workflow import prune_and_export
@@ -33,3 +34,19 @@ def test_errors_on_cuda_are_those_on_the_cpu(tmp_path: Path, method: str) -> Non
     ]
     errors = [report.mean_relative_error for report in reports]
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+def test_layers_trained_on_cuda_come_as_close_as_on_the_cpu(tmp_path: Path) -> None:
+    source = str(save_tiny_model("llama", tmp_path / "model"))
+    recipe = replace(
+        PRESETS["default"],
+        calibration=CalibrationSpec(samples=16, sequence_length=64, scrambled=1),
+    )
+    errors = []
+    for kind in ("cpu", "cuda"):
+        artifact = prune_and_export(source, tmp_path / kind, recipe, device=torch.device(kind))
+        layers = PruneReport.from_json(artifact.manifest.report).layers
+        trained = [layer.reconstruction for layer in layers if layer.reconstruction]
+        assert len(trained) == len(layers)
+        errors.append([layer.error_after for layer in trained])
+    assert errors[1] == pytest.approx(errors[0], rel=0.05)
