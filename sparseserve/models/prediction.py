@@ -59,18 +59,7 @@ def prediction_head(
     if not isinstance(model, PreTrainedModel):
         return None
     names = [layer.name for layer in structure.layers]
-    left: list[object] = []
-    with (
-        hooks(
-            [
-                model.get_submodule(names[-1]).register_forward_hook(
-                    lambda *call: left.append(call[-1])
-                )
-            ]
-        ),
-        torch.no_grad(),
-    ):
-        expected = model(window[None].to(model.device), use_cache=False).logits
+    output, expected = _run(model, names[-1], window)
     with _stand_ins(model, names):
         shared = {
             id(tensor): tensor
@@ -80,14 +69,24 @@ def prediction_head(
         duplicate = copy.deepcopy(model, shared).to(device=device, dtype=torch.float32)
     last = duplicate.get_submodule(names[-1])
     assert isinstance(last, _SkippedLayer)
-    last.as_tuple = isinstance(left[0], tuple)
+    last.as_tuple = isinstance(output, tuple)
     head = PredictionHead(duplicate.eval().requires_grad_(False), last)
-    hidden = hidden_output(left[0])
+    hidden = hidden_output(output)
     assert hidden is not None
     with torch.no_grad():
         found = head(hidden.to(device, torch.float32)).to(expected)
     difference = (found - expected).float().norm() / expected.float().norm()
     return head if float(difference) < _ROUNDING else None
+
+
+def _run(model: PreTrainedModel, layer: str, window: Tensor) -> tuple[object, Tensor]:
+    """Run ``model`` on ``window``; return what ``layer`` returned, and the logits."""
+    outputs: list[object] = []
+    module = model.get_submodule(layer)
+    handle = module.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    with hooks([handle]), torch.no_grad():
+        logits = model(window[None].to(model.device), use_cache=False).logits
+    return outputs[0], logits
 
 
 class _StandIn(nn.Module):
