@@ -110,11 +110,11 @@ def prune_model(
         if number > calibration.scrambled_layers:
             streams = streams.without_scrambled()
         run = replace(streams.enter(module, layer, call, device), reading_weights=weights)
-        if recipe.reconstruction.epochs and number == len(calls):
-            head = prediction_head(model, structure, calibration.windows[0][:8], device)
-            run = replace(run, predict=head)
         pruned = store.load(layer.name)
         if pruned is None:
+            if recipe.reconstruction.epochs and number == len(calls):
+                head = prediction_head(model, structure, calibration.windows[0][:8], device)
+                run = replace(run, predict=head)
             pruned = prune_layer(run, recipe, progress)
             store.save(layer.name, pruned)
         else:

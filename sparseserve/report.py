@@ -44,7 +44,8 @@ class ReconstructionReport:
             root mean square of each tensor.
         error_before: Root mean square over tokens of ``||s (f(h*) - f0(h))|| / ||f0(h)||``, the
             error of what leaves the layer as it was pruned; ``s`` are the gains it is read with. Of
-            the last layer, root of the mean divergence of predictions in nats.
+            the last layer, if predictions follow from its output alone, root of their mean
+            divergence in nats.
         error_after: The same of the layer that is kept.
     """
 
