@@ -1,9 +1,10 @@
 """Does the memory that pruning takes grow with the number of calibration windows?
 
 Each run is `sparseserve prune-and-export` in a process of its own, whose largest resident size the
-report states. Only the first decoder layers are pruned; all layers are run, and take the same
-memory one after the other. (On Linux the size of a process starts at its parent's; the parent here
-holds no more than the model, which the child loads as well.) ::
+report states. Only the first decoder layers and the last are pruned; all layers are run, and take
+the same memory one after the other, but for the last, which is trained towards predictions. (On
+Linux the size of a process starts at its parent's; the parent here holds no more than the model,
+which the child loads as well.) ::
 
     python -m benchmarks.demo_assets smollm2
     OMP_NUM_THREADS=1 python -m benchmarks.calibration_memory demo/models/smollm2-135m
@@ -61,12 +62,15 @@ def measure(
     return Row(recipe=recipe, windows=windows, peak_memory_bytes=report.peak_memory_bytes)
 
 
-def later_layers(model: str, pruned: int) -> tuple[int, list[str]]:
-    """Return the bytes of the model's parameters and patterns of all but the first layers."""
+def other_layers(model: str, pruned: int) -> tuple[int, list[str]]:
+    """Return the bytes of the model's parameters, and patterns of all layers but ``pruned`` ones.
+
+    Those are the first ones and the last.
+    """
     loaded = load_model(model).model
     structure = trace_structure(loaded, torch.arange(8))
     size = sum(parameter.nbytes for parameter in loaded.parameters())
-    return size, [f"^{layer.name}\\." for layer in structure.layers[pruned:]]
+    return size, [f"^{layer.name}\\." for layer in structure.layers[pruned - 1 : -1]]
 
 
 @click.command()
@@ -82,7 +86,7 @@ def main(
         if smoke:
             model, sequence_length, layers = str(save_tiny_model("llama", Path(scratch))), 16, 1
             windows = (2,)
-        size, ignored = later_layers(model, layers)
+        size, ignored = other_layers(model, layers)
         rows = []
         for recipe in RECIPES:
             for count in windows:

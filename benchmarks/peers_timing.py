@@ -1,7 +1,7 @@
 """How long do other tools and ours take to prune, in turns, each in a process of its own?
 
-Ours are our own versions of the tools' methods, on the dense model's inputs and on those that
-pruned operators leave, and the default recipe with and without its training.
+Ours are every method on the dense model's inputs, SparseGPT also on those that pruned layers leave,
+as its authors run it, the published recipe, and the default one with and without its training.
 
 Counted is the pruning call alone, calibration passes included, loading and the final checkpoint
 not. Ours also writes every finished layer to disk in that time, so that a killed run can go on.
@@ -30,7 +30,12 @@ from sparseserve.report import PruneReport
 
 OURS = "sparseserve"
 REFERENCE = "sparsegpt, sequential"
-DEFAULT_RECIPE = {
+# The published search has no end of its own; the recipe ``paper`` gives it one.
+METHODS = {name: f"--method {name}" for name in PRUNERS} | {"fista-paper": "--recipe paper"}
+# What to call each run of ours, and its options of ``prune-and-export``.
+OURS_TIMED = {
+    **{f"{name}, none": f"{options} --error-correction none" for name, options in METHODS.items()},
+    REFERENCE: "--method sparsegpt --error-correction sequential",
     "default, untrained": "--recipe default --reconstruct 0 --scrambled 0",
     "default": "--recipe default",
 }
@@ -50,7 +55,7 @@ class Timing:
 def time_in_turns(
     model: str, spec: CalibrationSpec, wanted: Sequence[tuple[Peer, str]], repeats: int
 ) -> Iterator[Timing]:
-    """Time every tool and method of ``wanted``, then our methods of the same names and recipe.
+    """Time every tool and method of ``wanted``, then all of ours.
 
     Raises:
         PeerError: A run failed.
@@ -61,7 +66,7 @@ def time_in_turns(
         for repeat in range(repeats):
             for peer, method in wanted:
                 yield _time_theirs(peer, method, model, windows, repeat)
-            for label, options in _ours([method for _, method in wanted]).items():
+            for label, options in OURS_TIMED.items():
                 yield time_ours(model, spec, label, options, repeat=repeat, digest=digest)
 
 
@@ -124,17 +129,6 @@ def _time_theirs(peer: Peer, method: str, model: str, windows: Path, repeat: int
         seconds=report.seconds,
         peak_memory_bytes=report.peak_memory_bytes,
     )
-
-
-def _ours(methods: Sequence[str]) -> dict[str, str]:
-    """Return the options of our runs beside those of a tool's ``methods``, by what to call them."""
-    runs = {
-        f"{method}, {correction}": f"--method {method} --error-correction {correction}"
-        for method in dict.fromkeys(methods)
-        if method in PRUNERS
-        for correction in ("none", "sequential")
-    }
-    return runs | DEFAULT_RECIPE
 
 
 def time_ours(

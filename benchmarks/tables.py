@@ -54,8 +54,8 @@ def quality_table(result: dict[str, Any]) -> str:
         f"\n`{Path(setting['model']).name}`, {setting['pattern']}, {tokens:,} calibration tokens "
         f"of {_calibration_text(setting)}, {drawn if seeds > 1 else 'one calibration seed'}, "
         f"perplexity on {setting['evaluation_windows']} held-out windows of "
-        f"{setting['evaluation_length']} tokens of each text; {machine['cpu']}, "
-        f"torch {machine['torch']}, {_commits(result['runs'])}, {machine['date']}."
+        f"{setting['evaluation_length']} tokens of each text; torch {machine['torch']}, "
+        f"{_commits(result['runs'])}, {machine['date']}."
     )
     return "\n".join(lines)
 
