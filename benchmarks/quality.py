@@ -13,9 +13,10 @@ killed goes on from the layer it had reached (``demo/unfinished``)::
 A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
 ``,reconstruct`` (``@N`` for N epochs, not the default's) and ``,retrain`` for the steps after
 pruning, ``,scramble`` for a scrambled copy of each window beside it. The method of a preset has the
-knobs it has there::
+knobs it has there; one of them can be set in brackets::
 
     --only sparsegpt:sequential --only admm:intra+inter@0.5 --only admm:intra,retrain
+    --only 'fista-paper[warm_start=admm]:intra'
 """
 
 from __future__ import annotations
@@ -91,14 +92,18 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     """Read a variant, as the head of this file defines it."""
     head, *steps = variant.split(",")
     method, _, correction = head.partition(":")
+    method, _, knob = method.rstrip("]").partition("[")
     correction, _, weight = correction.partition("@")
     arguments = dict(step.partition("@")[::2] for step in steps)
     if unknown := set(arguments) - {"reconstruct", "retrain", "scramble"}:
         raise click.UsageError(f"{variant}: no such step: {', '.join(sorted(unknown))}")
-    knobs = {preset.method: preset.to_json()["method"] for preset in PRESETS.values()}
+    usual: dict[str, Any] = {
+        preset.method: preset.to_json()["method"] for preset in PRESETS.values()
+    }
+    chosen = dict([knob.partition("=")[::2]]) if knob else {}
     data: dict[str, object] = {
         "pattern": setting.pattern,
-        "method": knobs.get(method, {"name": method}),
+        "method": {"name": method, **usual.get(method, {}), **chosen},
         "error_correction": correction or "none",
         "calibration": asdict(
             replace(setting.calibration_spec(seed), scrambled=int("scramble" in arguments))

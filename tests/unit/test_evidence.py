@@ -55,6 +55,12 @@ def test_a_variant_says_how_many_epochs() -> None:
     assert other == replace(usual, epochs=usual.epochs + 1)
 
 
+def test_a_variant_sets_one_knob_and_leaves_the_presets_others() -> None:
+    recipe = recipe_of("fista-paper[warm_start=admm]:intra", SETTING, 0)
+    assert recipe.pruner == replace(PRESETS["paper"].pruner, warm_start="admm")  # type: ignore[type-var]
+    assert recipe.error_correction == "intra"
+
+
 def test_the_default_variant_is_the_default_recipe() -> None:
     recipe = recipe_of(default_variant(), SETTING, 0)
     scrambled = CalibrationSpec(scrambled=recipe.calibration.scrambled)
