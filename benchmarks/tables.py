@@ -167,13 +167,15 @@ def _is_ours_by_default(variant: str) -> bool:
 
 
 def _label(variant: str) -> str:
+    if variant == default_variant():
+        return "the default recipe"
     head, *steps = variant.split(",")
     method, _, correction = head.partition(":")
-    label = _with_steps(f"{method}, error correction {correction}", steps)
-    return f"{label} (default)" if variant == default_variant() else label
+    return _with_steps(f"{method}, error correction {correction}", steps)
 
 
 def _with_steps(label: str, steps: list[str]) -> str:
+    label = re.sub(r"\[(.+)_(.+)=(.+)\]", r", \1 \2 \3", label)
     then = [re.sub(r"@(.+)", r" (\1 epochs)", step) for step in steps if step != "scramble"]
     beside = ["scrambled windows"] if "scramble" in steps else []
     return ", ".join([label, *beside, *(f"then {step}" for step in then)])
@@ -187,7 +189,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality-smollm2-2of4": quality_table,
     "operators": operators_table,
     "peers-smollm2-2of4": peers_table,
-    "peers-smollm2-128": peers_table,
     "quality-smollm2-mixed": quality_table,
     "peers-smollm2-mixed": peers_table,
     "quality-smollm2-50percent-mixed": quality_table,
