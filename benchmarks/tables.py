@@ -194,6 +194,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality-smollm2-50percent-mixed": quality_table,
     "quality-gemma3-mixed": quality_table,
     "peers-gemma3-mixed": peers_table,
+    "quality-gemma3-256": quality_table,
     "time-smollm2": timing_table,
     "dial-smollm2-2of4": dial_table,
     **EVIDENCE_TABLES,
