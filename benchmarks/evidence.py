@@ -29,9 +29,8 @@ from benchmarks.quality import default_variant
 
 DEFAULT = default_variant()
 
-# How much of earlier layers' errors is repaired: the weight of intra+inter.
+# The weight of intra+inter: how much of earlier layers' errors is repaired.
 WEIGHTS = ("0", "0.25", "0.5", "0.75", "1")
-CORRECTIONS = ("none", "intra", "intra+inter@0.5", "intra+inter@1", "sequential")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +63,31 @@ def experiments() -> Iterator[Experiment]:
         ),
         seeds=3,
     )
-    yield Experiment("inter-weight", tuple(f"admm:intra+inter@{weight}" for weight in WEIGHTS))
     yield Experiment(
         "50percent",
         ("sparsegpt:sequential", "sparsegpt:none", DEFAULT),
         "50%",
     )
     yield Experiment(
-        "corrections-2of4",
-        tuple(f"{method}:{kind}" for method in ("admm", "sparsegpt") for kind in CORRECTIONS),
-    )
-    for percent in ("5%", "10%", "20%", "50%"):
-        variants = tuple(f"fista:{kind}" for kind in CORRECTIONS[:4])
-        yield Experiment(f"corrections-{percent.rstrip('%')}percent", variants, percent)
-    for samples in (8, 32, 64, 128):
-        variants = ("sparsegpt:sequential", DEFAULT)
-        yield Experiment(f"samples-{samples}", variants, samples=samples)
-    yield Experiment(
-        "reconstruction",
+        "steps",
         (
+            *(f"sparsegpt:{kind}" for kind in ("none", "intra", "sequential")),
+            *(f"admm:{kind}" for kind in ("none", "intra", "sequential")),
+            *(f"admm:intra+inter@{weight}" for weight in WEIGHTS),
             "wanda:none",
             "wanda:none,reconstruct",
             "sparsegpt:sequential,reconstruct",
-            # Without scrambled windows, as the others: the training is what is compared.
             "admm:intra+inter,reconstruct",
+            DEFAULT,
         ),
     )
+    for percent in (5, 10, 20, 50):
+        corrections = ("none", "intra", "intra+inter@0.5", "intra+inter@1")
+        variants = tuple(f"admm:{kind}" for kind in corrections)
+        yield Experiment(f"corrections-{percent}percent", variants, f"{percent}%")
+    for samples in (8, 32, 64, 128):  # 16 is among the steps
+        variants = ("sparsegpt:sequential", DEFAULT)
+        yield Experiment(f"samples-{samples}", variants, samples=samples)
 
 
 def command(

@@ -34,10 +34,10 @@ REFERENCE = "sparsegpt, sequential"
 METHODS = {name: f"--method {name}" for name in PRUNERS} | {"fista-paper": "--recipe paper"}
 # What to call each run of ours, and its options of ``prune-and-export``.
 OURS_TIMED = {
-    **{f"{name}, none": f"{options} --error-correction none" for name, options in METHODS.items()},
     REFERENCE: "--method sparsegpt --error-correction sequential",
     "default, untrained": "--recipe default --reconstruct 0 --scrambled 0",
     "default": "--recipe default",
+    **{f"{name}, none": f"{options} --error-correction none" for name, options in METHODS.items()},
 }
 
 

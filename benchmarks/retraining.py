@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.evaluation_texts import text_option
 from benchmarks.machine import Machine
+from benchmarks.quality_tables import calibration_text
 from sparseserve.artifact import MANIFEST_FILE, Artifact
 from sparseserve.calibration import CalibrationSpec, load_calibration
 from sparseserve.checkpoint import write_json
@@ -122,7 +123,8 @@ def prune(setting: Setting, recipe: PruneRecipe, folder: Path) -> Artifact:
     """Prune, unless ``folder`` already holds the result."""
     if (folder / MANIFEST_FILE).exists():
         return Artifact.open(folder)
-    recipe = replace(recipe, calibration=CalibrationSpec(**setting.calibration))
+    drawn = CalibrationSpec(**setting.calibration)
+    recipe = replace(recipe, calibration=replace(drawn, scrambled=recipe.calibration.scrambled))
     with pruning_progress() as progress:
         return prune_and_export(
             setting.model, folder, recipe, export_format="dense", progress=progress
@@ -179,6 +181,7 @@ def missing(runs: Sequence[Run], pruners: Iterable[str]) -> dict[str, list[str]]
 @click.option("--result", default="retraining-smollm2-2of4.json", show_default=True)
 @click.option("--samples", default=16, show_default=True)
 @click.option("--sequence-length", default=512, show_default=True)
+@click.option("--calibration", help="Calibration text; default: the packaged one.")
 @click.option("--epochs", default=2, show_default=True)
 @click.option("--windows", default=30, show_default=True, help="Evaluation windows a text.")
 @text_option
@@ -191,6 +194,7 @@ def main(
     result: str,
     samples: int,
     sequence_length: int,
+    calibration: str | None,
     epochs: int,
     windows: int,
     texts: dict[str, str | None],
@@ -203,7 +207,9 @@ def main(
     chosen = {key: value for key, value in asdict(knobs).items() if key != "distillation"}
     setting = Setting(
         model=model,
-        calibration=asdict(CalibrationSpec(samples=samples, sequence_length=sequence_length)),
+        calibration=asdict(
+            CalibrationSpec(source=calibration, samples=samples, sequence_length=sequence_length)
+        ),
         retraining=chosen,
         evaluation_windows=windows,
         texts=texts,
@@ -247,7 +253,8 @@ def retraining_table(result: dict[str, Any]) -> str:
     calibration, knobs = setting["calibration"], setting["retraining"]
     lines.append(
         f"\n`{Path(setting['model']).name}`, 2:4, {calibration['samples']} calibration windows of "
-        f"{calibration['sequence_length']} tokens of the packaged speeches, one seed; retraining: "
+        f"{calibration['sequence_length']} tokens of "
+        f"{calibration_text(calibration['source'])}, one seed; retraining: "
         f"rank {knobs['rank']}, learning rate {knobs['learning_rate']:g}, {knobs['epochs']} epochs "
         f"over the same windows; perplexity on {setting['evaluation_windows']} windows of each "
         f"text; seconds are those of pruning, or of retraining alone; {machine['cpu']}, "

@@ -21,53 +21,21 @@ from benchmarks.dial import dial_table
 from benchmarks.evidence_tables import EVIDENCE_TABLES
 from benchmarks.peers_timing import timing_table
 from benchmarks.quality import RESULTS, default_variant
+from benchmarks.quality_tables import (
+    DENSE,
+    by_variant,
+    label,
+    patterns_table,
+    perplexities,
+    quality_table,
+    sizes_table,
+)
 from benchmarks.serving_tables import SERVING_TABLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/method.md", "docs/serving.md", "docs/evidence.md")
-DENSE = "dense"
 OURS = "sparseserve"
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def quality_table(result: dict[str, Any]) -> str:
-    """Perplexity by method: mean and range over seeds."""
-    setting, machine = result["setting"], result["machine"]
-    texts = list(setting["texts"])
-    lines = [
-        f"| method | error correction | {' | '.join(f'perplexity, {text}' for text in texts)} |",
-        "|---|---|" + "---|" * len(texts),
-    ]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for run in result["runs"]:
-        groups.setdefault(run["variant"], []).append(run)
-    for variant, runs in groups.items():
-        cells = [_spread([run["perplexity"][text] for run in runs]) for text in texts]
-        head, *steps = variant.split(",")
-        method, _, correction = head.partition(":")
-        label = _with_steps(method, steps)
-        lines.append(f"| {label} | {correction} | {' | '.join(cells)} |")
-    seeds = max(len(runs) for runs in groups.values())
-    tokens = setting["samples"] * setting["sequence_length"]
-    drawn = f"{seeds} calibration seeds (mean, lowest to highest; one where one figure stands)"
-    lines.append(
-        f"\n`{Path(setting['model']).name}`, {setting['pattern']}, {tokens:,} calibration tokens "
-        f"of {_calibration_text(setting)}, {drawn if seeds > 1 else 'one calibration seed'}, "
-        f"perplexity on {setting['evaluation_windows']} held-out windows of "
-        f"{setting['evaluation_length']} tokens of each text; torch {machine['torch']}, "
-        f"{_commits(result['runs'])}, {machine['date']}."
-    )
-    return "\n".join(lines)
-
-
-def _commits(runs: list[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(run["commit"] for run in runs if run["variant"] != "dense"))
-    return f"commit{'s' if len(names) > 1 else ''} {', '.join(names)}"
-
-
-def _calibration_text(setting: dict[str, Any]) -> str:
-    source = setting["calibration"]
-    return f"`{Path(source).name}`" if source else "the packaged speeches"
 
 
 def operators_table(result: dict[str, Any]) -> str:
@@ -103,15 +71,15 @@ def peers_table(result: dict[str, Any]) -> str:
         groups.setdefault((tool, run["worker"]["method"]), []).append(run)
     for (tool, method), runs in groups.items():
         changed = f"{statistics.fmean(run['changed_weights'] for run in runs):.0%}"
-        lines.append(f"| {tool} | {method} | {_perplexities(runs, texts)} | {changed} |")
+        lines.append(f"| {tool} | {method} | {perplexities(runs, texts)} | {changed} |")
     ours = _our_runs(result, {method for _, method in groups})
     for variant, runs in ours.items():
-        tool, label = ("", "the dense model") if variant == DENSE else (OURS, _label(variant))
-        lines.append(f"| {tool} | {label} | {_perplexities(runs, texts)} | |")
-    for variant in [variant for variant in ours if _is_ours_by_default(variant)]:
+        tool, name = ("", "the dense model") if variant == DENSE else (OURS, label(variant))
+        lines.append(f"| {tool} | {name} | {perplexities(runs, texts)} | |")
+    for variant in [variant for variant in ours if _is_default_pruning(variant)]:
         for (tool, method), others in groups.items():
             shares = _gap_shares(ours[variant], others, ours[DENSE][0], texts)
-            name = f"gap of {_label(variant)} / {tool.split()[0]} {method}"
+            name = f"gap of {label(variant)} / {tool.split()[0]} {method}"
             lines.append(f"| | {name} | {shares} | |")
     lines.append(
         f"\n`{Path(setting['model']).name}`, {setting['pattern']}, the same "
@@ -152,37 +120,16 @@ def _our_runs(result: dict[str, Any], methods: set[str]) -> dict[str, list[dict[
     ours = json.loads((RESULTS / result["ours"]).read_text(encoding="utf-8"))
     if ours["setting"] != result["setting"]:
         raise click.ClickException(f"{result['ours']} was measured with another setting")
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for run in ours["runs"]:
-        variant = run["variant"]
-        method = variant.partition(":")[0]
-        if variant == DENSE or method in methods or _is_ours_by_default(variant):
-            groups.setdefault(variant, []).append(run)
-    return groups
+    return {
+        variant: runs
+        for variant, runs in by_variant(ours["runs"]).items()
+        if variant == DENSE or variant.partition(":")[0] in methods or _is_default_pruning(variant)
+    }
 
 
-def _is_ours_by_default(variant: str) -> bool:
+def _is_default_pruning(variant: str) -> bool:
     """Whether ``variant`` is the default recipe, with or without the steps after pruning."""
     return variant.split(",", maxsplit=1)[0] == default_variant().split(",")[0]
-
-
-def _label(variant: str) -> str:
-    if variant == default_variant():
-        return "the default recipe"
-    head, *steps = variant.split(",")
-    method, _, correction = head.partition(":")
-    return _with_steps(f"{method}, error correction {correction}", steps)
-
-
-def _with_steps(label: str, steps: list[str]) -> str:
-    label = re.sub(r"\[(.+)_(.+)=(.+)\]", r", \1 \2 \3", label)
-    then = [re.sub(r"@(.+)", r" (\1 epochs)", step) for step in steps if step != "scramble"]
-    beside = ["scrambled windows"] if "scramble" in steps else []
-    return ", ".join([label, *beside, *(f"then {step}" for step in then)])
-
-
-def _perplexities(runs: list[dict[str, Any]], texts: list[str]) -> str:
-    return " | ".join(_spread([run["perplexity"][text] for run in runs]) for text in texts)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -195,6 +142,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality-gemma3-mixed": quality_table,
     "peers-gemma3-mixed": peers_table,
     "quality-gemma3-256": quality_table,
+    "quality-smollm2-steps": quality_table,
+    "quality-smollm2-samples-8": sizes_table,
+    "quality-smollm2-corrections-5percent": patterns_table,
     "time-smollm2": timing_table,
     "dial-smollm2-2of4": dial_table,
     **EVIDENCE_TABLES,
@@ -210,14 +160,6 @@ def render(page: str) -> str:
         return f"{match[1]}{TABLES[match[2]](result)}\n{match[3]}"
 
     return MARKED.sub(table, page)
-
-
-def _spread(values: list[float]) -> str:
-    mean = statistics.fmean(values)
-    digits = 2 if mean < 1000 else 0
-    if len(values) == 1 or math.isclose(min(values), max(values)):
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 @click.command()
