@@ -47,7 +47,7 @@ from sparseserve.errors import RecipeError, unknown_name
 from sparseserve.group_statistics import ErrorCorrection
 from sparseserve.pruners import PRUNERS, Pruner
 from sparseserve.pruners.admm import Admm
-from sparseserve.pruners.fista_paper import PaperFista
+from sparseserve.pruners.fista_paper import ENDING_PAPER_FISTA
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.reconstruction import Reconstruction
 from sparseserve.retraining import Retraining
@@ -153,8 +153,7 @@ PRESETS = {
     ),
     "fast": PruneRecipe(pruner=SparseGPT(), error_correction="sequential"),
     "paper": PruneRecipe(
-        # To the letter some operators take a thousand rounds, nearly all of them for nothing.
-        pruner=PaperFista(improvement_tolerance=1e-4),
+        pruner=ENDING_PAPER_FISTA,
         error_correction="intra",
         calibration=CalibrationSpec(samples=128, sequence_length=2048),
     ),

@@ -115,3 +115,7 @@ def _total_error(weight: Tensor, dense_weight: Tensor, statistics: LayerStatisti
 def _rounding_error(change: Tensor, problem: LayerProblem) -> float:
     """Return ``||(W_rounded - W) X*||_F``."""
     return float(torch.sqrt(((change @ problem.gram) * change).sum().clamp_min(0)))
+
+
+# To the letter some operators take a thousand rounds, nearly all of them for nothing.
+ENDING_PAPER_FISTA = PaperFista(improvement_tolerance=1e-4)

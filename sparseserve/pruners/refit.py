@@ -10,7 +10,7 @@ from sparseserve.errors import RecipeError, unknown_name
 from sparseserve.layer_statistics import LayerStatistics
 from sparseserve.pruners.admm_gradual import GradualAdmm
 from sparseserve.pruners.dsnot import Dsnot
-from sparseserve.pruners.fista_paper import PaperFista
+from sparseserve.pruners.fista_paper import ENDING_PAPER_FISTA
 from sparseserve.pruners.one_shot import ONE_SHOT
 from sparseserve.pruners.protocol import PrunedWeight, Pruner
 from sparseserve.solvers.conjugate_gradient import refit
@@ -22,8 +22,7 @@ BASES: dict[str, Pruner] = {
     **ONE_SHOT,
     "dsnot": Dsnot(),
     "admm-gradual": GradualAdmm(),
-    # With an end, as in the recipe ``paper``.
-    "fista-paper": PaperFista(improvement_tolerance=1e-4),
+    "fista-paper": ENDING_PAPER_FISTA,
 }
 
 

@@ -11,7 +11,7 @@ from benchmarks.evaluation_texts import named_texts
 from benchmarks.evidence import command, experiments
 from benchmarks.quality import Setting, default_variant, recipe_of
 from sparseserve.calibration import CalibrationSpec
-from sparseserve.pruners.fista_paper import PaperFista
+from sparseserve.pruners.fista_paper import ENDING_PAPER_FISTA
 from sparseserve.recipe import PRESETS
 
 SETTING = Setting(
@@ -58,7 +58,7 @@ def test_a_variant_says_how_many_epochs() -> None:
 
 def test_a_variant_sets_one_knob_and_leaves_the_presets_others() -> None:
     recipe = recipe_of("fista-paper[warm_start=admm]:intra", SETTING, 0)
-    assert recipe.pruner == PaperFista(warm_start="admm", improvement_tolerance=1e-4)
+    assert recipe.pruner == replace(ENDING_PAPER_FISTA, warm_start="admm")
     assert recipe.error_correction == "intra"
 
 
