@@ -34,12 +34,17 @@ def _is_weight_index(name: str) -> bool:
 def model_config(source: Path, dtype: torch.dtype | None = None) -> dict[str, object]:
     """Read ``config.json``, and say in it that the weights are in ``dtype``; None changes nothing.
 
+    Configurations of parts of a model, such as ``text_config``, follow where they name a dtype.
+
     Raises:
         ArtifactError: It is missing or not JSON.
     """
     config = read_json(source / "config.json")
     if dtype is not None:
-        # Older releases of transformers wrote it under this name.
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            # Older releases of transformers wrote it under the second name.
+            if part is config or {"dtype", "torch_dtype"} & set(part):
+                part.pop("torch_dtype", None)
+                part["dtype"] = name
     return config
