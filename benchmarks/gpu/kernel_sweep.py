@@ -120,8 +120,8 @@ def main(
             )
             results.setdefault(model, {})[linear] = found
             _tell(found, sizes)
-    if output:
-        write_json(output, _document(results, dtype, repeats))
+            if output:
+                write_json(output, _document(results, dtype, repeats))
 
 
 def layer_result(
@@ -136,8 +136,7 @@ def layer_result(
     """Measure all kernels on one layer."""
     refusals: dict[str, str] = {}
     copies: dict[str, list[tuple[Tensor, ...]]] = {}
-    dense = TWO_FOUR.project(torch.randn(spec.rows, spec.columns, device=spec.device))
-    dense = dense.to(spec.dtype)
+    dense = TWO_FOUR.project(_random(spec.rows, spec)).to(spec.dtype)
     weight = LoadedWeight((RowBlock(linear, dense),))
     layouts: dict[str, list[tuple[Tensor, ...]]] = {}
     for name, kernel in table.items():
@@ -147,11 +146,11 @@ def layer_result(
         if kernel.layout not in layouts:
             layouts[kernel.layout] = packed_copies(kernel, spec, weight)
         copies[name] = layouts[kernel.layout]
-    errors = {name: _error(table[name], copies[name][0], dense) for name in copies}
+    errors = {name: _error(table[name], copies[name][0], dense, spec) for name in copies}
     measurements: list[Measurement] = []
     pool = torch.cuda.graph_pool_handle() if spec.device.type == "cuda" else None
     for batch in batches:
-        inputs = torch.randn(batch, spec.columns, device=spec.device).to(spec.dtype)
+        inputs = _random(batch, spec).to(spec.dtype)
         runs: dict[str, Runs] = {}
         for name, own in copies.items():
             if not _takes(table[name], batch):
@@ -189,9 +188,17 @@ def _measure(
     ]
 
 
-def _error(kernel: LinearKernel, packed: tuple[Tensor, ...], dense: Tensor) -> float:
+def _random(rows: int, spec: LinearSpec) -> Tensor:
+    """Draw by a generator that no graph knows: a failed capture spoils the device's own."""
+    generator = torch.Generator(spec.device).manual_seed(0)
+    return torch.randn(rows, spec.columns, device=spec.device, generator=generator)
+
+
+def _error(
+    kernel: LinearKernel, packed: tuple[Tensor, ...], dense: Tensor, spec: LinearSpec
+) -> float:
     batch = min(ERROR_BATCH, kernel.largest_batch or ERROR_BATCH)
-    inputs = torch.randn(batch, dense.shape[1], device=dense.device).to(dense.dtype)
+    inputs = _random(batch, spec).to(spec.dtype)
     exact = inputs.double() @ dense.double().T
     found = kernel.matmul(packed, inputs, None, len(dense)).double()
     unit = torch.finfo(dense.dtype).eps * float(exact.abs().max())
@@ -210,6 +217,8 @@ def _names(models: str) -> list[str]:
 
 
 def _tell(found: LayerResult, batches: tuple[int, ...]) -> None:
+    for kernel, reason in found.refusals.items():
+        click.echo(f"  {kernel}: {reason}", err=True)
     for batch in batches:
         of_batch = [one for one in found.measurements if one.batch == batch]
         dense = next(one for one in of_batch if one.kernel == DENSE)

@@ -34,6 +34,23 @@ def seeded() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def sums_in_float32() -> Iterator[None]:
+    """Keep cuBLAS from adding parts of a sum in 16 bits, which torch lets it do by default.
+
+    The products of ``dense`` and ``triton_unpack`` are torch's own; what is tested is the weight
+    that they multiply.
+    """
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = {name: getattr(matmul, name) for name in names}
+    for name in names:
+        setattr(matmul, name, False)
+    yield
+    for name, value in before.items():
+        setattr(matmul, name, value)
+
+
 def two_four(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return TWO_FOUR.project(torch.randn(rows, columns, device="cuda")).to(dtype)
 
