@@ -29,16 +29,16 @@ def quality_table(result: Result) -> str:
     seeds = max(len(runs) for runs in groups.values())
     drawn = f"{seeds} calibration seeds (mean, lowest to highest; one where one figure stands)"
     lines.append(
-        f"\n`{Path(setting['model']).name}`, {setting['pattern']}, {_tokens(setting):,} "
+        f"\n`{Path(setting['model']).name}`, {setting['pattern']}, {tokens(setting):,} "
         f"calibration tokens of {calibration_text(setting['calibration'])}, "
-        f"{drawn if seeds > 1 else 'one calibration seed'}, {_measured([result])}"
+        f"{drawn if seeds > 1 else 'one calibration seed'}, {measured([result])}"
     )
     return "\n".join(lines)
 
 
 def sizes_table(result: Result) -> str:
     """Perplexity by the number of calibration tokens, for the variants that ``result`` has."""
-    return _across(result, "samples", "calibration tokens", _tokens, order=_tokens)
+    return _across(result, "samples", "calibration tokens", tokens, order=tokens)
 
 
 def patterns_table(result: Result) -> str:
@@ -71,10 +71,10 @@ def _across(
             lines.append(
                 f"| {' | '.join(cells)} | {perplexities(first[variant], setting['texts'])} |"
             )
-    same = setting["pattern"] if key != "pattern" else f"{_tokens(setting):,} calibration tokens"
+    same = setting["pattern"] if key != "pattern" else f"{tokens(setting):,} calibration tokens"
     lines.append(
         f"\n`{Path(setting['model']).name}`, {same}, calibrated on "
-        f"{calibration_text(setting['calibration'])}, one seed, {_measured(shown)}"
+        f"{calibration_text(setting['calibration'])}, one seed, {measured(shown)}"
     )
     return "\n".join(lines)
 
@@ -103,7 +103,7 @@ def _head(before: list[str], setting: Settings) -> list[str]:
     return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
 
 
-def _tokens(setting: Settings) -> int:
+def tokens(setting: Settings) -> int:
     return int(setting["samples"] * setting["sequence_length"])
 
 
@@ -112,7 +112,7 @@ def calibration_text(source: str | None) -> str:
     return f"`{Path(source).name}`" if source else "the packaged speeches"
 
 
-def _measured(results: Iterable[Result]) -> str:
+def measured(results: Iterable[Result]) -> str:
     """Say on what, with what, by which code and when."""
     results = list(results)
     setting, machines = results[0]["setting"], [result["machine"] for result in results]

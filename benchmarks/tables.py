@@ -19,6 +19,7 @@ import click
 
 from benchmarks.dial import dial_table
 from benchmarks.evidence_tables import EVIDENCE_TABLES
+from benchmarks.gpu.tables import GPU_TABLES
 from benchmarks.peers_timing import timing_table
 from benchmarks.quality import RESULTS, default_variant
 from benchmarks.quality_tables import (
@@ -33,7 +34,7 @@ from benchmarks.quality_tables import (
 from benchmarks.serving_tables import SERVING_TABLES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/method.md", "docs/serving.md", "docs/evidence.md")
+PAGES = ("README.md", "docs/method.md", "docs/serving.md", "docs/evidence.md", "docs/gpu.md")
 OURS = "sparseserve"
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -147,6 +148,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "dial-smollm2-2of4": dial_table,
     **EVIDENCE_TABLES,
     **SERVING_TABLES,
+    **GPU_TABLES,
 }
 
 

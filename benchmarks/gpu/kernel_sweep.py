@@ -148,8 +148,10 @@ def layer_result(
         copies[name] = layouts[kernel.layout]
     errors = {name: _error(table[name], copies[name][0], dense, spec) for name in copies}
     measurements: list[Measurement] = []
-    pool = torch.cuda.graph_pool_handle() if spec.device.type == "cuda" else None
     for batch in batches:
+        # Shared by the graphs of one batch size: a pool cannot be used again once all its graphs
+        # are gone.
+        pool = torch.cuda.graph_pool_handle() if spec.device.type == "cuda" else None
         inputs = _random(batch, spec).to(spec.dtype)
         runs: dict[str, Runs] = {}
         for name, own in copies.items():
@@ -158,6 +160,8 @@ def layer_result(
             try:
                 runs[name] = prepare(table[name], own, inputs, spec.rows, pool)
             except RuntimeError as error:
+                if name == DENSE:
+                    raise
                 # An algorithm that fails on long prompts alone; the others are still of interest.
                 refusals[f"{name} at batch {batch}"] = str(error).partition("\n")[0]
         measurements += _measure(

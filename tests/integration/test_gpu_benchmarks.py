@@ -84,6 +84,22 @@ def test_a_kernel_that_fails_on_long_prompts_alone_does_not_end_the_sweep() -> N
     ]
 
 
+def test_nothing_is_measured_without_the_dense_product() -> None:
+    class Broken(DenseKernel):
+        def matmul(
+            self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
+        ) -> Tensor:
+            if len(inputs) > 16:
+                raise RuntimeError("no memory")
+            return DenseKernel().matmul(packed, inputs, bias, rows)
+
+    spec = LinearSpec(32, 64, torch.bfloat16, torch.device("cpu"), two_four=True)
+    with pytest.raises(RuntimeError, match="no memory"):
+        kernel_sweep.layer_result(
+            {"dense": Broken()}, spec, model="m", linear="l", batches=(32,), repeats=1
+        )
+
+
 def test_shapes_are_those_of_the_models() -> None:
     llama = MODELS["Llama-3-8B"].linears()
     assert llama["qkv"] == (6144, 4096)
