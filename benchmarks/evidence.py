@@ -4,14 +4,17 @@ Each is a call of ``benchmarks.quality`` with its own result file. What is alrea
 repeated, so the command can be stopped and given again::
 
     python -m benchmarks.demo_assets smollm2
-    python -m benchmarks.demo_assets wikipedia
+    python -m benchmarks.demo_assets mixed
+    python -m benchmarks.demo_assets news
     python -m benchmarks.evidence smollm2 demo/models/smollm2-135m \
-        --text speeches=packaged --text wikipedia=demo/texts/wikipedia-evaluation.txt
+        --calibration demo/texts/mixed-calibration.txt --text speeches=packaged \
+        --text wikipedia=demo/texts/wikipedia-evaluation.txt \
+        --text news=demo/texts/news-evaluation.txt
     python -m benchmarks.evidence opt-125m facebook/opt-125m \
         --text speeches=packaged --text wikitext=wikitext
 
 ``--list`` prints the calls instead. The model and the texts are folders, files or names on the
-hub; the first argument names the results.
+hub; the first argument names the results. ``2of4`` was run on the packaged calibration text.
 """
 
 from __future__ import annotations
@@ -35,12 +38,12 @@ WEIGHTS = ("0", "0.25", "0.5", "0.75", "1")
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A question: which variants, on which pattern, with how many seeds and windows."""
+    """A question: which variants, on which pattern, with which seeds and how many windows."""
 
     name: str
     variants: tuple[str, ...]
     pattern: str = "2:4"
-    seeds: int = 1
+    seeds: str = "0"
     samples: int = 16
 
 
@@ -61,7 +64,7 @@ def experiments() -> Iterator[Experiment]:
             "fista:intra",
             "fista-paper:intra",
         ),
-        seeds=3,
+        seeds="0,1,2",
     )
     yield Experiment(
         "50percent",
@@ -100,7 +103,7 @@ def command(
     """Return the call of ``benchmarks.quality``."""
     call = [sys.executable, "-m", "benchmarks.quality", model]
     call += ["--result", f"quality-{name}-{experiment.name}.json"]
-    call += ["--pattern", experiment.pattern, "--seeds", str(experiment.seeds)]
+    call += ["--pattern", experiment.pattern, "--seeds", experiment.seeds]
     call += ["--samples", str(experiment.samples)]
     if calibration:
         call += ["--calibration", calibration]

@@ -172,7 +172,7 @@ def perplexities(setting: Setting, model: str) -> dict[str, float]:
 @click.argument("model")
 @click.option("--result", required=True, help="File name in benchmarks/results/.")
 @click.option("--pattern", default="2:4", show_default=True)
-@click.option("--seeds", default=3, show_default=True)
+@click.option("--seeds", default="0,1,2", show_default=True, help="Calibration seeds.")
 @click.option("--samples", default=16, show_default=True)
 @click.option("--sequence-length", default=512, show_default=True)
 @click.option("--windows", default=30, show_default=True, help="Evaluation windows a text.")
@@ -185,7 +185,7 @@ def main(
     model: str,
     result: str,
     pattern: str,
-    seeds: int,
+    seeds: str,
     samples: int,
     sequence_length: int,
     windows: int,
@@ -210,10 +210,11 @@ def main(
     runs = [Run(**run) for run in _stored(path, setting)]
     if not any(run.variant == "dense" for run in runs):
         runs.append(_dense(setting))
-    for seed in range(1 if smoke else seeds):
+    first, *others = (int(seed) for seed in seeds.split(","))
+    for seed in [first] if smoke else [first, *others]:
         for variant in chosen:
             # Magnitude sees no calibration text, so one seed is all.
-            if seed and variant.startswith("magnitude"):
+            if seed != first and variant.startswith("magnitude"):
                 continue
             if any((run.variant, run.seed) == (variant, seed) for run in runs):
                 continue
