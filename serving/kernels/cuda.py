@@ -8,7 +8,11 @@ from types import MappingProxyType
 from sparseserve.serving.kernels.cusparselt import CusparseltKernel
 from sparseserve.serving.kernels.cutlass import CutlassKernel
 from sparseserve.serving.kernels.protocol import LinearKernel
-from sparseserve.serving.kernels.triton_packed import TritonKernel, TritonUnpackKernel
+from sparseserve.serving.kernels.triton_packed import (
+    TritonKernel,
+    TritonUnpackKernel,
+    TritonVectorKernel,
+)
 
 # Which pairs win is published for A100, RTX 4090 and H100 (SlideSparse, arXiv 2603.05232, its
 # search results for bfloat16 2:4): on compute capability 8.x the first four algorithms, split for
@@ -31,6 +35,7 @@ CUDA_KERNELS: Mapping[str, LinearKernel] = MappingProxyType(
         "triton": TritonKernel(),
         "triton_narrow": TritonKernel(tile_rows=32),
         "triton_wide": TritonKernel(tile_rows=128, warps=8, stages=3),
+        "triton_vector": TritonVectorKernel(),
         "triton_unpack": TritonUnpackKernel(),
         "cutlass": CutlassKernel(),
         **{

@@ -8,10 +8,6 @@ from dataclasses import dataclass
 BATCH_TILES = (8, 16, 32, 64)
 # Splitting more than this costs more to add up than it hides.
 _MOST_SPLITS = 8
-# Each split should have this many steps at least, so that loads run ahead of products.
-_FEWEST_STEPS = 4
-# Programs that a streaming multiprocessor should have, to hide the latency of memory.
-_PROGRAMS_PER_PROCESSOR = 2
 # Partial sums of all splits are addressed with 32 bits.
 _MOST_PARTIAL_SUMS = 2**31 - 1
 
@@ -21,12 +17,13 @@ class Tiling:
     """How one product is cut.
 
     Attributes:
-        batch: Inputs of a tile; a power of two of at least 8.
+        batch: Inputs of a tile; a power of two of at least 8, or 1 to do without tensor cores.
         rows: Output features of a tile; a power of two of at least 16.
         columns: Input features read at a time; a power of two of at least 32.
         splits: Programs that share the input features of a tile; their sums are added in order.
         warps: Warps of a program.
-        stages: Tiles in flight between memory and the tensor cores.
+        stages: Tiles in flight between memory and the tensor cores; a split has as many or more.
+        programs: How many a streaming multiprocessor should have, to hide the latency of memory.
     """
 
     batch: int
@@ -35,6 +32,7 @@ class Tiling:
     splits: int = 1
     warps: int = 4
     stages: int = 4
+    programs: int = 2
 
 
 def batch_tile(batch: int) -> int:
@@ -45,11 +43,11 @@ def batch_tile(batch: int) -> int:
 def split_count(batch: int, rows: int, columns: int, *, tile: Tiling, processors: int) -> int:
     """Return how many programs should share a tile's input features.
 
-    As many as give each of the device's ``processors`` two programs, within reason.
+    As many as give each of the device's ``processors`` its programs, within reason.
     """
     programs = _tiles(rows, tile.rows) * _tiles(batch, tile.batch)
-    wanted = _PROGRAMS_PER_PROCESSOR * processors // programs
-    most = min(_MOST_SPLITS, columns // (_FEWEST_STEPS * tile.columns))
+    wanted = tile.programs * processors // programs
+    most = min(_MOST_SPLITS, columns // (tile.stages * tile.columns))
     splits = max(1, min(most, wanted))
     return splits if splits * batch * rows <= _MOST_PARTIAL_SUMS else 1
 

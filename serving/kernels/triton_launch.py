@@ -12,7 +12,12 @@ import triton
 from torch import Tensor
 
 from sparseserve.serving.kernels.tiling import Tiling
-from sparseserve.serving.kernels.triton_product import product_kernel, sum_kernel, unpack_kernel
+from sparseserve.serving.kernels.triton_product import (
+    product_kernel,
+    sum_kernel,
+    unpack_kernel,
+    vector_kernel,
+)
 
 SUM_TILE = 1024
 UNPACK_TILE = (32, 256)
@@ -30,6 +35,8 @@ def multiply(
         bias: ``[rows]`` of the same dtype, or None.
         tiling: How to cut the product.
     """
+    if inputs.storage_offset() % 4:
+        inputs = inputs.clone()  # vector_kernel reads words of four
     (batch, columns), rows = inputs.shape, values.shape[0]
     output = inputs.new_empty(batch, rows)
     if batch == 0:
@@ -40,7 +47,10 @@ def multiply(
     if splits > 1:
         target, product_bias = inputs.new_empty(splits, batch, rows, dtype=torch.float32), None
     grid = (triton.cdiv(rows, tiling.rows), triton.cdiv(batch, tiling.batch), splits)
-    product_kernel[grid](
+    kernel, sides = product_kernel, {"TILE_BATCH": tiling.batch}
+    if tiling.batch == 1:
+        kernel, sides = vector_kernel, {}
+    kernel[grid](
         inputs,
         values.view(torch.int32),
         indices,
@@ -54,7 +64,7 @@ def multiply(
         split_columns,
         HAS_BIAS=product_bias is not None,
         IS_PARTIAL=splits > 1,
-        TILE_BATCH=tiling.batch,
+        **sides,
         TILE_ROWS=tiling.rows,
         TILE_COLUMNS=tiling.columns,
         num_warps=tiling.warps,

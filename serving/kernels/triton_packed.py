@@ -1,9 +1,10 @@
 """Products with packed24 tensors as they are stored, by Triton kernels on a GPU.
 
 :class:`TritonKernel` is for small batches, which wait for memory: it reads 9/16 of the bytes of
-the dense weight. :class:`TritonUnpackKernel` is for large ones, which wait for arithmetic: it
-writes the dense weight once a call and leaves the product to cuBLAS, so that a layer need not keep
-a dense copy beside the packed one. Triton comes with torch for CUDA and is imported on first use.
+the dense weight. :class:`TritonVectorKernel` is for the smallest. :class:`TritonUnpackKernel` is
+for large ones, which wait for arithmetic: it writes the dense weight once a call and leaves the
+product to cuBLAS, so that a layer need not keep a dense copy beside the packed one. Triton comes
+with torch for CUDA and is imported on first use.
 """
 
 from __future__ import annotations
@@ -63,12 +64,14 @@ class TritonKernel(_Packed24Kernel):
         tile_columns: Input features read at a time.
         warps: Warps of a program.
         stages: Tiles in flight.
+        programs: How many a streaming multiprocessor should have.
     """
 
     tile_rows: int = 64
     tile_columns: int = 128
     warps: int = 4
     stages: int = 4
+    programs: int = 2
 
     def matmul(
         self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
@@ -88,17 +91,42 @@ class TritonKernel(_Packed24Kernel):
         """Return how the product with ``inputs`` is cut on their device."""
         batch, columns = inputs.shape
         tile = Tiling(
-            batch=batch_tile(batch),
+            batch=self.tile_batch(batch),
             rows=self.tile_rows,
             columns=self.tile_columns,
             warps=self.warps,
             stages=self.stages,
+            programs=self.programs,
         )
         device = cuda_device(inputs.device)
         splits = split_count(
             batch, rows, columns, tile=tile, processors=device.processors if device else 1
         )
         return replace(tile, splits=splits)
+
+    def tile_batch(self, batch: int) -> int:
+        """Return how many inputs a tile takes."""
+        return batch_tile(batch)
+
+
+@dataclass(frozen=True, slots=True)
+class TritonVectorKernel(TritonKernel):
+    """Picks the inputs of each group by its code and multiplies without tensor cores.
+
+    A pruned place is not multiplied, so an infinite input there leaves no NaN.
+    """
+
+    # Every input of a batch reads the weight anew, from the cache at best.
+    largest_batch: ClassVar[int | None] = 4
+
+    tile_rows: int = 4
+    tile_columns: int = 1024
+    stages: int = 1
+    programs: int = 4
+
+    def tile_batch(self, batch: int) -> int:
+        """Return 1: a tile is of one input."""
+        return 1
 
 
 @dataclass(frozen=True, slots=True)

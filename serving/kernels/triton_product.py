@@ -6,6 +6,9 @@ back in registers and multiplies on dense tensor cores. What is saved is memory 
 what bounds small batches. The weight is the left operand: its rows fill the long side of a
 tensor-core instruction, and the batch needs only the short one.
 
+A program of ``vector_kernel`` computes a tile of one input's outputs without tensor cores. It picks
+the two inputs of each group by their codes, so that no zero is put back or multiplied.
+
 Importing this module imports Triton.
 """
 
@@ -97,6 +100,67 @@ def product_kernel(
     if IS_PARTIAL:
         places += split.to(tl.int64) * batch * rows
     tl.store(output + places, total.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def vector_kernel(
+    inputs,
+    pairs,
+    codes,
+    bias,
+    output,
+    batch,
+    rows,
+    columns,
+    pair_stride,
+    code_stride,
+    split_columns,
+    HAS_BIAS: tl.constexpr,
+    IS_PARTIAL: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    """Do as ``product_kernel`` does with a tile of one input."""
+    DTYPE: tl.constexpr = inputs.dtype.element_ty
+    GROUPS: tl.constexpr = TILE_COLUMNS // 4
+    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    member, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    wide_row = row.to(tl.int64)
+    pair_rows = pairs + wide_row[:, None] * pair_stride
+    code_rows = codes + wide_row[:, None] * code_stride
+    # The four inputs of a group are one word too: they change places between threads once.
+    input_words = (inputs + member * columns).to(tl.pointer_type(tl.uint64), bitcast=True)
+
+    total = tl.zeros((TILE_ROWS, GROUPS), dtype=tl.float32)
+    start = split * split_columns
+    for column in range(start, tl.minimum(start + split_columns, columns), TILE_COLUMNS):
+        group = column // 4 + tl.arange(0, GROUPS)
+        byte = column // 8 + tl.arange(0, GROUPS // 2)
+        pair_mask = (row < rows)[:, None] & (group < pair_stride)[None, :]
+        code_mask = (row < rows)[:, None] & (byte < code_stride)[None, :]
+        pair_tile = tl.load(pair_rows + group[None, :], mask=pair_mask, other=0)
+        code_tile = tl.load(code_rows + byte[None, :], mask=code_mask, other=0)
+        word = tl.load(input_words + group, mask=group < pair_stride, other=0)[None, :]
+        x0 = word.to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32)
+        x1 = (word >> 16).to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32)
+        x2 = (word >> 32).to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32)
+        x3 = (word >> 48).to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32)
+        code = tl.reshape(tl.join(code_tile & 15, code_tile >> 4), (TILE_ROWS, GROUPS))
+        low, high = code & 3, code >> 2
+        # The first place of a group is never its last, the second never its first.
+        first = tl.where(low == 0, x0, tl.where(low == 1, x1, x2))
+        second = tl.where(high == 3, x3, tl.where(high == 2, x2, x1))
+        pair = pair_tile.to(tl.uint32, bitcast=True)
+        total += (pair & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32) * first
+        total += (pair >> 16).to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32) * second
+
+    result = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        result += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    place = member * rows + wide_row
+    if IS_PARTIAL:
+        place += split.to(tl.int64) * batch * rows
+    tl.store(output + place, result.to(output.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["size"])

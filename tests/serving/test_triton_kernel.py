@@ -12,7 +12,7 @@ import pytest
 
 from sparseserve.serving.kernels.cuda import CUDA_KERNELS
 from sparseserve.serving.kernels.tiling import BATCH_TILES, Tiling, batch_tile, split_count
-from sparseserve.serving.kernels.triton_packed import TritonKernel
+from sparseserve.serving.kernels.triton_packed import TritonKernel, TritonVectorKernel
 
 INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
 # Shared memory that one program may have, by compute capability (CUDA C++ Programming Guide,
@@ -21,8 +21,9 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
 SHAPES = {
     name: Tiling(8, kernel.tile_rows, kernel.tile_columns, 1, kernel.warps, kernel.stages)
     for name, kernel in CUDA_KERNELS.items()
-    if isinstance(kernel, TritonKernel)
+    if isinstance(kernel, TritonKernel) and not isinstance(kernel, TritonVectorKernel)
 }
+VECTOR = TritonVectorKernel()
 
 triton = pytest.importorskip("triton")
 pytestmark = [
@@ -76,7 +77,7 @@ def compile_for(
 def compile_product(
     capability: int, dtype: str, tiling: Tiling, *, partial: bool = False
 ) -> object:
-    from sparseserve.serving.kernels.triton_product import product_kernel
+    from sparseserve.serving.kernels.triton_product import product_kernel, vector_kernel
 
     pointers = {
         "inputs": f"*{dtype}",
@@ -88,11 +89,13 @@ def compile_product(
     constants: dict[str, object] = {
         "HAS_BIAS": not partial,
         "IS_PARTIAL": partial,
-        "TILE_BATCH": tiling.batch,
         "TILE_ROWS": tiling.rows,
         "TILE_COLUMNS": tiling.columns,
     }
     options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    if tiling.batch == 1:
+        return compile_for(capability, vector_kernel, pointers, constants, options)
+    constants["TILE_BATCH"] = tiling.batch
     return compile_for(capability, product_kernel, pointers, constants, options)
 
 
@@ -117,6 +120,22 @@ def test_every_tile_fits_the_smallest_card(name: str, side: int, partial: bool) 
     compiled = compile_product(86, "fp16", tiling, partial=partial)
     assert compiled.metadata.shared <= SHARED_KIB[86] * 1024  # type: ignore[attr-defined]
     assert "mma.sync.aligned.m16n8k16" in compiled.asm["ptx"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("capability", SHARED_KIB)
+def test_one_input_needs_no_tensor_cores_and_reads_whole_vectors(
+    capability: int, partial: bool
+) -> None:
+    tiling = Tiling(1, VECTOR.tile_rows, VECTOR.tile_columns, 1, VECTOR.warps, VECTOR.stages)
+    compiled = compile_product(capability, "bf16", tiling, partial=partial)
+    assembly = compiled.asm["ptx"]  # type: ignore[attr-defined]
+    assert compiled.asm["cubin"]  # type: ignore[attr-defined]
+    assert "mma" not in assembly
+    assert "ld.global.v4.b32" in assembly
+    assert ".local" not in assembly
+    # Inputs change places between threads in one exchange, and sums in another.
+    assert assembly.count("bar.sync") <= 6
 
 
 @pytest.mark.parametrize("capability", SHARED_KIB)

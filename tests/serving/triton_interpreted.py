@@ -20,7 +20,11 @@ from torch import Tensor
 from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight, RowBlock
 from sparseserve.serving.kernels.tiling import Tiling
 from sparseserve.serving.kernels.trial import trial_refusal
-from sparseserve.serving.kernels.triton_packed import TritonKernel, TritonUnpackKernel
+from sparseserve.serving.kernels.triton_packed import (
+    TritonKernel,
+    TritonUnpackKernel,
+    TritonVectorKernel,
+)
 from sparseserve.sparsity import TWO_FOUR, pack24
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_kernel.py"
@@ -32,6 +36,8 @@ from sparseserve.serving.kernels.triton_launch import multiply, unpack  # noqa: 
 
 DTYPES = (torch.float16, torch.bfloat16)
 SMALL = Tiling(batch=16, rows=32, columns=64)
+Kernel = TritonKernel | TritonUnpackKernel
+KERNELS: list[Kernel] = [TritonKernel(), TritonVectorKernel(), TritonUnpackKernel()]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +115,7 @@ def assert_within_rounding(
     groups=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES),
     splits=st.integers(1, 3),
-    side=st.sampled_from([8, 16]),
+    side=st.sampled_from([1, 8, 16]),
     biased=st.booleans(),
 )
 @settings(max_examples=40)
@@ -147,12 +153,20 @@ def test_shares_of_splits_add_up_with_the_bias_of_each_row(
     assert_within_rounding(found, weight, inputs, bias)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 32, 64, 100])
+@pytest.mark.parametrize(
+    ("kernel", "batch"),
+    [
+        (kernel, batch)
+        for kernel in KERNELS
+        for batch in (1, 2, 4, 8, 16, 32, 64, 100)
+        if batch <= (kernel.largest_batch or batch)
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(64, 576), (72, 260), (130, 132)])
-@pytest.mark.parametrize("kernel", [TritonKernel(), TritonUnpackKernel()], ids=repr)
 def test_kernels_give_the_products_of_a_model(
-    kernel: TritonKernel | TritonUnpackKernel,
+    kernel: Kernel,
     rows: int,
     columns: int,
     dtype: torch.dtype,
@@ -166,10 +180,8 @@ def test_kernels_give_the_products_of_a_model(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", [TritonKernel(), TritonUnpackKernel()], ids=repr)
-def test_the_trial_before_use_passes(
-    kernel: TritonKernel | TritonUnpackKernel, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
+def test_the_trial_before_use_passes(kernel: Kernel, dtype: torch.dtype) -> None:
     spec = LinearSpec(40, 132, dtype, torch.device("cpu"), two_four=True)
     assert trial_refusal(kernel, spec) is None
 
@@ -246,15 +258,22 @@ def test_a_row_does_not_depend_on_the_rest_of_its_batch() -> None:
     torch.testing.assert_close(together[17:18], alone, rtol=1e-3, atol=1e-5)
 
 
+def test_one_input_may_begin_inside_a_word() -> None:
+    weight, inputs = two_four(8, 16, torch.float16), torch.randn(17).half()[1:].view(1, 16)
+    packed = pack24(weight)
+    found = multiply(packed.values, packed.indices, inputs, None, Tiling(1, 4, 32))
+    assert_within_rounding(found, weight, inputs, None)
+
+
 def test_an_empty_batch_gives_an_empty_result() -> None:
     packed = pack24(two_four(8, 16, torch.float16))
     inputs = torch.empty(0, 16, dtype=torch.float16)
     assert multiply(packed.values, packed.indices, inputs, None, SMALL).shape == (0, 8)
 
 
-@pytest.mark.parametrize("kernel", [TritonKernel(), TritonUnpackKernel()], ids=repr)
+@pytest.mark.parametrize("kernel", KERNELS, ids=repr)
 def test_a_wrong_operand_is_refused_before_the_kernel_sees_it(
-    kernel: TritonKernel | TritonUnpackKernel,
+    kernel: Kernel,
 ) -> None:
     weight = two_four(8, 16, torch.float16)
     values, indices = kernel.pack(LoadedWeight((RowBlock("a", weight),)), spec(weight))
