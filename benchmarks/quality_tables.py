@@ -104,6 +104,7 @@ def _head(before: list[str], setting: Settings) -> list[str]:
 
 
 def tokens(setting: Settings) -> int:
+    """Return how many tokens calibration sees."""
     return int(setting["samples"] * setting["sequence_length"])
 
 

@@ -31,6 +31,7 @@ from benchmarks.quality_tables import (
     quality_table,
     sizes_table,
 )
+from benchmarks.retraining import retraining_table
 from benchmarks.serving_tables import SERVING_TABLES
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +145,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "peers-gemma3-mixed": peers_table,
     "quality-gemma3-256": sizes_table,
     "quality-smollm2-steps": quality_table,
+    "quality-smollm2-corrections-50percent": patterns_table,
+    "retraining-smollm2-2of4": retraining_table,
     "time-smollm2": timing_table,
     "dial-smollm2-2of4": dial_table,
     **EVIDENCE_TABLES,

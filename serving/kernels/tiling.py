@@ -18,7 +18,7 @@ class Tiling:
 
     Attributes:
         batch: Inputs of a tile; a power of two of at least 8, or 1 to do without tensor cores.
-        rows: Output features of a tile; a power of two of at least 16.
+        rows: Output features of a tile; a power of two, of at least 16 for tensor cores.
         columns: Input features read at a time; a power of two of at least 32.
         splits: Programs that share the input features of a tile; their sums are added in order.
         warps: Warps of a program.

@@ -35,8 +35,6 @@ def multiply(
         bias: ``[rows]`` of the same dtype, or None.
         tiling: How to cut the product.
     """
-    if inputs.storage_offset() % 4:
-        inputs = inputs.clone()  # vector_kernel reads words of four
     (batch, columns), rows = inputs.shape, values.shape[0]
     output = inputs.new_empty(batch, rows)
     if batch == 0:
@@ -50,6 +48,8 @@ def multiply(
     kernel, sides = product_kernel, {"TILE_BATCH": tiling.batch}
     if tiling.batch == 1:
         kernel, sides = vector_kernel, {}
+        if inputs.storage_offset() % 4:
+            inputs = inputs.clone()  # it reads words of four
     kernel[grid](
         inputs,
         values.view(torch.int32),
