@@ -8,10 +8,12 @@ done; runs already there are not repeated::
 
     python -m benchmarks.peers demo/models/smollm2-135m --result peers-smollm2-2of4.json
 
-``--time-against-ours`` evaluates nothing and times pruning, the tool and ours in turns::
+``--time-against-ours`` evaluates nothing and times pruning, the tool and ours in turns, all of ours
+or, with ``--ours-only``, our SparseGPT and what is named::
 
-    python -m benchmarks.peers demo/models/smollm2-135m --result peers-time-smollm2.json \
-        --time-against-ours
+    python -m benchmarks.peers demo/models/smollm2-135m --result time-smollm2.json \
+        --samples 32 --only llmcompressor:sparsegpt --time-against-ours --repeats 1 \
+        --calibration demo/texts/mixed-calibration.txt
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from benchmarks.peers_environment import (
     run_peer,
     write_windows,
 )
-from benchmarks.peers_timing import time_in_turns, write_timings
+from benchmarks.peers_timing import ours_timed, time_in_turns, write_timings
 from benchmarks.quality import RESULTS, Setting, perplexities
 from sparseserve.checkpoint import Checkpoint, write_json
 from sparseserve.cli.console import quiet_libraries
@@ -128,6 +130,7 @@ def measure(setting: Setting, peer: Peer, method: str, seed: int) -> PeerRun:
 @click.option("--only", multiple=True, help="TOOL:METHOD; default: all.")
 @click.option("--ours", help="Result file of benchmarks/quality.py that the table shows as ours.")
 @click.option("--time-against-ours", is_flag=True, help="Time pruning only, in turns with ours.")
+@click.option("--ours-only", multiple=True, help="Which of ours to time; default: all.")
 @click.option("--repeats", default=3, show_default=True, help="Turns of --time-against-ours.")
 @click.option("--smoke", is_flag=True, help="One short window, nothing kept: does the script run?")
 def main(
@@ -143,6 +146,7 @@ def main(
     only: tuple[str, ...],
     ours: str | None,
     time_against_ours: bool,
+    ours_only: tuple[str, ...],
     repeats: int,
     smoke: bool,
 ) -> None:
@@ -165,7 +169,8 @@ def main(
         path = (Path(scratch) if smoke else RESULTS) / result
         if time_against_ours:
             spec = setting.calibration_spec(0)
-            write_timings(path, model, spec, time_in_turns(model, spec, wanted, repeats))
+            runs = time_in_turns(model, spec, wanted, ours_timed(ours_only), repeats)
+            write_timings(path, model, spec, runs)
         else:
             _measure_all(setting, wanted, [int(seed) for seed in seeds.split(",")], path, ours)
 

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,13 @@ class Timing:
 
 
 def time_in_turns(
-    model: str, spec: CalibrationSpec, wanted: Sequence[tuple[Peer, str]], repeats: int
+    model: str,
+    spec: CalibrationSpec,
+    wanted: Sequence[tuple[Peer, str]],
+    ours: Mapping[str, str],
+    repeats: int,
 ) -> Iterator[Timing]:
-    """Time every tool and method of ``wanted``, then all of ours.
+    """Time every tool and method of ``wanted``, then ``ours``, which is labels and options.
 
     Raises:
         PeerError: A run failed.
@@ -68,8 +72,20 @@ def time_in_turns(
         for repeat in range(repeats):
             for peer, method in wanted:
                 yield _time_theirs(peer, method, model, windows, repeat)
-            for label, options in OURS_TIMED.items():
+            for label, options in ours.items():
                 yield time_ours(model, spec, label, options, repeat=repeat, digest=digest)
+
+
+def ours_timed(labels: Collection[str]) -> dict[str, str]:
+    """Return the reference and the runs of OURS_TIMED that ``labels`` name; all for none.
+
+    Raises:
+        PeerError: Nothing is called so.
+    """
+    if unknown := set(labels) - set(OURS_TIMED):
+        raise PeerError(f"--ours-only {min(unknown)}: not one of {'; '.join(OURS_TIMED)}")
+    chosen = {REFERENCE, *labels} if labels else OURS_TIMED
+    return {label: options for label, options in OURS_TIMED.items() if label in chosen}
 
 
 def write_timings(path: Path, model: str, spec: CalibrationSpec, runs: Iterable[Timing]) -> None:

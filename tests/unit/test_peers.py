@@ -27,7 +27,15 @@ from benchmarks.peers_environment import (
     read_windows,
     write_windows,
 )
-from benchmarks.peers_timing import Timing, time_ours, timing_table, write_timings
+from benchmarks.peers_timing import (
+    OURS_TIMED,
+    REFERENCE,
+    Timing,
+    ours_timed,
+    time_ours,
+    timing_table,
+    write_timings,
+)
 from benchmarks.quality import Setting
 from sparseserve.calibration import CalibrationSpec, load_calibration
 from sparseserve.recipe import PruneRecipe
@@ -246,6 +254,13 @@ def test_only_names_a_tool_and_its_method() -> None:
     assert len(chosen(())) == sum(len(peer.methods) for peer in PEERS)
     with pytest.raises(PeerError, match="nvidia-modelopt:wanda"):
         chosen(("nvidia-modelopt:wanda",))
+
+
+def test_of_ours_the_reference_is_timed_whatever_is_named() -> None:
+    assert list(ours_timed(("default",))) == [REFERENCE, "default"]
+    assert ours_timed(()) == OURS_TIMED
+    with pytest.raises(PeerError, match="--ours-only refti: not one of sparsegpt, sequential;"):
+        ours_timed(("refti",))
 
 
 def test_the_table_takes_our_figures_only_from_the_same_setting(
