@@ -87,6 +87,7 @@ def peers_table(result: dict[str, Any]) -> str:
         f"\n`{Path(setting['model']).name}`, {setting['pattern']}, the same "
         f"{setting['samples'] * setting['sequence_length']:,} calibration tokens a seed for all "
         f"(mean, lowest to highest over seeds; one seed where one figure stands); evaluated alike; "
+        f"the other tools' runs by commit {result['machine']['commit']}, "
         f"{result['machine']['date']}."
     )
     return "\n".join(lines)
@@ -143,6 +144,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality-smollm2-50percent-mixed": patterns_table,
     "quality-gemma3-mixed": quality_table,
     "peers-gemma3-mixed": peers_table,
+    "peers-smollm2-256": peers_table,
+    "peers-gemma3-256": peers_table,
+    "quality-smollm2-samples-8": sizes_table,
     "quality-gemma3-256": sizes_table,
     "quality-smollm2-steps": quality_table,
     "quality-smollm2-corrections-50percent": patterns_table,

@@ -277,7 +277,7 @@ def test_the_table_takes_our_figures_only_from_the_same_setting(
     (tmp_path / "ours.json").write_text(json.dumps(ours), encoding="utf-8")
     result = {
         "setting": asdict(SETTING),
-        "machine": {"date": "today"},
+        "machine": {"commit": "abc1234", "date": "today"},
         "ours": "ours.json",
         "runs": [
             {
