@@ -152,6 +152,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality-smollm2-corrections-50percent": patterns_table,
     "retraining-smollm2-2of4": retraining_table,
     "time-smollm2": timing_table,
+    "time-smollm2-solvers": timing_table,
     "dial-smollm2-2of4": dial_table,
     **EVIDENCE_TABLES,
     **SERVING_TABLES,
