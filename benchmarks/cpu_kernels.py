@@ -7,7 +7,7 @@ take turns in random order, on as many copies of a weight as no cache holds, as 
 Where a process's weights lie in memory moves small products by up to a third, so every shape is
 timed in several fresh processes, and the median of their medians is kept::
 
-    OMP_NUM_THREADS=1 python -m benchmarks.cpu_kernels
+    OMP_NUM_THREADS=1 python -m benchmarks.cpu_kernels [--cold-mib 384]
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ SHAPES = (
 )
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256)
 OWN = {name: kernel for name, kernel in KERNELS.items() if name.startswith("cpu_")}
-# More than the last cache of the processors this is for.
-_COLD_BYTES = 96 * 2**20
 _REPEATS = 5
 _PROCESSES = 3
 
@@ -112,22 +110,22 @@ def measure(rows: int, columns: int, batch: int, turns: dict[str, list[Product]]
     return Row(rows, columns, batch, copies, medians)
 
 
-def measure_shape(
-    rows: int, columns: int, batches: Sequence[int], cold_bytes: int = _COLD_BYTES
-) -> list[Row]:
-    """Time one shape at all batch sizes in this process."""
+def measure_shape(rows: int, columns: int, batches: Sequence[int], cold_bytes: int) -> list[Row]:
+    """Time one shape at all batch sizes in this process, on ``cold_bytes`` of packed weights."""
     torch.manual_seed(0)
     copies = -(-cold_bytes // (rows * columns * 9 // 8))
     turns = products(rows, columns, copies)
     return [measure(rows, columns, batch, turns) for batch in batches]
 
 
-def measure_in_processes(rows: int, columns: int, batches: Sequence[int]) -> list[Row]:
+def measure_in_processes(
+    rows: int, columns: int, batches: Sequence[int], cold_bytes: int
+) -> list[Row]:
     """Time one shape in fresh processes, one after the other; medians over them."""
     runs = []
     for _ in range(_PROCESSES):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            runs.append(fresh.submit(measure_shape, rows, columns, batches).result())
+            runs.append(fresh.submit(measure_shape, rows, columns, batches, cold_bytes).result())
     return [median_row(list(same)) for same in zip(*runs, strict=True)]
 
 
@@ -142,17 +140,18 @@ def median_row(runs: list[Row]) -> Row:
 
 @click.command()
 @click.option("--result", default="cpu-kernels.json", show_default=True)
+@click.option("--cold-mib", default=96, show_default=True, help="More than the last cache holds.")
 @click.option("--smoke", is_flag=True, help="One tiny shape, nothing written: does it run?")
-def main(result: str, smoke: bool) -> None:
+def main(result: str, cold_mib: int, smoke: bool) -> None:
     if smoke:
         for row in measure_shape(64, 64, (1, 32), cold_bytes=8192):
             click.echo(json.dumps(asdict(row)))
         return
     found = []
     for rows, columns in SHAPES:
-        found += measure_in_processes(rows, columns, BATCHES)
+        found += measure_in_processes(rows, columns, BATCHES, cold_mib * 2**20)
         click.echo(f"{rows} x {columns}", err=True)
-    setting = {"cold_bytes": _COLD_BYTES, "repeats": _REPEATS, "processes": _PROCESSES}
+    setting = {"cold_bytes": cold_mib * 2**20, "repeats": _REPEATS, "processes": _PROCESSES}
     write_result(result, setting, found)
 
 

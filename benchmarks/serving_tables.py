@@ -26,12 +26,13 @@ def bench_table(result: dict[str, Any]) -> str:
         lines += _latency_lines(other, found, len(result["plan"]["input_lengths"]) > 1)
     for row in result.get("http", {}).get("rows", ()):
         lines += _load_lines(row)
-    plan, versions = result["plan"], result["versions"]
+    plan, machine, versions = result["plan"], result["machine"], result["versions"]
     lengths = ", ".join(map(str, plan["input_lengths"]))
     software = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines.append(
         f"\n{lengths} tokens in, {plan['output_length']} out, medians of "
-        f"{plan['repeats']} runs in turns; {software}; {result['date'][:10]}."
+        f"{plan['repeats']} runs in turns; {machine['cpu']}, {machine['cores']} cores; "
+        f"{software}; {result['date'][:10]}."
     )
     return "\n".join(lines)
 
@@ -143,6 +144,8 @@ def served_perplexity_table(result: dict[str, Any]) -> str:
 SERVING_TABLES = {
     "bench-smollm2-2of4": bench_table,
     "bench-smollm2-2of4-bf16": bench_table,
+    "bench-smollm2-2of4-bf16-avx2": bench_table,
+    "bench-smollm2-2of4-amx": bench_table,
     "bench-llama-1b": bench_table,
     "bench-llama-1b-bfloat16": bench_table,
     "cpu-kernels": cpu_kernels_table,

@@ -75,7 +75,7 @@ def bench_command(
     from rich.console import Console
 
     from sparseserve.cli.bench_table import comparison_table, load_table
-    from sparseserve.cli.console import quiet_libraries
+    from sparseserve.cli.console import quiet_libraries, warn_of_missing_kernels
     from sparseserve.recipe import DTYPES
     from sparseserve.serving.comparison import compare
     from sparseserve.serving.latency import LatencyPlan
@@ -90,6 +90,7 @@ def bench_command(
     load_plan = _load_plan(plan, http, concurrency, request_rate, requests)
     quiet_libraries()
     require_vllm("bench")
+    warn_of_missing_kernels()
     windows = _windows(checkpoint, baseline, text, samples, sequence_length)
     _leave_when_terminated()
     with _progress() as on_progress:

@@ -38,6 +38,17 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="torch|transformers|datasets")
 
 
+def warn_of_missing_kernels() -> None:
+    """Say that 2:4 layers will run dense where a processor serves without the compiled kernels."""
+    import torch
+
+    from sparseserve.serving.kernels.cpu_library import missing_library
+
+    reason = None if torch.cuda.is_available() else missing_library()
+    if reason:
+        click.echo(f"warning: 2:4 layers will run dense: {reason}", err=True)
+
+
 @dataclass(frozen=True, slots=True)
 class PruningProgress:
     """A bar over decoder layers, and one line for each operator."""

@@ -18,6 +18,7 @@ def serve_command(checkpoint: Path, vllm_options: tuple[str, ...], dry_run: bool
     All other options go to ``vllm serve`` as they are, for example ``-- --port 8001``, and
     override the defaults chosen for this machine.
     """
+    from sparseserve.cli.console import warn_of_missing_kernels
     from sparseserve.serving.server import become, server_command
 
     command = server_command(checkpoint, vllm_options)
@@ -27,4 +28,5 @@ def serve_command(checkpoint: Path, vllm_options: tuple[str, ...], dry_run: bool
         click.echo(line)
         return
     click.echo(line, err=True)
+    warn_of_missing_kernels()
     become(command)

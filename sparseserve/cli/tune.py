@@ -38,13 +38,18 @@ def tune_command(
     """Time the kernels of CHECKPOINT's layers ahead of serving, and show where 2:4 pays."""
     from rich.console import Console
 
-    from sparseserve.cli.console import output_console, quiet_libraries
+    from sparseserve.cli.console import (
+        output_console,
+        quiet_libraries,
+        warn_of_missing_kernels,
+    )
     from sparseserve.recipe import DTYPES
     from sparseserve.serving.requirements import require_vllm
     from sparseserve.serving.tuner import tune
 
     quiet_libraries()
     require_vllm("tune")
+    warn_of_missing_kernels()
     with Console(stderr=True).status("timing kernels while the model is loaded"):
         found = tune(checkpoint, dtype=DTYPES.get(dtype), quantization=quantization, again=again)
     give_json(found.to_json(), as_json=as_json, output=output)

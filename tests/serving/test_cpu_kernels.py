@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparseserve.cli.console import warn_of_missing_kernels
 from sparseserve.errors import ServingError
 from sparseserve.serving.kernels import KERNELS, LinearKernel, LinearSpec, LoadedWeight, RowBlock
 from sparseserve.serving.kernels.cpu import CpuDense, CpuDirect, CpuUnpacked, CpuUnpackedMatmul
@@ -222,6 +223,25 @@ def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
     try:
         with pytest.raises(ServingError, match="were not built: install a C"):
             native_library()
+    finally:
+        native_library.cache_clear()
+
+
+def test_a_user_is_told_when_layers_will_run_dense(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn_of_missing_kernels()
+    assert not capsys.readouterr().err
+    native_library.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        warn_of_missing_kernels()
+        told = capsys.readouterr().err
+        assert told.startswith("warning: 2:4 layers will run dense: the compiled kernels were not")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        warn_of_missing_kernels()
+        assert not capsys.readouterr().err, "a GPU does not need them"
     finally:
         native_library.cache_clear()
 
