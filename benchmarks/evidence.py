@@ -10,12 +10,15 @@ repeated, so the command can be stopped and given again::
         --calibration demo/texts/mixed-calibration.txt --text speeches=packaged \
         --text wikipedia=demo/texts/wikipedia-evaluation.txt \
         --text news=demo/texts/news-evaluation.txt
-    python -m benchmarks.evidence opt-125m facebook/opt-125m \
-        --text speeches=packaged --text wikitext=wikitext
+    python -m benchmarks.evidence opt-125m facebook/opt-125m --calibration allenai/c4:en \
+        --text wikitext=Salesforce/wikitext:wikitext-2-raw-v1:test \
+        --text c4=allenai/c4:en:validation --text ptb=ptb-test.txt
 
 ``--list`` prints the calls instead. The model and the texts are folders, files or names on the
-hub; the first argument names the results. ``2of4`` was run without ``--calibration`` and on two
-texts only. Where the committed results have fewer seeds than are listed here, the tables show it.
+hub (datasets as NAME:CONFIG:SPLIT); PTB has to be a file, since its copy on the hub is a program
+that the library ``datasets`` no longer runs. The first argument names the results. ``2of4`` was
+run without ``--calibration`` and on two texts only. Where the committed results have fewer seeds
+than are listed here, the tables show it.
 """
 
 from __future__ import annotations
