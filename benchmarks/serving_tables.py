@@ -149,6 +149,7 @@ SERVING_TABLES = {
     "bench-llama-1b": bench_table,
     "bench-llama-1b-bfloat16": bench_table,
     "cpu-kernels": cpu_kernels_table,
+    "cpu-kernels-avx512": cpu_kernels_table,
     "tune-smollm2-2of4": tune_table,
     "tune-smollm2-2of4-bf16": tune_table,
     "served-perplexity": served_perplexity_table,

@@ -19,6 +19,12 @@ def register() -> None:
     if METHOD_NAME in QUANTIZATION_METHODS:
         return
 
+    import torch
+
+    # Linux kills a process that uses AMX's tiles unasked. vLLM's attention does; oneDNN asks, but
+    # only before its own first product on them, which a model of 2:4 layers may never have.
+    torch.cpu._init_amx()
+
     from sparseserve.serving.config import SparseServeConfig
 
     register_quantization_config(METHOD_NAME)(SparseServeConfig)

@@ -46,9 +46,6 @@ def test_serve_answers_openai_requests(pair: tuple[Path, Path]) -> None:
         [
             *(sys.executable, "-m", "sparseserve", "serve", str(packed)),
             *("--", "--host", "127.0.0.1", "--port", port, "--skip-tokenizer-init"),
-            # In bfloat16, which vLLM would make of it, heads this narrow are an illegal
-            # instruction on some processors with AMX, whatever the plugin does.
-            *("--dtype", "float32"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
