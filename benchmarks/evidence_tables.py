@@ -188,12 +188,13 @@ def paper_ablation_table(result: Result) -> str:
         lines.append(
             _line(row["method"], [*cells, f"{row['gram_products']:,}", f"{row['seconds']:.0f}"])
         )
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in result["rows"]))
     numbers = " and ".join(map(str, setting["layers"]))
     lines.append(
         f"\n`{Path(setting['model']).name}`, decoder layers {numbers} pruned to 2:4, on "
         f"{setting['calibration']['samples'] * setting['calibration']['length']:,} tokens of the "
         f"packaged speeches; {setting['evaluation_windows']} evaluation windows a text; "
-        f"{machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}, "
+        f"{machine['cpu']}, torch {machine['torch']}, commits {commits}, "
         f"{machine['date']}."
     )
     return "\n".join(lines)

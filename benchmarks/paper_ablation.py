@@ -166,12 +166,16 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One method: perplexity by text, seconds of processor time, products with the Gram matrix."""
+    """One method: perplexity by text, seconds of processor time, products with the Gram matrix.
+
+    ``commit`` is that of the program that measured it.
+    """
 
     method: str
     perplexity: dict[str, float]
     seconds: float
     gram_products: int
+    commit: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +220,9 @@ def measure(name: str, layers: Sequence[LayerWindows], evaluation: Evaluation) -
         pruned[layer.structure.name], taken = pruned_layer(layer, METHODS[name])
         products += taken
     seconds = time.process_time() - clock
-    return Run(name, evaluation.perplexities(pruned, layers), seconds, products)
+    return Run(
+        name, evaluation.perplexities(pruned, layers), seconds, products, Machine.here().commit
+    )
 
 
 @click.command()
@@ -264,7 +270,9 @@ def main(
         },
     )
     if not any(run.method == "dense" for run in runs):
-        runs.append(Run("dense", evaluation.perplexities({}, layers), 0.0, 0))
+        runs.append(
+            Run("dense", evaluation.perplexities({}, layers), 0.0, 0, Machine.here().commit)
+        )
     for name in only or METHODS:
         if any(run.method == name for run in runs):
             continue
