@@ -96,15 +96,16 @@ def test_a_smoke_run_prunes_the_layers_it_is_told_and_writes_nothing(
 
 
 def test_the_table_has_the_share_of_the_gap_that_is_left() -> None:
-    def row(method: str, perplexity: float) -> dict[str, object]:
+    def row(method: str, perplexity: float, commit: str) -> dict[str, object]:
         return {
             "method": method,
             "perplexity": {"speeches": perplexity},
             "seconds": 1.0,
             "gram_products": 2000,
+            "commit": commit,
         }
 
-    machine = {"cpu": "a processor", "torch": "2", "commit": "abc", "date": "2026-01-01"}
+    machine = {"cpu": "a processor", "torch": "2", "date": "2026-01-01"}
     setting = {
         "model": "a/model",
         "layers": [1, 2],
@@ -112,7 +113,12 @@ def test_the_table_has_the_share_of_the_gap_that_is_left() -> None:
         "texts": {"speeches": None},
         "evaluation_windows": 1,
     }
-    rows = [row("dense", 1.0), row("sparsegpt, no correction", 4.0), row("paper", 2.0)]
+    rows = [
+        row("dense", 1.0, "abc"),
+        row("sparsegpt, no correction", 4.0, "abc"),
+        row("paper", 2.0, "def"),
+    ]
     shown = paper_ablation_table({"machine": machine, "setting": setting, "rows": rows})
     assert "| paper | 0.50 | 2,000 | 1 |" in shown.splitlines()
     assert "decoder layers 1 and 2" in shown
+    assert "commits abc, def," in shown
