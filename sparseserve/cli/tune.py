@@ -38,11 +38,7 @@ def tune_command(
     """Time the kernels of CHECKPOINT's layers ahead of serving, and show where 2:4 pays."""
     from rich.console import Console
 
-    from sparseserve.cli.console import (
-        output_console,
-        quiet_libraries,
-        warn_of_missing_kernels,
-    )
+    from sparseserve.cli.console import output_console, quiet_libraries, warn_of_missing_kernels
     from sparseserve.recipe import DTYPES
     from sparseserve.serving.requirements import require_vllm
     from sparseserve.serving.tuner import tune
