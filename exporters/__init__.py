@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from sparseserve.artifact import Artifact, Format
+from sparseserve.checkpoint.artifact import Artifact, Format
 from sparseserve.exporters.dense import export_dense
 from sparseserve.exporters.packed24 import export_packed24, load_dense_state
 

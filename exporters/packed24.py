@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparseserve.artifact import Artifact, write_manifest
-from sparseserve.checkpoint import DEFAULT_SHARD_BYTES, write_checkpoint, write_json
+from sparseserve.checkpoint.artifact import Artifact, write_manifest
+from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES, write_checkpoint, write_json
 from sparseserve.errors import ArtifactError
 from sparseserve.exporters.dense import dense_tensors
 from sparseserve.exporters.side_files import copy_side_files, model_config

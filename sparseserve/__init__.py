@@ -9,20 +9,20 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparseserve.artifact import Artifact, verify
-    from sparseserve.calibration import CalibrationSpec
-    from sparseserve.dial import dial_and_export
-    from sparseserve.dial_report import KeepDenseFraction, MaxPerplexityIncrease
+    from sparseserve.budget.price_run import HeldOutSpec
+    from sparseserve.budget.report import KeepDenseFraction, MaxPerplexityIncrease
+    from sparseserve.budget.within_budget import dial_and_export
+    from sparseserve.checkpoint.artifact import Artifact, verify
+    from sparseserve.checkpoint.inspection import inspect_checkpoint
     from sparseserve.errors import SparseServeError
-    from sparseserve.inspection import inspect_checkpoint
-    from sparseserve.measurement import EvaluationSpec, evaluate
-    from sparseserve.recipe import PruneRecipe, load_recipe
-    from sparseserve.sensitivity_run import HeldOutSpec
-    from sparseserve.serving.comparison import compare
-    from sparseserve.serving.latency import LatencyPlan
-    from sparseserve.serving.server import server_command
-    from sparseserve.serving.tuner import tune
+    from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
+    from sparseserve.recipe.settings import PruneRecipe, load_recipe
+    from sparseserve.serving.launch.command import server_command
+    from sparseserve.serving.measure.comparison import compare
+    from sparseserve.serving.measure.latency import LatencyPlan
+    from sparseserve.serving.measure.tuner import tune
     from sparseserve.sparsity import SparsityPattern
+    from sparseserve.text.calibration import CalibrationSpec
     from sparseserve.workflow import export, plan, prune_and_export
 
 __all__ = [
@@ -53,27 +53,27 @@ __all__ = [
 __version__ = metadata.version("sparseserve")
 
 _HOMES = {
-    "Artifact": "artifact",
-    "CalibrationSpec": "calibration",
-    "EvaluationSpec": "measurement",
-    "HeldOutSpec": "sensitivity_run",
-    "KeepDenseFraction": "dial_report",
-    "LatencyPlan": "serving.latency",
-    "MaxPerplexityIncrease": "dial_report",
-    "PruneRecipe": "recipe",
+    "Artifact": "checkpoint.artifact",
+    "CalibrationSpec": "text.calibration",
+    "EvaluationSpec": "evaluation.evaluate",
+    "HeldOutSpec": "budget.price_run",
+    "KeepDenseFraction": "budget.report",
+    "LatencyPlan": "serving.measure.latency",
+    "MaxPerplexityIncrease": "budget.report",
+    "PruneRecipe": "recipe.settings",
     "SparseServeError": "errors",
     "SparsityPattern": "sparsity",
-    "compare": "serving.comparison",
-    "dial_and_export": "dial",
-    "evaluate": "measurement",
+    "compare": "serving.measure.comparison",
+    "dial_and_export": "budget.within_budget",
+    "evaluate": "evaluation.evaluate",
     "export": "workflow",
-    "inspect_checkpoint": "inspection",
-    "load_recipe": "recipe",
+    "inspect_checkpoint": "checkpoint.inspection",
+    "load_recipe": "recipe.settings",
     "plan": "workflow",
     "prune_and_export": "workflow",
-    "server_command": "serving.server",
-    "tune": "serving.tuner",
-    "verify": "artifact",
+    "server_command": "serving.launch.command",
+    "tune": "serving.measure.tuner",
+    "verify": "checkpoint.artifact",
 }
 
 

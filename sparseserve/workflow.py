@@ -9,23 +9,23 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from sparseserve.artifact import Artifact, Format, Manifest, write_manifest
-from sparseserve.calibration import CalibrationSet, load_calibration
-from sparseserve.checkpoint import Checkpoint, require_space, writing
+from sparseserve.checkpoint.artifact import Artifact, Format, Manifest, write_manifest
+from sparseserve.checkpoint.tensors import Checkpoint, require_space, writing
 from sparseserve.errors import RecipeError, UnsupportedModelError
 from sparseserve.exporters import EXPORTERS
 from sparseserve.exporters.packed24 import require_two_four
 from sparseserve.exporters.side_files import copy_side_files
-from sparseserve.layer_pruning import PruneProgress, Silence, planned_operators
+from sparseserve.layerwise.layer import PruneProgress, Silence, planned_operators
+from sparseserve.layerwise.pipeline import LayerStore, check_plan, ignored_modules, prune_model
+from sparseserve.layerwise.run_folder import RunFolder, require_free
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import trace_structure
-from sparseserve.pipeline import LayerStore, check_plan, ignored_modules, prune_model
-from sparseserve.prediction_loss import DensePrediction, StoredPredictions, dense_predictions
-from sparseserve.recipe import PruneRecipe
+from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import PruneReport
-from sparseserve.retraining import retrain
-from sparseserve.run_folder import RunFolder, require_free
+from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
+from sparseserve.retraining.retrain import retrain
 from sparseserve.text import position_limit
+from sparseserve.text.calibration import CalibrationSet, load_calibration
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmarks.gpu.shapes import MODELS, SMOKE_MODELS
 from benchmarks.gpu.timing import Runs, interleaved, packed_copies, prepare
-from benchmarks.machine import Machine
-from sparseserve.checkpoint import write_json
-from sparseserve.recipe import DTYPES
+from benchmarks.harness.machine import Machine
+from sparseserve.checkpoint.tensors import write_json
+from sparseserve.recipe.settings import DTYPES
 from sparseserve.serving.kernels import (
     DENSE,
     KERNELS,
@@ -34,7 +34,7 @@ from sparseserve.serving.kernels import (
     LoadedWeight,
     RowBlock,
 )
-from sparseserve.serving.kernels.cuda_device import cuda_device
+from sparseserve.serving.kernels.cuda.device import cuda_device
 from sparseserve.sparsity import TWO_FOUR
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

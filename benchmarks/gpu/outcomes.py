@@ -16,8 +16,8 @@ from xml.etree import ElementTree
 import click
 
 from benchmarks.gpu.kernel_sweep import gpu_libraries
-from benchmarks.machine import Machine
-from sparseserve.checkpoint import write_json
+from benchmarks.harness.machine import Machine
+from sparseserve.checkpoint.tensors import write_json
 
 
 @click.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_tables import (
+from benchmarks.quality.tables import (
     DENSE,
     by_variant,
     calibration_text,

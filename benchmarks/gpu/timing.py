@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.serving.kernels import LinearKernel, LinearSpec, LoadedWeight
-from sparseserve.serving.latency import Spread
+from sparseserve.serving.measure.latency import Spread
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE

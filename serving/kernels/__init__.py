@@ -5,9 +5,9 @@ is loaded, ``choice`` times the kernels that can run it (``timing``, ``timing_ca
 ``plan`` and packs the weight; ``operation`` is the torch operator that carries the plan out.
 """
 
-from sparseserve.serving.kernels.choice import LayerKernels, layer_kernels, with_dense
+from sparseserve.serving.kernels.choice.choose import LayerKernels, layer_kernels, with_dense
+from sparseserve.serving.kernels.choice.plan import BATCHES, KernelPlan, KernelTimes
 from sparseserve.serving.kernels.operation import two_four_linear
-from sparseserve.serving.kernels.plan import BATCHES, KernelPlan, KernelTimes
 from sparseserve.serving.kernels.protocol import LinearKernel, LinearSpec, LoadedWeight, RowBlock
 from sparseserve.serving.kernels.table import DENSE, KERNELS
 

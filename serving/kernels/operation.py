@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparseserve.serving.kernels.plan import parse_plan
+from sparseserve.serving.kernels.choice.plan import parse_plan
 from sparseserve.serving.kernels.table import KERNELS
 
 _NAME = "sparseserve::two_four_linear"
@@ -28,7 +28,7 @@ def two_four_linear(
         inputs: ``[..., columns]``.
         packed: What the layer keeps, for all kernels of the plan.
         bias: ``[rows]`` or None.
-        plan: A :class:`~sparseserve.serving.kernels.plan.KernelPlan` as text.
+        plan: A :class:`~sparseserve.serving.kernels.choice.plan.KernelPlan` as text.
         rows: Output features.
 
     Returns:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from sparseserve.serving.kernels.cpu import CpuDense, CpuDirect, CpuUnpacked, CpuUnpackedMatmul
-from sparseserve.serving.kernels.cuda import CUDA_KERNELS
+from sparseserve.serving.kernels.cpu.kernels import (
+    CpuDense,
+    CpuDirect,
+    CpuUnpacked,
+    CpuUnpackedMatmul,
+)
+from sparseserve.serving.kernels.cuda.table import CUDA_KERNELS
 from sparseserve.serving.kernels.dense import DenseKernel
 from sparseserve.serving.kernels.protocol import LinearKernel
 

@@ -16,8 +16,8 @@ from sparseserve.cli.options import dtype_option, give_json, json_file_option, j
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sparseserve.serving.latency import LatencyPlan
-    from sparseserve.serving.load import LoadPlan
+    from sparseserve.serving.measure.latency import LatencyPlan
+    from sparseserve.serving.measure.load import LoadPlan
 
 DEFAULT_SEQUENCE_LENGTH = 512
 DEFAULT_SAMPLES = 8
@@ -76,10 +76,10 @@ def bench_command(
 
     from sparseserve.cli.bench_table import comparison_table, load_table
     from sparseserve.cli.console import quiet_libraries, warn_of_missing_kernels
-    from sparseserve.recipe import DTYPES
-    from sparseserve.serving.comparison import compare
-    from sparseserve.serving.latency import LatencyPlan
-    from sparseserve.serving.requirements import require_vllm
+    from sparseserve.recipe.settings import DTYPES
+    from sparseserve.serving.launch.requirements import require_vllm
+    from sparseserve.serving.measure.comparison import compare
+    from sparseserve.serving.measure.latency import LatencyPlan
 
     plan = LatencyPlan(
         _integers(batch_sizes, "--batch-sizes"),
@@ -118,7 +118,7 @@ def _load_plan(
     requests: int | None,
 ) -> LoadPlan | None:
     """Return the levels of load: those of concurrency, then those of requests a second."""
-    from sparseserve.serving.load import LoadLevel, LoadPlan
+    from sparseserve.serving.measure.load import LoadLevel, LoadPlan
 
     given = {
         "--concurrency": concurrency,
@@ -167,8 +167,8 @@ def _windows(
 ) -> list[Tensor]:
     from transformers import AutoTokenizer
 
-    from sparseserve.evaluation import assert_not_calibration
-    from sparseserve.serving.served_model import ServedModel
+    from sparseserve.evaluation.perplexity import assert_not_calibration
+    from sparseserve.serving.launch.served_model import ServedModel
     from sparseserve.text import evaluation_windows, fit_sequence_length, read_text
 
     limits = [ServedModel.open(folder).max_positions for folder in (checkpoint, baseline)]

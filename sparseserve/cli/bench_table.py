@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sparseserve.serving.comparison import Comparison
-    from sparseserve.serving.load import LoadRow
+    from sparseserve.serving.measure.comparison import Comparison
+    from sparseserve.serving.measure.load import LoadRow
 
 MIB = 2**20
 

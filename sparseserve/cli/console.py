@@ -23,8 +23,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from sparseserve.artifact import Artifact
-from sparseserve.inspection import Inspection
+from sparseserve.checkpoint.artifact import Artifact
+from sparseserve.checkpoint.inspection import Inspection
 from sparseserve.report import LayerReport, OperatorReport
 
 
@@ -42,7 +42,7 @@ def warn_of_missing_kernels() -> None:
     """Say that 2:4 layers will run dense where a processor serves without the compiled kernels."""
     import torch
 
-    from sparseserve.serving.kernels.cpu_library import missing_library
+    from sparseserve.serving.kernels.cpu.library import missing_library
 
     reason = None if torch.cuda.is_available() else missing_library()
     if reason:

@@ -10,7 +10,7 @@ import click
 from sparseserve.cli.options import dtype_option, json_option
 
 if TYPE_CHECKING:
-    from sparseserve.measurement import Backend, EvaluationReport
+    from sparseserve.evaluation.evaluate import Backend, EvaluationReport
 
 
 @click.command("evaluate")
@@ -49,8 +49,8 @@ def evaluate_command(
     from rich.progress import Progress
 
     from sparseserve.cli.console import quiet_libraries
-    from sparseserve.measurement import EvaluationSpec, evaluate
-    from sparseserve.recipe import DTYPES
+    from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
+    from sparseserve.recipe.settings import DTYPES
     from sparseserve.workflow import torch_device
 
     quiet_libraries()

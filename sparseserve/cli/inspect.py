@@ -17,8 +17,8 @@ def inspect_command(path: Path, as_json: bool) -> None:
     """Show what the checkpoint folder PATH holds: recipe, sizes, sparsity of every matrix."""
     from dataclasses import asdict
 
+    from sparseserve.checkpoint.inspection import inspect_checkpoint
     from sparseserve.cli.console import print_inspection
-    from sparseserve.inspection import inspect_checkpoint
 
     found = inspect_checkpoint(path)
     if as_json:

@@ -43,7 +43,7 @@ def required_output(output: Path | None) -> Path:
 
 def give_json(data: dict[str, object], *, as_json: bool, output: Path | None) -> None:
     """Write ``data`` to ``output`` and print it, as ``--output`` and ``--json`` ask."""
-    from sparseserve.checkpoint import write_json
+    from sparseserve.checkpoint.tensors import write_json
 
     if output:
         write_json(output, data)

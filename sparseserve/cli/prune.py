@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sparseserve.cli.dial import DialOptions, dial_options, run_dial
+from sparseserve.cli.budget import DialOptions, dial_options, run_dial
 from sparseserve.cli.options import json_option, required_output
 
 if TYPE_CHECKING:
-    from sparseserve.artifact import Format
-    from sparseserve.recipe import PruneRecipe
+    from sparseserve.checkpoint.artifact import Format
+    from sparseserve.recipe.settings import PruneRecipe
 
 
 @click.command("prune-and-export")
@@ -145,7 +145,7 @@ def _recipe(
     from dataclasses import replace
 
     from sparseserve.errors import RecipeError
-    from sparseserve.recipe import load_recipe, recipe_from_mapping
+    from sparseserve.recipe.settings import load_recipe, recipe_from_mapping
 
     recipe = load_recipe(name)
     other_method = method is not None and method != recipe.method.removesuffix("-paper")

@@ -19,7 +19,7 @@ def serve_command(checkpoint: Path, vllm_options: tuple[str, ...], dry_run: bool
     override the defaults chosen for this machine.
     """
     from sparseserve.cli.console import warn_of_missing_kernels
-    from sparseserve.serving.server import become, server_command
+    from sparseserve.serving.launch.command import become, server_command
 
     command = server_command(checkpoint, vllm_options)
     variables = [f"{name}={shlex.quote(value)}" for name, value in command.environment.items()]

@@ -12,7 +12,7 @@ from sparseserve.cli.options import dtype_option, give_json, json_file_option, j
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sparseserve.serving.tuner import TuningReport
+    from sparseserve.serving.measure.tuner import TuningReport
 
 
 @click.command("tune")
@@ -39,9 +39,9 @@ def tune_command(
     from rich.console import Console
 
     from sparseserve.cli.console import output_console, quiet_libraries, warn_of_missing_kernels
-    from sparseserve.recipe import DTYPES
-    from sparseserve.serving.requirements import require_vllm
-    from sparseserve.serving.tuner import tune
+    from sparseserve.recipe.settings import DTYPES
+    from sparseserve.serving.launch.requirements import require_vllm
+    from sparseserve.serving.measure.tuner import tune
 
     quiet_libraries()
     require_vllm("tune")

@@ -17,7 +17,7 @@ def verify_command(checkpoint: Path, as_json: bool) -> None:
     """Check hashes, pattern, dtypes and finiteness of CHECKPOINT; exit 0 if all is right."""
     from rich.console import Console
 
-    from sparseserve.artifact import verify
+    from sparseserve.checkpoint.artifact import verify
 
     with Console(stderr=True).status("verifying") as status:
         artifact = verify(checkpoint, on_file=lambda name: status.update(f"verifying {name}"))

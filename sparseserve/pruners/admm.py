@@ -15,12 +15,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
-from sparseserve.layer_statistics import LayerStatistics
 from sparseserve.pruners.one_shot import ONE_SHOT
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.solvers.admm import admm
 from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.problem import better_candidate, layer_problem
+from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.sparsity import SparsityPattern
 
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
-from sparseserve.layer_statistics import LayerStatistics
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.solvers.admm import admm_gradual
 from sparseserve.solvers.problem import layer_problem
+from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.sparsity import SparsityPattern
 
 # Inputs that are never active still need a scale; damping proper is added after scaling.

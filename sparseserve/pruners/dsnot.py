@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
-from sparseserve.layer_statistics import LayerStatistics
 from sparseserve.pruners.one_shot import ONE_SHOT
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.solvers.problem import LayerProblem, layer_problem
+from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.sparsity import SparsityPattern
 
 

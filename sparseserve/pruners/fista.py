@@ -15,7 +15,6 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
-from sparseserve.layer_statistics import LayerStatistics
 from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.protocol import PrunedWeight, Pruner
 from sparseserve.pruners.sparsegpt import SparseGPT
@@ -24,6 +23,7 @@ from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.fista import fista
 from sparseserve.solvers.linalg import largest_eigenvalue
 from sparseserve.solvers.problem import LayerProblem, better_candidate, layer_problem
+from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.sparsity import SparsityPattern
 
 WarmStart = Literal["wanda", "sparsegpt", "admm"]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
-from sparseserve.layer_statistics import LayerStatistics, output_error
 from sparseserve.pruners.fista import WarmStart, warm_starts
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.solvers.fista import fista
 from sparseserve.solvers.linalg import largest_eigenvalue
 from sparseserve.solvers.problem import LayerProblem, layer_problem
+from sparseserve.solvers.statistics import LayerStatistics, output_error
 from sparseserve.sparsity import SparsityPattern
 
 

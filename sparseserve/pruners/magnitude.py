@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparseserve.layer_statistics import LayerStatistics
 from sparseserve.pruners.protocol import PrunedWeight
+from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.sparsity import SparsityPattern
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sparseserve.layer_statistics import LayerStatistics
+from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.sparsity import SparsityPattern
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sparseserve.errors import RecipeError, unknown_name
-from sparseserve.layer_statistics import LayerStatistics
 from sparseserve.pruners.admm_gradual import GradualAdmm
 from sparseserve.pruners.dsnot import Dsnot
 from sparseserve.pruners.fista_paper import ENDING_PAPER_FISTA
@@ -15,6 +14,7 @@ from sparseserve.pruners.one_shot import ONE_SHOT
 from sparseserve.pruners.protocol import PrunedWeight, Pruner
 from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.problem import LayerProblem, better_rows, layer_problem
+from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.sparsity import SparsityPattern
 
 # Those that search with a refit of their own (admm, fista) gain nothing here.

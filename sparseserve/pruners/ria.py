@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
-from sparseserve.layer_statistics import LayerStatistics
 from sparseserve.pruners.protocol import PrunedWeight
+from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.sparsity import SparsityPattern
 
 

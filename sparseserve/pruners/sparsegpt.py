@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
-from sparseserve.layer_statistics import LayerStatistics
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.solvers.linalg import upper_inverse_factor
 from sparseserve.solvers.problem import layer_problem
+from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.sparsity import SparsityPattern
 
 

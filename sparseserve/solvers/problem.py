@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import NumericalError
-from sparseserve.layer_statistics import LayerStatistics
+from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.sparsity import SparsityPattern
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
 from sparseserve.serving.kernels import LinearKernel, LinearSpec, LoadedWeight, RowBlock
-from sparseserve.serving.kernels.cuda import CUDA_KERNELS
-from sparseserve.serving.kernels.cuda_device import cuda_device
-from sparseserve.serving.kernels.cutlass import CutlassKernel
+from sparseserve.serving.kernels.cuda.cutlass import CutlassKernel
+from sparseserve.serving.kernels.cuda.device import cuda_device
+from sparseserve.serving.kernels.cuda.table import CUDA_KERNELS
+from sparseserve.serving.kernels.cuda.triton_packed import TritonKernel, TritonUnpackKernel
 from sparseserve.serving.kernels.dense import DenseKernel
-from sparseserve.serving.kernels.triton_packed import TritonKernel, TritonUnpackKernel
 from sparseserve.sparsity import TWO_FOUR, pack24
 
 pytestmark = pytest.mark.gpu

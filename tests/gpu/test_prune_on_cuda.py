@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparseserve.calibration import CalibrationSpec
 from sparseserve.pruners import PRUNERS
-from sparseserve.recipe import PRESETS, PruneRecipe
+from sparseserve.recipe.settings import PRESETS, PruneRecipe
 from sparseserve.report import PruneReport
 from sparseserve.testing import save_tiny_model
+from sparseserve.text.calibration import CalibrationSpec
 from sparseserve.workflow import prune_and_export
 
 pytestmark = pytest.mark.gpu

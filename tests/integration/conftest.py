@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from sparseserve.artifact import Artifact, Format
-from sparseserve.calibration import CalibrationSpec
+from sparseserve.checkpoint.artifact import Artifact, Format
 from sparseserve.cli import main
-from sparseserve.layer_pruning import PruneProgress
+from sparseserve.layerwise.layer import PruneProgress
 from sparseserve.pruners.wanda import Wanda
-from sparseserve.recipe import PruneRecipe
+from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.testing import save_tiny_model
+from sparseserve.text.calibration import CalibrationSpec
 from sparseserve.workflow import prune_and_export
 from tests.integration.command_line import Cli, Done
 

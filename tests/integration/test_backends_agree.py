@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from sparseserve.artifact import Artifact
-from sparseserve.measurement import EvaluationSpec, evaluate
+from sparseserve.checkpoint.artifact import Artifact
+from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
 
 
 @pytest.mark.vllm

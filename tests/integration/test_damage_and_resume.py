@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparseserve.artifact import MANIFEST_FILE, Artifact, file_sha256, verify
-from sparseserve.checkpoint import save_tensors
+from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, file_sha256, verify
+from sparseserve.checkpoint.tensors import save_tensors
 from sparseserve.errors import ArtifactError
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.report import OperatorReport

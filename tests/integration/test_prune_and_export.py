@@ -12,22 +12,22 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparseserve.artifact import verify
-from sparseserve.calibration import load_calibration
-from sparseserve.checkpoint import Checkpoint
+from sparseserve.checkpoint.artifact import verify
+from sparseserve.checkpoint.inspection import inspect_checkpoint
+from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError, NumericalError, RecipeError
 from sparseserve.exporters import EXPORTERS, export_packed24, load_dense_state
-from sparseserve.inspection import inspect_checkpoint
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.fista import Fista
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
-from sparseserve.recipe import recipe_from_mapping
-from sparseserve.reconstruction import Reconstruction
+from sparseserve.recipe.settings import recipe_from_mapping
+from sparseserve.recipe.steps import Reconstruction
 from sparseserve.report import PruneReport
-from sparseserve.retraining import Retraining
+from sparseserve.retraining.retrain import Retraining
 from sparseserve.sparsity import TWO_FOUR, UnstructuredPattern
 from sparseserve.testing import TINY_FAMILIES, save_tiny_model
+from sparseserve.text.calibration import load_calibration
 from sparseserve.workflow import export, plan
 
 IDS = torch.arange(20)[None]

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sparseserve.serving.kernels.cpu_library import missing_library
+from sparseserve.serving.kernels.cpu.library import missing_library
 from sparseserve.sparsity import TWO_FOUR, pack24
 from sparseserve.testing import tiny_model, tiny_tokenizer
 from tests.serving.torch_operators import operators_on_cpu

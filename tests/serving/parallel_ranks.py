@@ -35,7 +35,7 @@ class Ranks:
 
 
 def packed_method_config(*modules: str) -> Any:
-    from sparseserve.serving.config import SparseServeConfig
+    from sparseserve.serving.plugin.config import SparseServeConfig
 
     config = SparseServeConfig(frozenset(f"{PARENT}.{name}" for name in modules))
     config.packed_modules_mapping = MERGED
@@ -43,7 +43,7 @@ def packed_method_config(*modules: str) -> Any:
 
 
 def dense_method_config() -> Any:
-    from sparseserve.serving.config import SparseServeConfig
+    from sparseserve.serving.plugin.config import SparseServeConfig
 
     config = SparseServeConfig()
     config.packed_modules_mapping = MERGED

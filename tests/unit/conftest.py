@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseserve.layer_statistics import LayerStatistics
+from sparseserve.solvers.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)

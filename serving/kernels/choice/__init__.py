@@ -1,0 +1,1 @@
+"""Choosing a kernel for each layer by measurement."""

@@ -1,0 +1,1 @@
+"""2:4 kernels for CPUs."""

@@ -1,0 +1,151 @@
+"""The compiled kernels of the processor, found and called through ctypes.
+
+They are an optional part of the package: where there was no C++ compiler at installation, the
+library is missing, and layers run dense.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparseserve.errors import ServingError
+
+_MODULE = "sparseserve.serving.kernels.cpu.native._kernels"
+_VERSION = 3
+
+
+class Unit(IntEnum):
+    """Vector units that the kernels are compiled for, the best last."""
+
+    PORTABLE = 0
+    AVX2 = 1
+    AVX512 = 2
+
+
+class Operation(IntEnum):
+    """What the library can do; see kernels.h."""
+
+    DIRECT = 0
+    UNPACKED = 1
+    UNPACK = 2
+    DENSE = 3
+
+
+# The fields of Request in library.cpp. ctypes converts arguments one by one, and slowly: a small
+# product notices eleven of them.
+_REQUEST = struct.Struct("=11q")
+
+_STORED = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+STORED_DTYPES = tuple(_STORED)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeLibrary:
+    """The loaded library.
+
+    Attributes:
+        handle: As ctypes has it.
+        best: The best vector unit of this processor.
+        parallel: Address of ``GOMP_parallel`` in the OpenMP library that torch runs on; None if
+            there is none, and then one thread does all.
+    """
+
+    handle: ctypes.CDLL
+    best: Unit
+    parallel: int | None
+
+    def run(
+        self,
+        operation: Operation,
+        panels: Tensor,
+        inputs: Tensor | None,
+        outputs: Tensor,
+        *,
+        columns: int,
+        unit: Unit | None,
+    ) -> None:
+        """Run one operation on as many threads as torch has. Nothing is checked here.
+
+        Args:
+            operation: Which.
+            panels: Of ``cpu_layout``.
+            inputs: ``[batch, columns]`` float32; None for ``UNPACK``.
+            outputs: ``[batch, rows]`` float32; for ``UNPACK`` ``[columns, rows]``, all rows of the
+                panels.
+            columns: A multiple of 32.
+            unit: Which vector unit, which the processor must have; None is the best.
+        """
+        batch, rows = outputs.shape
+        request = _REQUEST.pack(
+            self.best if unit is None else unit,
+            operation,
+            _STORED[panels.dtype],
+            panels.data_ptr(),
+            0 if inputs is None else inputs.data_ptr(),
+            outputs.data_ptr(),
+            batch,
+            rows,
+            columns,
+            torch.get_num_threads(),
+            self.parallel or 0,
+        )
+        if self.handle.sparseserve_run(request):
+            raise ValueError(f"the library knows no {operation!r} of {panels.dtype} on {unit!r}")
+
+
+@cache
+def native_library() -> NativeLibrary:
+    """Load the library.
+
+    Raises:
+        ServingError: It was not built, cannot be loaded, or is that of another release.
+    """
+    found = importlib.util.find_spec(_MODULE)
+    if found is None or found.origin is None:
+        raise ServingError(
+            "the compiled kernels were not built: install a C++17 compiler, then sparseserve again "
+            "with pip install --force-reinstall --no-deps"
+        )
+    try:
+        handle = ctypes.CDLL(found.origin)
+    except OSError as error:
+        raise ServingError(
+            f"the compiled kernels cannot be loaded: {error}: install sparseserve again with "
+            "pip install --force-reinstall --no-deps"
+        ) from error
+    version = handle.sparseserve_version()
+    if version != _VERSION:
+        raise ServingError(
+            f"{found.origin} has version {version}, this release needs {_VERSION}: install it again"
+        )
+    handle.sparseserve_run.argtypes = [ctypes.c_char_p]
+    return NativeLibrary(handle, Unit(handle.sparseserve_unit()), _parallel_of_torch())
+
+
+def missing_library() -> str | None:
+    """Return why there is no library, or None if there is."""
+    try:
+        native_library()
+    except ServingError as error:
+        return str(error)
+    return None
+
+
+def _parallel_of_torch() -> int | None:
+    """Return the address of ``GOMP_parallel`` in the OpenMP library that torch itself runs on.
+
+    torch loads it for the whole process, unless another that has the symbol was loaded before, as
+    LLVM's and Intel's have; then torch runs on that one, too.
+    """
+    process = ctypes.CDLL(None)
+    if not hasattr(process, "GOMP_parallel"):
+        return None
+    return ctypes.cast(process.GOMP_parallel, ctypes.c_void_p).value

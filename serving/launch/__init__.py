@@ -1,0 +1,1 @@
+"""Starting vLLM's server on a checkpoint."""

@@ -1,0 +1,103 @@
+"""What a server needs to know of a checkpoint before it starts: its size, and that of its cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+
+from sparseserve.checkpoint.tensors import Checkpoint
+from sparseserve.errors import ArtifactError, ServingError
+from sparseserve.text import position_limit
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A checkpoint folder as a server sees it.
+
+    Attributes:
+        folder: Where it is.
+        weight_bytes: Size of its shards on disk.
+        dense_parameters: Weights after unpacking.
+        cache_numbers_per_token: Keys and values kept for each token, all layers together.
+        max_positions: The longest sequence the model takes, if it says.
+        vocabulary: Number of tokens.
+        dtype: Of the weights, as config.json says.
+        packed: Whether any of them is stored as packed24.
+    """
+
+    folder: Path
+    weight_bytes: int
+    dense_parameters: int
+    cache_numbers_per_token: int
+    max_positions: int | None
+    vocabulary: int
+    dtype: str
+    packed: bool
+
+    @classmethod
+    def open(cls, folder: Path) -> ServedModel:
+        """Read the folder's config.json and the headers of its shards.
+
+        Raises:
+            ServingError: The folder does not hold a checkpoint that can be served.
+        """
+        if not folder.is_dir():
+            raise ServingError(f"{folder}: no such folder: give the folder of a checkpoint")
+        if not (folder / "config.json").is_file():
+            raise ServingError(f"{folder}: holds no config.json, so it is not a checkpoint")
+        try:
+            checkpoint = Checkpoint.open(folder)
+        except ArtifactError as error:
+            raise ServingError(str(error)) from error
+        config = _text_config(folder)
+        return cls(
+            folder=folder,
+            weight_bytes=checkpoint.weight_bytes,
+            dense_parameters=_dense_parameters(checkpoint),
+            cache_numbers_per_token=_cache_numbers_per_token(config),
+            max_positions=position_limit(config),
+            vocabulary=int(config.vocab_size),
+            dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
+            packed=any(name.endswith(".weight_values") for name in checkpoint.files),
+        )
+
+
+def _text_config(folder: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder).get_text_config()
+    except (ValueError, OSError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ServingError(f"{folder}: config.json cannot be read: {reason}") from error
+
+
+def _dense_parameters(checkpoint: Checkpoint) -> int:
+    total = 0
+    for file in sorted(set(checkpoint.files.values())):
+        with safe_open(checkpoint.folder / file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118  # a shard is not iterable
+                total += _dense_size(name, shard.get_slice(name).get_shape())
+    return total
+
+
+def _dense_size(name: str, shape: list[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    if name.endswith(".weight_indices"):
+        return 0
+    return 2 * size if name.endswith(".weight_values") else size
+
+
+def _cache_numbers_per_token(config: PretrainedConfig) -> int:
+    heads = int(config.num_attention_heads)
+    head_size = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * int(config.num_hidden_layers) * int(groups) * int(head_size)

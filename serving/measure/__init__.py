@@ -1,0 +1,1 @@
+"""Measuring engines and servers: latency, load, memory, perplexity."""

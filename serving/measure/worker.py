@@ -1,0 +1,171 @@
+"""A process that holds one vLLM engine and answers the requests of ``serving.engine``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from itertools import pairwise
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING
+
+from sparseserve.serving.measure.memory import EngineMemory
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+# Of a GPU's memory, so that a second engine beside this one passes vLLM's own check.
+_GPU_SHARE = 0.45
+
+
+def main(arguments: list[str]) -> int:
+    """Start the engine the first request describes, then answer requests until there are none."""
+    request_end, reply_end = (int(argument) for argument in arguments)
+    for end in (request_end, reply_end):
+        os.set_inheritable(end, False)
+    with os.fdopen(request_end) as requests, os.fdopen(reply_end, "w") as replies:
+        engine: LLM | None = None
+        for line in requests:
+            request = json.loads(line)
+            answer: dict[str, object]
+            try:
+                if engine is None:
+                    engine = start(request)
+                    answer = engine_memory(engine, request)
+                else:
+                    answer = _operation(request)(engine, request)
+            except Exception as error:  # handed to the parent, who raises it
+                traceback.print_exc()
+                _send(replies, {"error": _reason(error)})
+                return 1
+            _send(replies, answer)
+    return 0
+
+
+def start(options: dict[str, object]) -> LLM:
+    """Start an engine that takes and gives token ids and shares nothing between requests."""
+    from vllm import LLM
+
+    return LLM(
+        **options,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        gpu_memory_utilization=_GPU_SHARE,
+        disable_log_stats=True,
+    )
+
+
+def engine_memory(engine: LLM, options: dict[str, object]) -> dict[str, object]:
+    """Measure what an engine takes that has just been started with ``options``."""
+    cache_bytes = int(str(options["kv_cache_memory_bytes"]))
+    (memory,) = engine.apply_model(partial(EngineMemory.of, cache_bytes=cache_bytes))
+    return asdict(memory)
+
+
+def negative_log_likelihoods(engine: LLM, request: dict[str, object]) -> dict[str, object]:
+    """Sum the negative log-likelihood of every token of each window but its first.
+
+    ``prompt_logprobs=0`` asks for the log-likelihood of the prompt's own tokens and no others.
+    vLLM takes it from float32 logits; it cannot do without making one new token.
+    """
+    from vllm import SamplingParams
+
+    windows: list[list[int]] = request["windows"]  # type: ignore[assignment]  # JSON
+    parameters = SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False)
+    outputs = engine.generate(
+        [{"prompt_token_ids": window} for window in windows], parameters, use_tqdm=False
+    )
+    totals = []
+    for window, output in zip(windows, outputs, strict=True):
+        likelihoods = output.prompt_logprobs[1:]
+        pairs = zip(window[1:], likelihoods, strict=True)
+        totals.append(-sum(float(entry[token].logprob) for token, entry in pairs))
+    return {"totals": totals}
+
+
+def generate(engine: LLM, request: dict[str, object]) -> dict[str, object]:
+    """Generate one batch greedily, timing every step from the batch's first tokens on."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    prompts: list[list[int]] = request["prompts"]  # type: ignore[assignment]  # JSON
+    parameters = SamplingParams(
+        max_tokens=request["new_tokens"],
+        ignore_eos=True,
+        temperature=0.0,
+        detokenize=False,
+        output_kind=RequestOutputKind.CUMULATIVE,
+    )
+    started = time.perf_counter()
+    for number, prompt in enumerate(prompts):
+        engine.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, parameters.clone())
+    tokens: dict[int, list[int]] = {}
+    # When every prompt had its first token, and when each step after that one ended.
+    ends: list[float] = []
+    while engine.llm_engine.has_unfinished_requests():
+        outputs = engine.llm_engine.step()
+        for output in outputs:
+            if output.outputs[0].token_ids:
+                tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
+        # A step may only start work, and give nothing yet.
+        if outputs and len(tokens) == len(prompts):
+            ends.append(time.perf_counter() - started)
+    return {
+        "tokens": [tokens[number] for number in range(len(prompts))],
+        "first_token_seconds": ends[0],
+        "step_seconds": [end - start for start, end in pairwise(ends)],
+        "total_seconds": time.perf_counter() - started,
+    }
+
+
+def layer_choices(engine: LLM, request: dict[str, object]) -> dict[str, object]:
+    """Describe how each 2:4 layer is run."""
+    from sparseserve.serving.kernels import BATCHES
+    from sparseserve.serving.plugin.linear import chosen_kernels
+
+    (chosen,) = engine.apply_model(chosen_kernels)
+    return {
+        "layers": [
+            {
+                "name": name,
+                "layer": found.layer,
+                "plan": found.chosen,
+                "refusals": dict(found.refusals),
+                "kernels": {batch: found.kernel(batch) for batch in BATCHES if found.times},
+                "times": {times.kernel: times.seconds for times in found.times},
+            }
+            for name, found in chosen.items()
+        ]
+    }
+
+
+_OPERATIONS: Mapping[str, Callable[[LLM, dict[str, object]], dict[str, object]]] = MappingProxyType(
+    {"windows": negative_log_likelihoods, "prompts": generate, "layers": layer_choices}
+)
+
+
+def _operation(
+    request: dict[str, object],
+) -> Callable[[LLM, dict[str, object]], dict[str, object]]:
+    return next(run for key, run in _OPERATIONS.items() if key in request)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of the error that started it all."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _send(replies: IO[str], answer: dict[str, object]) -> None:
+    replies.write(json.dumps(answer) + "\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

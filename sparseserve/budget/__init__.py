@@ -1,0 +1,1 @@
+"""Pruning within a budget: which operators stay dense so that the loss stays acceptable."""

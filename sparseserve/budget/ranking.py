@@ -1,0 +1,65 @@
+"""The ranking of a model's operators by what pruning each costs, as a folder to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from sparseserve.budget.price_run import HeldOutSpec, SensitivityRun
+from sparseserve.budget.prices import UnitSensitivity
+from sparseserve.budget.ranking_plot import require_plotly, write_sensitivity_plot
+from sparseserve.checkpoint.tensors import write_json, writing
+from sparseserve.layerwise.layer import PruneProgress, Silence
+from sparseserve.recipe.settings import PruneRecipe
+
+
+def measure_and_report(
+    source: str,
+    out: Path,
+    recipe: PruneRecipe,
+    *,
+    held_out: HeldOutSpec | None = None,
+    device: torch.device | None = None,
+    progress: PruneProgress | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> tuple[UnitSensitivity, ...]:
+    """Measure every unit that ``recipe`` would prune; write ``sensitivity.json`` and ``.html``.
+
+    A run that is killed leaves ``OUT.partial``; the same call goes on.
+
+    Args:
+        source: A folder, or a name on the Hugging Face hub.
+        out: Must be absent or empty; appears whole at the end.
+        recipe: Which operators, pattern and calibration.
+        held_out: What to measure on.
+        device: Where to run; None is a CUDA device if there is one.
+        progress: Told of every layer and operator; None for nobody.
+        on_stage: Told what is going on before, between and after.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+        SparseServeError: The model cannot be pruned or run, or ``out`` is not empty.
+    """
+    require_plotly()
+    on_stage(f"loading {source}")
+    run = SensitivityRun.open(source, out, recipe, held_out or HeldOutSpec(), device)
+    units = run.sensitivities(progress or Silence(), on_stage)
+    folder = run.folder.fresh("report")
+    with writing(folder):
+        folder.mkdir()
+    data = {
+        "model": source,
+        "recipe": recipe.to_json(),
+        "texts": [text.name for text in run.texts],
+        "windows_a_text": len(run.texts[0].sensitivity),
+        "sequence_length": run.calibration.record.sequence_length,
+        "units": [asdict(unit) for unit in units],
+    }
+    write_json(folder / "sensitivity.json", data)
+    title = f"{Path(source).name}, {recipe.pattern}: what pruning each group of operators costs"
+    write_sensitivity_plot(folder / "sensitivity.html", units, title)
+    run.folder.publish(folder)
+    return units

@@ -1,0 +1,168 @@
+"""One round of the quality dial: prune with some units left dense, and measure."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from sparseserve.budget.knapsack import Allocation
+from sparseserve.budget.price_run import SensitivityRun
+from sparseserve.budget.prices import UnitSensitivity
+from sparseserve.budget.report import Round, TextIncrease
+from sparseserve.checkpoint.artifact import Artifact, Format
+from sparseserve.checkpoint.tensors import read_json, write_json
+from sparseserve.evaluation.evaluate import load_for_evaluation
+from sparseserve.evaluation.perplexity import perplexity
+from sparseserve.layerwise.layer import PrunedLayer, PruneProgress
+from sparseserve.layerwise.run_folder import RunFolder
+from sparseserve.models.model_folder import find_model_folder
+from sparseserve.recipe.steps import CHAINED
+from sparseserve.workflow import prune_and_export
+
+
+@dataclass(frozen=True, slots=True)
+class DialWork:
+    """All that a round needs.
+
+    Attributes:
+        run: The model, the texts, and the folder everything unfinished lies in.
+        units: What may be pruned or left dense, in the order of the model.
+        export_format: How models are stored.
+        progress: Told of every layer and operator.
+        on_stage: Told what is going on before, between and after.
+    """
+
+    run: SensitivityRun
+    units: tuple[UnitSensitivity, ...]
+    export_format: Format
+    progress: PruneProgress
+    on_stage: Callable[[str], None]
+
+    @property
+    def prunable(self) -> int:
+        """Weights of all units."""
+        return sum(unit.weights for unit in self.units)
+
+    def round(self, allocation: Allocation) -> Round:
+        """Prune what ``allocation`` says and measure it, or read what was measured before."""
+        pruned = set(allocation.pruned)
+        dense = tuple(
+            name
+            for index, unit in enumerate(self.units)
+            if index not in pruned
+            for name in unit.operators
+        )
+        share = allocation.weights / self.prunable
+        stored = self.run.folder.path / f"{_key(dense)}.json"
+        if stored.exists():
+            return Round.from_json(read_json(stored))
+        dense_losses = _dense_losses(self.run, self.on_stage)
+        self.on_stage(f"pruning {share:.1%} of the weights, predicted {allocation.price:.4f} nats")
+        artifact = self.artifact(dense)
+        losses = _losses(self.run, artifact.path, self.on_stage)
+        found = Round(
+            dense_operators=dense,
+            sparse_share=share,
+            predicted=allocation.price,
+            measured=tuple(
+                TextIncrease.of(text.name, *pair)
+                for text, *pair in zip(self.run.texts, dense_losses, losses, strict=True)
+            ),
+        )
+        write_json(stored, asdict(found))
+        self.on_stage(
+            f"measured {max(item.increase for item in found.measured):.4f} nats, "
+            f"at most {found.bound:.4f}"
+        )
+        return found
+
+    def folder(self, dense: Sequence[str]) -> Path:
+        """Return where the model with ``dense`` left as it is lies."""
+        return self.run.folder.path / _key(dense)
+
+    def artifact(self, dense: Sequence[str]) -> Artifact:
+        """Prune the model with ``dense`` left as it is, unless that was done before."""
+        folder = self.folder(dense)
+        if folder.exists():
+            return Artifact.open(folder)
+        exact = tuple(f"^{re.escape(name)}$" for name in dense)
+        recipe = replace(self.run.recipe, ignore=(*self.run.recipe.ignore, *exact))
+        return prune_and_export(
+            self.run.source,
+            folder,
+            recipe,
+            export_format=self.export_format,
+            device=self.run.device,
+            store=_RoundLayers(
+                self.run.folder, tuple(dense), recipe.error_correction not in CHAINED
+            ),
+            progress=self.progress,
+            on_stage=self.on_stage,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _RoundLayers:
+    """The layers of all rounds; one is reused where nothing that it depends on has changed.
+
+    ``independent`` says that a pruned layer depends only on what is dense within it.
+    """
+
+    run: RunFolder
+    dense: tuple[str, ...]
+    independent: bool
+
+    def load(self, layer: str) -> PrunedLayer | None:
+        """Return the layer with the same operators left dense, or None."""
+        return self._folder(layer).load(layer)
+
+    def save(self, layer: str, pruned: PrunedLayer) -> None:
+        """Keep a finished layer."""
+        folder = self._folder(layer)
+        (folder.path / "layers").mkdir(parents=True, exist_ok=True)
+        folder.save(layer, pruned)
+
+    def fresh(self, name: str) -> Path:
+        """Return the path of a folder, not there yet, for what need not outlive the round."""
+        return self.run.fresh(name)
+
+    def _folder(self, layer: str) -> RunFolder:
+        own = [name for name in self.dense if name.startswith(f"{layer}.")]
+        key = _key(own if self.independent else self.dense)
+        return RunFolder(self.run.path / "rounds" / key, self.run.out)
+
+
+def _dense_losses(run: SensitivityRun, on_stage: Callable[[str], None]) -> list[list[float]]:
+    """Return the dense model's losses, measured once."""
+    stored = run.folder.path / "dense-losses.json"
+    if not stored.exists():
+        on_stage("measuring the dense model")
+        write_json(stored, {"losses": _losses(run, find_model_folder(run.source), on_stage)})
+    losses = read_json(stored)["losses"]
+    assert isinstance(losses, list)
+    return losses
+
+
+def _losses(
+    run: SensitivityRun, folder: Path, on_stage: Callable[[str], None]
+) -> list[list[float]]:
+    """Return the mean negative log-likelihood of each validation window of each text."""
+    dtype = run.dtype or AutoConfig.from_pretrained(folder).dtype or torch.float32
+    model = load_for_evaluation(folder, dtype).to(run.device)
+    found = []
+    for text in run.texts:
+        on_stage(f"measuring {len(text.validation)} windows of {text.name}")
+        found.append([math.log(perplexity(model, [w]).perplexity) for w in text.validation])
+    return found
+
+
+def _key(names: Sequence[str]) -> str:
+    """Return a file name that stands for a set of operators."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Perplexity of a model or a checkpoint on text it was not calibrated with."""

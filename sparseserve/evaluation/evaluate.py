@@ -1,0 +1,168 @@
+"""Measuring the perplexity of a checkpoint of any format, under transformers or vLLM."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
+from sparseserve.errors import ArtifactError
+from sparseserve.evaluation.perplexity import assert_not_calibration, perplexity
+from sparseserve.exporters import load_dense_state
+from sparseserve.models.loading import load_model
+from sparseserve.models.model_folder import check_model_folder, find_model_folder
+from sparseserve.perplexity import PerplexityResult
+from sparseserve.serving.launch.machine import this_machine
+from sparseserve.serving.measure.perplexity import vllm_perplexity
+from sparseserve.text import (
+    TextFile,
+    evaluation_windows,
+    fit_sequence_length,
+    position_limit,
+    read_text,
+)
+
+Backend = Literal["transformers", "vllm"]
+OnWindow = Callable[[int, int], None]
+DEFAULT_SEQUENCE_LENGTH = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSpec:
+    """What to evaluate on, and how.
+
+    Attributes:
+        text: A file, a folder, a dataset name, or None for the packaged evaluation text.
+        samples: Number of windows, spread over the text; None takes all.
+        sequence_length: Tokens of a window; None is DEFAULT_SEQUENCE_LENGTH, or what the model
+            takes if that is less.
+        backend: Which engine runs the model.
+        dtype: Floating type to compute in; None is that of the checkpoint where the machine
+            computes in it, else float32, so that both backends compute in the same.
+        device: Where transformers runs the model; None is a CUDA device if there is one.
+    """
+
+    text: str | None = None
+    samples: int | None = None
+    sequence_length: int | None = None
+    backend: Backend = "transformers"
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationReport:
+    """A perplexity and all that it depends on; ``tokens`` counts predictions."""
+
+    perplexity: float
+    tokens: int
+    windows: int
+    sequence_length: int
+    text: str
+    files: tuple[TextFile, ...]
+    model: str
+    backend: Backend
+    dtype: str
+    seconds: float
+
+
+def evaluate(
+    source: str, spec: EvaluationSpec, *, on_window: OnWindow = lambda done, total: None
+) -> EvaluationReport:
+    """Measure the perplexity of the model ``source``, a folder of any format or a hub name.
+
+    Args:
+        source: The checkpoint.
+        spec: What to evaluate on, and how.
+        on_window: Told how many windows are done, of how many.
+
+    Raises:
+        SparseServeError: The model cannot be loaded, the text cannot be used or was used for
+            calibration, or the likelihood is not finite.
+    """
+    folder = find_model_folder(source)
+    text = read_text(spec.text, packaged="evaluation")
+    assert_not_calibration(folder, text)
+    _check_folder(folder)
+    config = AutoConfig.from_pretrained(folder)
+    length = fit_sequence_length(
+        spec.sequence_length, limit=position_limit(config), default=DEFAULT_SEQUENCE_LENGTH
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    windows = evaluation_windows(tokenizer, text, sequence_length=length, samples=spec.samples)
+    dtype = spec.dtype or _native_dtype(config)
+    start = time.perf_counter()
+    result = _measure(folder, windows, spec, dtype, on_window)
+    return EvaluationReport(
+        perplexity=result.perplexity,
+        tokens=result.tokens,
+        windows=len(windows),
+        sequence_length=length,
+        text=text.name,
+        files=text.files,
+        model=source,
+        backend=spec.backend,
+        dtype=str(dtype).removeprefix("torch."),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def load_for_evaluation(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a checkpoint of any format as a dense transformers model, in evaluation mode.
+
+    Raises:
+        UnsupportedModelError: A dense checkpoint is not a causal language model, or incomplete.
+        ArtifactError: A packed checkpoint is damaged or incomplete.
+    """
+    if not _is_packed(folder):
+        return load_model(folder, dtype=dtype).model
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=load_dense_state(folder),
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    if loading["missing_keys"]:
+        raise ArtifactError(f"{folder}: tensor {min(loading['missing_keys'])} is missing")
+    return model.eval().requires_grad_(False)
+
+
+def _measure(
+    folder: Path,
+    windows: list[Tensor],
+    spec: EvaluationSpec,
+    dtype: torch.dtype,
+    on_window: OnWindow,
+) -> PerplexityResult:
+    if spec.backend == "vllm":
+        return vllm_perplexity(folder, windows, dtype=dtype, on_window=on_window)
+    device = spec.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return perplexity(load_for_evaluation(folder, dtype).to(device), windows, on_window)
+
+
+def _native_dtype(config: PretrainedConfig) -> torch.dtype:
+    machine = this_machine()
+    wanted: torch.dtype = config.dtype or torch.float32
+    return wanted if machine.gpu or machine.native_bfloat16 else torch.float32
+
+
+def _is_packed(folder: Path) -> bool:
+    is_artifact = (folder / MANIFEST_FILE).is_file()
+    return is_artifact and Artifact.open(folder).manifest.format != "dense"
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what is no whole causal language model before anything large is read."""
+    if not _is_packed(folder):
+        check_model_folder(folder)

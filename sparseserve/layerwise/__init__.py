@@ -1,0 +1,1 @@
+"""Pruning one decoder layer after another."""

@@ -1,0 +1,202 @@
+"""Pruning one decoder layer: its operators group by group, then the layer as a whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparseserve.errors import NumericalError, SparseServeError
+from sparseserve.layerwise.error_correction import group_statistics
+from sparseserve.layerwise.reconstruction import reconstruct
+from sparseserve.layerwise.streams import LayerRun
+from sparseserve.models.layers import copy_layer, layer_weight, set_layer_weight
+from sparseserve.models.structure import LayerStructure, Operator
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.report import LayerReport, OperatorReport
+from sparseserve.solvers.statistics import LayerStatistics, relative_output_error
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedLayer:
+    """The parameters of one decoder layer that changed, and its report.
+
+    ``parameters`` maps names in the layer, such as ``mlp.up_proj.weight``, to tensors in the
+    orientation and dtype that the model stores.
+    """
+
+    parameters: dict[str, Tensor]
+    report: LayerReport
+
+    def write_to(self, module: nn.Module) -> None:
+        """Copy the parameters into the decoder layer ``module``."""
+        for name, value in self.parameters.items():
+            module.get_parameter(name).detach().copy_(value)
+
+
+class PruneProgress(Protocol):
+    """What a user interface wants to hear of a run."""
+
+    def layer_started(self, name: str, number: int, total: int) -> None:
+        """A decoder layer is about to be pruned; ``number`` counts from 1."""
+        ...
+
+    def operator_pruned(self, report: OperatorReport) -> None:
+        """An operator is done."""
+        ...
+
+    def layer_finished(self, report: LayerReport) -> None:
+        """A decoder layer is done, or was found on disk."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """A progress that shows nothing."""
+
+    def layer_started(self, name: str, number: int, total: int) -> None:
+        """Say nothing."""
+
+    def operator_pruned(self, report: OperatorReport) -> None:
+        """Say nothing."""
+
+    def layer_finished(self, report: LayerReport) -> None:
+        """Say nothing."""
+
+
+def planned_operators(layer: LayerStructure, recipe: PruneRecipe) -> list[Operator]:
+    """Return the operators of a layer that the recipe prunes."""
+    return [
+        operator
+        for group in layer.groups
+        for operator in group.operators
+        if not recipe.ignores(f"{layer.name}.{operator.name}")
+    ]
+
+
+def prune_layer(run: LayerRun, recipe: PruneRecipe, progress: PruneProgress) -> PrunedLayer:
+    """Prune every planned operator of the layer, in the order in which data reaches them.
+
+    Raises:
+        NumericalError: Names the operator.
+    """
+    started = time.perf_counter()
+    planned = planned_operators(run.layer, recipe)
+    groups = [
+        group
+        for group in run.layer.groups
+        if any(operator in planned for operator in group.operators)
+    ]
+    pruned = copy_layer(run.dense)
+    reports: list[OperatorReport] = []
+    found = group_statistics(run, pruned, groups, recipe.error_correction, recipe.inter_weight)
+    for group, statistics in zip(groups, found, strict=True):
+        operators = [operator for operator in group.operators if operator in planned]
+        for share in _shares(operators, recipe):
+            for operator, weight, report in _prune_together(run, share, statistics, recipe):
+                set_layer_weight(pruned, operator, weight)
+                reports.append(report)
+                progress.operator_pruned(report)
+    reconstruction = None
+    if planned and recipe.reconstruction.epochs:
+        masked = [f"{operator.name}.weight" for operator in planned]
+        pruned, reconstruction = reconstruct(run, pruned, masked, recipe.reconstruction)
+    seconds = time.perf_counter() - started
+    return PrunedLayer(
+        _changed(run, pruned, planned, recipe),
+        LayerReport(run.layer.name, tuple(reports), seconds, reconstruction),
+    )
+
+
+def _shares(operators: Sequence[Operator], recipe: PruneRecipe) -> list[list[Operator]]:
+    """Return the operators of one input that are pruned as one matrix: all, or each alone.
+
+    Where no row knows of another, the rows of several operators may be stacked: what depends on
+    the input alone, such as a factorisation, is then done once.
+    """
+    if recipe.pattern.rows_are_independent and recipe.pruner.rows_are_independent:
+        return [list(operators)]
+    return [[operator] for operator in operators]
+
+
+def _prune_together(
+    run: LayerRun,
+    operators: Sequence[Operator],
+    statistics: LayerStatistics,
+    recipe: PruneRecipe,
+) -> list[tuple[Operator, Tensor, OperatorReport]]:
+    """Prune ``operators``, stacked, and return each with its weight and report."""
+    started = time.perf_counter()
+    names = [run.layer.full_name(operator) for operator in operators]
+    dense = [layer_weight(run.dense, operator) for operator in operators]
+    try:
+        result = recipe.pruner.prune(torch.cat(dense), statistics, recipe.pattern)
+    except SparseServeError as error:
+        raise type(error)(f"{', '.join(names)}: {error}") from error
+    seconds = time.perf_counter() - started
+    rows = [operator.out_features for operator in operators]
+    weights = [
+        _stored(run, operator.name, weight)
+        for operator, weight in zip(operators, torch.split(result.weight, rows), strict=True)
+    ]
+    return [
+        (
+            operator,
+            weight,
+            OperatorReport(
+                name=name,
+                shape=(weight.shape[0], weight.shape[1]),
+                sparsity=float((weight == 0).float().mean()),
+                relative_error=relative_output_error(weight, dense_weight, statistics),
+                gram_products=result.gram_products,
+                seconds=seconds * len(weight) / sum(rows),
+                transposed=operator.transposed,
+            ),
+        )
+        for operator, name, dense_weight, weight in zip(
+            operators, names, dense, weights, strict=True
+        )
+    ]
+
+
+def _stored(run: LayerRun, name: str, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` as the model stores it: in its dtype, finite, without -0.0.
+
+    Raises:
+        NumericalError: It is not finite in that dtype.
+    """
+    # Adding zero turns the -0.0 that a kept weight may have become into 0.0.
+    stored = tensor.to(run.storage_dtype) + 0.0
+    if not bool(torch.isfinite(stored).all()):
+        raise NumericalError(
+            f"{run.layer.name}.{name}: the pruned weight is not finite in {stored.dtype}: "
+            "choose --dtype bfloat16 or float32"
+        )
+    return stored
+
+
+def _changed(
+    run: LayerRun, pruned: nn.Module, planned: Sequence[Operator], recipe: PruneRecipe
+) -> dict[str, Tensor]:
+    """Return the parameters that differ from the dense ones, as the model stores them.
+
+    Raises:
+        NumericalError: One is not finite in the dtype it is stored in; names it.
+    """
+    weights = {f"{operator.name}.weight" for operator in planned}
+    changed = {}
+    for name, parameter in pruned.named_parameters():
+        if name not in weights and torch.equal(parameter, run.dense.get_parameter(name)):
+            continue
+        changed[name] = _stored(run, name.removesuffix(".weight"), parameter.detach()).cpu()
+    for operator in planned:
+        stored = changed[f"{operator.name}.weight"]
+        violation = recipe.pattern.first_violation(stored.T if operator.transposed else stored)
+        if violation:
+            name = run.layer.full_name(operator)
+            raise AssertionError(f"{name}: pattern {recipe.pattern} is broken at {violation}")
+    return changed

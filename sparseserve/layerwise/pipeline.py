@@ -1,0 +1,171 @@
+"""Pruning a model: the whole of it, one decoder layer at a time.
+
+For every layer, on all calibration windows, the first layers on scrambled copies of them, too:
+
+1. Copy the layer twice: one copy stays dense, the other is pruned. Run the dense one to the next
+   layer's inputs.
+2. For each group of operators that read the same input, in the order in which data reaches them:
+   run both copies up to that input (on a CPU the dense one's is kept from step 1 instead), sum
+   its second moments, and prune the group's weights.
+   With ``intra`` error correction the inputs of the pruned copy (``X*``) carry the errors of the
+   operators pruned before, and the target stays the dense output ``W0 X``.
+3. If the recipe asks for it, train the kept weights of the whole layer towards its dense output,
+   features weighed by how much later layers read them, or the last towards dense predictions.
+4. Write the layer to disk. With a correction across layers, run it to what the next one sees.
+
+With ``none`` and ``intra`` every layer starts from dense hidden states, so layers are independent
+of each other. A run that was killed goes on at the first layer that is not on disk and ends with
+the same weights.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sparseserve.errors import RecipeError
+from sparseserve.layerwise.layer import PrunedLayer, PruneProgress, planned_operators, prune_layer
+from sparseserve.layerwise.streams import HiddenStreams
+from sparseserve.models.layers import capture_layer_calls, entering_states
+from sparseserve.models.prediction import prediction_head
+from sparseserve.models.reading import reading_weights
+from sparseserve.models.structure import ModelStructure, trace_structure
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.recipe.steps import CHAINED
+from sparseserve.report import Environment, PruneReport
+from sparseserve.text.calibration import CalibrationSet
+
+
+class LayerStore(Protocol):
+    """Where finished layers are kept, so that a killed run can go on."""
+
+    def load(self, layer: str) -> PrunedLayer | None:
+        """Return a finished layer, or None."""
+        ...
+
+    def save(self, layer: str, pruned: PrunedLayer) -> None:
+        """Keep a finished layer, whole or not at all."""
+        ...
+
+    def fresh(self, name: str) -> Path:
+        """Return the path of a folder, not there yet, for what need not outlive the run."""
+        ...
+
+
+def prune_model(
+    model: nn.Module,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    *,
+    store: LayerStore,
+    progress: PruneProgress,
+    device: torch.device,
+) -> PruneReport:
+    """Prune ``model`` in place.
+
+    Args:
+        model: A causal language model on the CPU.
+        recipe: What to do.
+        calibration: Token windows of equal length.
+        store: Keeps finished layers, and the hidden states between layers.
+        progress: Told of every step.
+        device: Where layers run and are pruned; one layer at a time is copied there.
+
+    Raises:
+        UnsupportedModelError: The structure of the model cannot be found.
+        RecipeError: An operator does not fit the pattern.
+        NumericalError: Activations, weights or statistics are not finite; names the operator.
+    """
+    started = time.perf_counter()
+    # A few tokens show the structure; more would only cost logits.
+    structure = trace_structure(model, calibration.windows[0][:8])
+    check_plan(structure, recipe)
+    calls = capture_layer_calls(model, structure, calibration.windows)
+    streams = HiddenStreams.start(
+        store.fresh("hidden"),
+        entering_states(model, structure, (*calibration.scrambled, *calibration.windows)),
+        dense=recipe.compares_with_dense,
+        chained=recipe.error_correction in CHAINED,
+        # A GPU runs a layer again sooner than a disk gives its inputs back; a CPU does not.
+        keep_inputs=recipe.error_correction != "sequential" and device.type == "cpu",
+        scrambled=len(calibration.scrambled),
+    )
+    reading: tuple[Tensor | None, ...] = (None,) * len(calls)
+    if recipe.reconstruction.epochs:
+        # Gains are those of norms, which hardly depend on the text; the whole model runs for them.
+        reading = reading_weights(model, structure, calibration.windows[0][:512])
+    reports = []
+    earlier = 0.0
+    layers = zip(structure.layers, calls, reading, strict=True)
+    for number, (layer, call, weights) in enumerate(layers, start=1):
+        progress.layer_started(layer.name, number, len(structure.layers))
+        module = model.get_submodule(layer.name)
+        if number > calibration.scrambled_layers:
+            streams = streams.without_scrambled()
+        run = replace(streams.enter(module, layer, call, device), reading_weights=weights)
+        pruned = store.load(layer.name)
+        if pruned is None:
+            if recipe.reconstruction.epochs and number == len(calls):
+                head = prediction_head(model, structure, calibration.windows[0][:8], device)
+                run = replace(run, predict=head)
+            pruned = prune_layer(run, recipe, progress)
+            store.save(layer.name, pruned)
+        else:
+            earlier += pruned.report.seconds
+        pruned.write_to(module)
+        streams = streams.leave(run, module)
+        reports.append(pruned.report)
+        progress.layer_finished(pruned.report)
+    return PruneReport(
+        layers=tuple(reports),
+        dense_modules=ignored_modules(structure, recipe),
+        seconds=earlier + time.perf_counter() - started,
+        peak_memory_bytes=_peak_memory(device),
+        environment=Environment.here(),
+    )
+
+
+def check_plan(structure: ModelStructure, recipe: PruneRecipe) -> None:
+    """Refuse operators whose width does not fit the pattern, before any work is done.
+
+    Raises:
+        RecipeError: Names the operator, its width and the remedy; or says that none is left.
+    """
+    multiple = recipe.pattern.column_multiple
+    total = 0
+    for layer in structure.layers:
+        for operator in planned_operators(layer, recipe):
+            total += 1
+            if operator.in_features % multiple:
+                raise RecipeError(
+                    f"{layer.name}.{operator.name}: in_features {operator.in_features} is not a "
+                    f"multiple of {multiple}, which pattern {recipe.pattern} needs: leave it "
+                    f"dense with --ignore '{operator.name.split('.')[-1]}$'"
+                )
+    if not total:
+        raise RecipeError("nothing is left to prune: --ignore matches every linear operator")
+
+
+def ignored_modules(structure: ModelStructure, recipe: PruneRecipe) -> tuple[str, ...]:
+    """Return the full names of the linears in decoder layers that the recipe leaves dense."""
+    return tuple(
+        name
+        for layer in structure.layers
+        for group in layer.groups
+        for operator in group.operators
+        if recipe.ignores(name := f"{layer.name}.{operator.name}")
+    )
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

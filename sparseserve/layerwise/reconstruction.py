@@ -1,0 +1,239 @@
+r"""Reconstruction of a whole decoder layer against its dense outputs, the masks fixed.
+
+    minimise over the kept weights, biases and norms   mean ||s (f(h*) - f0(h))||^2 / ||f0(h)||^2
+
+``f0`` is the dense layer on what enters it in the dense model, ``f`` the pruned one on what enters
+it in the pruned model, and the mean is over tokens. ``s`` weighs features by the gains with which
+later layers read them (``models/reading.py``). Only the predictions follow the last layer, so what
+is minimised there is their divergence from the dense model's, KL(dense || pruned).
+
+Operator-wise pruning cannot see that attention and activation functions let some errors through
+and damp others; the gradient through the layer does. Each token's error is taken relative to its
+hidden state, since the norm that the next layer begins with does so; a plain sum would be that of
+the few tokens whose hidden states are a hundred times larger (Sun et al. 2024, "Massive activations
+in large language models"). Adam with a cosine schedule; windows held out decide which epoch is
+kept, or none, and whether its rate is too high.
+
+Shen et al. 2025, "Wanda++" (regional optimisation); Makni et al. 2025, "3BASiL" (transformer
+matching); Wagner et al. 2025, "A free lunch in LLM compression".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparseserve.checkpoint.tensor_file import HiddenStates
+from sparseserve.errors import NumericalError, RecipeError
+from sparseserve.layerwise.streams import LayerRun
+from sparseserve.models.hooks import hidden_output
+from sparseserve.models.layer_call import LayerCall
+from sparseserve.models.layer_list import linear_modules
+from sparseserve.models.layers import copy_layer
+from sparseserve.recipe.steps import Reconstruction
+from sparseserve.report import ReconstructionReport
+
+# Tokens of a window that the last layer's predictions are compared at: more would cost logits.
+_PREDICTED = 128
+
+
+def reconstruct(
+    run: LayerRun, pruned: nn.Module, masked: Sequence[str], knobs: Reconstruction
+) -> tuple[nn.Module, ReconstructionReport]:
+    """Train the pruned layer towards the dense one; return it, or what it was if that is worse.
+
+    Args:
+        run: The dense layer, what enters the two and what leaves the dense one.
+        pruned: The pruned layer; left untouched.
+        masked: Names in the layer of the weights that were pruned. Their zeros stay zero; the
+            other matrices stay as they are, biases and norms are trained.
+        knobs: How; at least one epoch.
+
+    Returns:
+        The layer in float32, and what training did to the root of the objective.
+
+    Raises:
+        RecipeError: There are fewer than two windows, so none can be held out.
+        NumericalError: The error of the pruned layer is not finite.
+    """
+    student = copy_layer(pruned, dtype=torch.float32)
+    trained = _Trained.of(student, masked)
+    windows = _Windows.of(run, knobs)
+    start = lowest = windows.held_out_error(student)
+    if not math.isfinite(start):
+        raise NumericalError(f"{run.layer.name}: its output error is {start} before reconstruction")
+    best, best_epoch = trained.snapshot(), 0
+    rate = knobs.learning_rate
+    training = _Training(student, trained, windows, rate, knobs.epochs)
+    for epoch in range(1, knobs.epochs + 1):
+        with _tensor_cores():
+            training.run_epoch(epoch)
+        error = windows.held_out_error(student)
+        if error < lowest:
+            lowest, best, best_epoch = error, trained.snapshot(), epoch
+        elif best_epoch == 0 and epoch < knobs.epochs:
+            rate /= 3
+            trained.restore(best)
+            training = _Training(student, trained, windows, rate, knobs.epochs - epoch)
+    trained.restore(best)
+    return student.requires_grad_(False), ReconstructionReport(best_epoch, rate, start, lowest)
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Let a GPU multiply float32 on its tensor cores (TF32): ten bits are enough for a gradient."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _Training:
+    """Adam with a cosine schedule over ``epochs`` epochs."""
+
+    def __init__(
+        self, student: nn.Module, trained: _Trained, windows: _Windows, rate: float, epochs: int
+    ) -> None:
+        self._student, self._trained, self._windows = student, trained, windows
+        self._optimizer = torch.optim.Adam(trained.groups(rate), betas=(0.9, 0.95), fused=True)
+        steps = epochs * len(windows.batches(0))
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, steps)
+
+    def run_epoch(self, epoch: int) -> None:
+        """Take a step for each batch of windows, in the order of that epoch."""
+        for batch in self._windows.batches(epoch):
+            self._optimizer.zero_grad()
+            for index in batch.tolist():
+                error = self._windows.error(self._student, index, epoch) / len(batch)
+                error.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.step()
+            self._schedule.step()
+            self._trained.apply_masks()
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """The parameters that are trained, and where the pruned ones may differ from zero."""
+
+    parameters: dict[str, Tensor]
+    masks: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, student: nn.Module, masked: Sequence[str]) -> _Trained:
+        matrices = {f"{name}.weight" for name, _ in linear_modules(student)} - set(masked)
+        parameters = {
+            name: parameter.requires_grad_()
+            for name, parameter in student.named_parameters()
+            if name not in matrices
+        }
+        return cls(parameters, {name: parameters[name].detach() != 0 for name in masked})
+
+    def groups(self, learning_rate: float) -> list[dict[str, object]]:
+        """Return Adam's parameter groups: its steps have one size, weights have many."""
+        return [
+            {"params": [parameter], "lr": learning_rate * _scale(parameter)}
+            for parameter in self.parameters.values()
+        ]
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        for name, mask in self.masks.items():
+            self.parameters[name].mul_(mask)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.parameters[name].copy_(value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """What enters the pruned layer and what should leave it; the last windows are held out.
+
+    Those are windows of text; scrambled ones are only trained on.
+    """
+
+    entering: HiddenStates
+    leaving: HiddenStates
+    call: LayerCall
+    weights: Tensor | None
+    predict: Callable[[Tensor], Tensor] | None
+    device: torch.device
+    training: int
+    batch: int
+
+    @classmethod
+    def of(cls, run: LayerRun, knobs: Reconstruction) -> _Windows:
+        count = len(run.entering)
+        text = count - run.scrambled
+        held_out = max(1, round(knobs.held_out * text))
+        if held_out >= text:
+            raise RecipeError(
+                f"reconstruction holds {held_out} of {text} calibration windows out, which leaves "
+                "none to train on: raise --samples"
+            )
+        call = run.call.to(run.device, torch.float32)
+        assert run.dense_output is not None, "PruneRecipe.compares_with_dense asks for it"
+        weights = None if run.reading_weights is None else run.reading_weights.to(run.device)
+        return cls(
+            entering=run.entering,
+            leaving=run.dense_output,
+            call=call,
+            weights=weights,
+            predict=run.predict,
+            device=run.device,
+            training=count - held_out,
+            batch=knobs.batch,
+        )
+
+    def batches(self, epoch: int) -> tuple[Tensor, ...]:
+        """Return the training windows in batches, in an order of their own for each epoch."""
+        generator = torch.Generator().manual_seed(epoch)
+        return torch.split(torch.randperm(self.training, generator=generator), self.batch)
+
+    def error(self, student: nn.Module, index: int, epoch: int = 0) -> Tensor:
+        """Return the objective of one window, on other tokens in each epoch where it predicts."""
+        target = self.leaving[index].to(self.device, torch.float32)
+        entering = self.entering[index].to(self.device, torch.float32)
+        output = hidden_output(self.call.apply(student, entering))
+        assert output is not None
+        if self.predict is not None:
+            stride = -(-target.shape[1] // _PREDICTED)
+            chosen = slice((index + epoch) % stride, None, stride)
+            return _divergence(self.predict, output[:, chosen], target[:, chosen])
+        energy = target.square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        error = (output - target).square()
+        if self.weights is not None:
+            error = error * self.weights
+        return (error.sum(dim=-1) / energy).mean()
+
+    @torch.no_grad()
+    def held_out_error(self, student: nn.Module) -> float:
+        """Return the root of the mean over the windows held out."""
+        held_out = range(self.training, len(self.entering))
+        return math.sqrt(math.fsum(float(self.error(student, i)) for i in held_out) / len(held_out))
+
+
+def _divergence(predict: Callable[[Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean over tokens of ``KL(p(target) || p(output))`` in nats."""
+    with torch.no_grad():
+        expected = predict(target).log_softmax(dim=-1)
+    found = predict(output).log_softmax(dim=-1)
+    return (expected.exp() * (expected - found)).sum(dim=-1).mean()
+
+
+def _scale(parameter: Tensor) -> float:
+    """Return the root mean square of a tensor without its zeros; 1 where nothing else is left."""
+    kept = parameter.detach()
+    kept = kept[kept != 0]
+    return float(kept.square().mean().sqrt()) if len(kept) else 1.0

@@ -1,0 +1,1 @@
+"""Training the kept weights of a pruned model, masks fixed."""

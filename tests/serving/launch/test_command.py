@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from sparseserve.cli.serve import serve_command
+from sparseserve.errors import MissingExtraError, ServingError
+from sparseserve.serving import requirements, server
+from sparseserve.serving.launch.command import GIB, default_options, server_command
+from sparseserve.serving.launch.machine import Machine, this_machine
+from sparseserve.serving.launch.requirements import require_vllm
+from sparseserve.serving.launch.served_model import ServedModel
+
+CPU = Machine(cpu="some", cores=2, gpu=None, native_bfloat16=False, free_bytes=16 * GIB)
+GPU = replace(CPU, gpu="some", native_bfloat16=True)
+MODEL = ServedModel(
+    folder=Path("model"),
+    weight_bytes=2 * GIB,
+    dense_parameters=GIB,
+    cache_numbers_per_token=32 * 2**10,
+    max_positions=2**17,
+    vocabulary=32000,
+    dtype="bfloat16",
+    packed=False,
+)
+
+
+def options(
+    machine: Machine = CPU,
+    *given: str,
+    model: ServedModel = MODEL,
+    environment: dict[str, str] | None = None,
+) -> dict[str, str]:
+    flags = default_options(model, machine, given, environment or {})
+    values = [*flags, ""][1:]
+    return {
+        flag: "" if value.startswith("-") else value
+        for flag, value in zip(flags, values, strict=True)
+        if flag.startswith("-")
+    }
+
+
+def test_a_gpu_needs_no_defaults() -> None:
+    assert options(GPU) == {}
+
+
+def test_an_emulated_bfloat16_is_not_used() -> None:
+    assert options(CPU)["--dtype"] == "float32"
+    assert "--dtype" not in options(replace(CPU, native_bfloat16=True))
+
+
+def test_the_cache_and_the_weights_fit_into_the_free_memory() -> None:
+    found = options(CPU)
+    cache = int(found["--kv-cache-memory-bytes"])
+    assert 0 < cache < CPU.free_bytes - 4 * MODEL.dense_parameters
+    tokens = cache // (4 * MODEL.cache_numbers_per_token)
+    assert 2 * int(found["--max-model-len"]) <= tokens
+
+
+def test_a_sequence_that_fits_is_not_cut() -> None:
+    assert "--max-model-len" not in options(CPU, model=replace(MODEL, max_positions=2048))
+    assert "--max-model-len" not in options(CPU, model=replace(MODEL, max_positions=None))
+
+
+def test_two_byte_weights_leave_more_room_than_four_byte_ones() -> None:
+    # 6 GiB are free: 4-byte weights leave too little of it for the largest cache.
+    small = replace(CPU, free_bytes=8 * GIB)
+    caches = [
+        int(options(small, *given)["--kv-cache-memory-bytes"])
+        for given in ((), ("--dtype", "bfloat16"), ("--dtype=bfloat16",))
+    ]
+    assert caches[0] < caches[1] == caches[2]
+
+
+def test_weights_that_do_not_fit_are_refused_with_both_figures() -> None:
+    with pytest.raises(ServingError, match=r"needs 7\.0 GiB .* 6\.0 GiB are free"):
+        options(replace(CPU, free_bytes=6 * GIB))
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        (("--dtype", "bfloat16"), "--dtype"),
+        (("--dtype=half",), "--dtype"),
+        (("--max-model-len", "64"), "--max-model-len"),
+        (("--max_model_len=64",), "--max-model-len"),
+        (("--kv_cache_memory_bytes", "1000000"), "--kv-cache-memory-bytes"),
+        (("--no-enforce-eager",), "--enforce-eager"),
+        (("-cc.mode=0",), "--enforce-eager"),
+        (("-O3",), "--enforce-eager"),
+    ],
+)
+def test_what_the_user_gives_has_no_default(given: tuple[str, ...], flag: str) -> None:
+    assert flag in options(CPU)
+    assert flag not in options(CPU, *given)
+
+
+def test_a_configuration_file_or_a_cache_in_the_environment_is_left_in_charge() -> None:
+    assert options(CPU, "--config", "serve.yaml") == {}
+    found = options(CPU, environment={"VLLM_CPU_KVCACHE_SPACE": "4"})
+    assert set(found) == {"--dtype", "--enforce-eager"}
+
+
+def test_this_machine_has_a_processor_and_memory() -> None:
+    machine = this_machine()
+    assert machine.cores >= 1
+    assert machine.free_bytes > 2**20
+    assert machine.cpu
+
+
+def test_a_packed_checkpoint_counts_its_weights_as_dense_ones(
+    two_four_folder: Callable[..., Path], pack_folder: Callable[[Path], Path]
+) -> None:
+    dense = two_four_folder("llama")
+    models = [ServedModel.open(folder) for folder in (dense, pack_folder(dense))]
+    assert models[0].dense_parameters == models[1].dense_parameters
+    assert models[0].weight_bytes > models[1].weight_bytes
+    # 2 layers, keys and values, 1 head of 32.
+    assert models[0].cache_numbers_per_token == 2 * 2 * 32
+    assert models[0].max_positions == 256
+
+
+class TestAFolderThatIsNoCheckpoint:
+    def test_because_it_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(ServingError, match="no such folder"):
+            ServedModel.open(tmp_path / "nothing")
+
+    def test_because_it_has_no_config(self, tmp_path: Path) -> None:
+        with pytest.raises(ServingError, match=r"no config\.json"):
+            ServedModel.open(tmp_path)
+
+    def test_because_it_has_no_weights(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        with pytest.raises(ServingError, match=r"model\.safetensors"):
+            ServedModel.open(tmp_path)
+
+    def test_because_its_weights_were_cut_short(
+        self, tmp_path: Path, two_four_folder: Callable[..., Path]
+    ) -> None:
+        folder = two_four_folder("llama")
+        (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+        whole = (folder / "model.safetensors").read_bytes()
+        (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+        with pytest.raises(ServingError, match="cut short"):
+            ServedModel.open(tmp_path)
+
+    def test_because_its_model_is_unknown(
+        self, tmp_path: Path, two_four_folder: Callable[..., Path]
+    ) -> None:
+        weights = (two_four_folder("llama") / "model.safetensors").read_bytes()
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "sundial"}))
+        with pytest.raises(ServingError, match=r"config\.json cannot be read"):
+            ServedModel.open(tmp_path)
+
+
+class TestTheInstallation:
+    @pytest.mark.parametrize(("gpu", "extra"), [(True, "serve"), (False, "serve-cpu")])
+    def test_without_vllm_is_told_how_to_get_it(
+        self, monkeypatch: pytest.MonkeyPatch, gpu: bool, extra: str
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "vllm", None)
+        monkeypatch.setattr(requirements, "has_nvidia_gpu", lambda: gpu)
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name: None if name == "vllm" else ...
+        )
+        with pytest.raises(MissingExtraError, match=rf"pip install 'sparseserve\[{extra}\]'"):
+            require_vllm("serving")
+
+    def test_with_a_broken_torchvision_is_told_to_remove_it(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "torchvision.py").write_text(
+            "raise RuntimeError('operator torchvision::nms does not exist')"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(ServingError, match=r"torchvision::nms.*pip uninstall -y torchvision"):
+            require_vllm("serving")
+
+    def test_that_keeps_the_plugin_out_is_told_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("vllm")
+        monkeypatch.setenv("VLLM_PLUGINS", "another")
+        with pytest.raises(ServingError, match="VLLM_PLUGINS=another"):
+            require_vllm("serving")
+
+
+class TestTheCommand:
+    @pytest.fixture
+    def folder(self, two_four_folder: Callable[..., Path]) -> Path:
+        pytest.importorskip("vllm")
+        return two_four_folder("llama")
+
+    def test_is_vllms_own_with_the_users_options_last(self, folder: Path) -> None:
+        command = server_command(folder, ["--port", "8001", "--dtype", "bfloat16"])
+        assert command.arguments[1] == "-m"
+        assert importlib.util.find_spec(command.arguments[2])
+        assert command.arguments[4] == str(folder)
+        assert command.arguments[-4:] == ("--port", "8001", "--dtype", "bfloat16")
+        assert command.arguments.count("--dtype") == 1
+
+    def test_is_the_servers_own_module_where_vllms_command_is_broken(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = {}
+        for package in ("vllm", "vllm-cpu"):
+            versions = {package: "0.32.0"}
+            monkeypatch.setattr(server, "installed_versions", lambda versions=versions: versions)
+            found[package] = server_command(folder, []).arguments[2:5]
+        assert found["vllm"] == ("vllm.entrypoints.cli.main", "serve", str(folder))
+        assert found["vllm-cpu"][1:] == ("--model", str(folder))
+
+    @pytest.mark.parametrize("separator", [["--"], []])
+    def test_can_be_seen_without_running_it(self, folder: Path, separator: list[str]) -> None:
+        arguments = [str(folder), "--dry-run", *separator, "--port", "8001"]
+        result = CliRunner().invoke(serve_command, arguments)
+        assert result.exit_code == 0, result.output
+        assert f" {folder} " in result.stdout
+        assert result.stdout.strip().endswith("--port 8001")

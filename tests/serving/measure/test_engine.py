@@ -1,0 +1,47 @@
+"""What an engine finds, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sparseserve.errors import ServingError
+from sparseserve.serving.launch.served_model import ServedModel
+from sparseserve.serving.measure.engine import Engine, engine_options
+from sparseserve.serving.measure.perplexity import engine_perplexity, vllm_perplexity
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+
+def test_perplexity_of_windows_as_long_as_the_model_takes(pair: tuple[Path, Path]) -> None:
+    packed, dense = pair
+    generator = torch.Generator().manual_seed(0)
+    windows = [torch.randint(256, (length,), generator=generator) for length in (256, 40)]
+    found = vllm_perplexity(packed, windows, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    with torch.no_grad():
+        total = sum(
+            float(
+                torch.nn.functional.cross_entropy(
+                    model(window[None]).logits[0, :-1].double(), window[1:], reduction="sum"
+                )
+            )
+            for window in windows
+        )
+    assert found.tokens == 255 + 39
+    assert found.perplexity == pytest.approx(torch.tensor(total / 294).exp().item(), rel=1e-5)
+
+
+def test_an_engine_that_fails_says_why_and_one_that_dies_is_noticed(
+    pair: tuple[Path, Path],
+) -> None:
+    options = engine_options(ServedModel.open(pair[0]), max_model_len=16, dtype=torch.float32)
+    with Engine(options) as engine:
+        with pytest.raises(ServingError, match=r"vLLM failed: .*16"):
+            engine_perplexity(engine, [torch.arange(40)])
+        with pytest.raises(ServingError, match="worker died with exit code 1"):
+            engine.generate([[1, 2]], 2)

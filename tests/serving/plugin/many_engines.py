@@ -1,0 +1,50 @@
+"""Start one engine after another in this process; read jobs from, and write results to, files.
+
+Run by the tests as a script: importing vLLM once for all the models saves most of the time. Each
+job and each result is an object in a JSON list.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseserve.serving.launch.served_model import ServedModel
+from sparseserve.serving.measure.engine import engine_options
+from sparseserve.serving.measure.worker import generate, negative_log_likelihoods, start
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options = engine_options(
+        ServedModel.open(Path(job["folder"])),
+        max_model_len=128,
+        max_num_seqs=4,
+        dtype=torch.float32,
+        quantization=job["quantization"],
+    )
+    try:
+        engine = start(asdict(options))
+        windows = job["windows"]
+        totals = negative_log_likelihoods(engine, {"windows": windows})["totals"]
+        tokens = generate(engine, {"prompts": windows, "new_tokens": job["new_tokens"]})["tokens"]
+        del engine
+        return {"totals": totals, "tokens": tokens}
+    except Exception as error:  # the test asserts on it
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+if __name__ == "__main__":
+    jobs_file, results_file = (Path(argument) for argument in sys.argv[1:])
+    jobs = json.loads(jobs_file.read_text())
+    results_file.write_text(json.dumps([run(job) for job in jobs]))
