@@ -3,8 +3,8 @@
 llm-compressor and NVIDIA Model Optimizer are installed from the package index, each in an
 environment of its own, and called through their public entry points with their defaults. They
 calibrate on the token windows that ``benchmarks/quality/compare.py`` gives our methods; what they
-write is checked to be 2:4 and evaluated the same way. Each run is written to the JSON as soon as it is
-done; runs already there are not repeated::
+write is checked to be 2:4 and evaluated the same way. Each run is written to the JSON as soon as
+it is done; runs already there are not repeated::
 
     python -m benchmarks.peers.compare demo/models/smollm2-135m --result peers-smollm2-2of4.json
 

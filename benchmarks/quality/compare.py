@@ -8,7 +8,8 @@ killed goes on from the layer it had reached (``demo/unfinished``)::
     python -m benchmarks.demo.assets smollm2
     python -m benchmarks.demo.assets wikipedia
     python -m benchmarks.quality.compare demo/models/smollm2-135m \
-        --result quality-smollm2-2of4.json --text speeches=packaged --text wikipedia=demo/texts/wikipedia-evaluation.txt
+        --result quality-smollm2-2of4.json --text speeches=packaged \
+        --text wikipedia=demo/texts/wikipedia-evaluation.txt
 
 A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
 ``,reconstruct`` (``@N`` for N epochs, not the default's) and ``,retrain`` for the steps after

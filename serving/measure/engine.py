@@ -1,8 +1,8 @@
 """vLLM engines in processes of their own, so that two can be measured in turns.
 
 A worker (``sparseserve.serving.measure.worker``) holds one engine and answers one request after
-another, a JSON object a line each way, over two pipes that nothing else writes to. What vLLM prints goes to
-a log, of which the end is shown if the worker dies.
+another, a JSON object a line each way, over two pipes that nothing else writes to. What vLLM prints
+goes to a log, of which the end is shown if the worker dies.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def test_the_trial_passes_what_is_right(
 
 
 def test_the_device_is_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparseserve.serving.kernels import cuda_device
+    from sparseserve.serving.kernels.cuda import device as cuda_device
 
     @dataclass
     class Properties:

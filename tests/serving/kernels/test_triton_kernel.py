@@ -184,5 +184,8 @@ def test_shares_too_many_to_address_are_not_made() -> None:
 
 
 def test_importing_all_kernels_does_not_import_triton() -> None:
-    command = "import sys, sparseserve.serving.kernels.cuda.table\nsys.exit('triton.language' in sys.modules)"
+    command = (
+        "import sys, sparseserve.serving.kernels.cuda.table\n"
+        "sys.exit('triton.language' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

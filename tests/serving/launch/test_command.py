@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from sparseserve.cli.serve import serve_command
 from sparseserve.errors import MissingExtraError, ServingError
-from sparseserve.serving import requirements, server
+from sparseserve.serving.launch import command as server
+from sparseserve.serving.launch import requirements
 from sparseserve.serving.launch.command import GIB, default_options, server_command
 from sparseserve.serving.launch.machine import Machine, this_machine
 from sparseserve.serving.launch.requirements import require_vllm
