@@ -2,7 +2,7 @@
 
 ``benchmarks/peers/compare.py`` starts it. It gives the tool exactly the token windows of a
 file, checks that the model saw those and no others, and writes a checkpoint like the dense one with
-the tool's values in the place of the old ones: names, dtype and ties of the dense one stay. A report
+the tool's values in place of the old ones: names, dtype and ties of the dense one stay. A report
 says what was used, how long the tool's own entry point took (importing, loading and
 saving not counted) and how much memory the process had used by then.
 """

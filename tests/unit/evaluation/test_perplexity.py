@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from sparseserve import evaluation
 from sparseserve.checkpoint.artifact import Artifact, Manifest, write_manifest
 from sparseserve.cli.evaluate import evaluate_command
 from sparseserve.errors import ArtifactError, CalibrationError, NumericalError, RecipeError
+from sparseserve.evaluation import perplexity as evaluation
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate, load_for_evaluation
 from sparseserve.evaluation.perplexity import assert_not_calibration, perplexity
 from sparseserve.exporters import export_packed24
