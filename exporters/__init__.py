@@ -1,21 +1,20 @@
-"""The formats a pruned checkpoint can be written in; one file and one line each."""
+"""Writing a pruned checkpoint in a format; one file each, found through ``checkpoint.formats``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 
-from sparseserve.checkpoint.artifact import Artifact, Format
+from sparseserve.checkpoint.artifact import Artifact
+from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.exporters.dense import export_dense
 from sparseserve.exporters.packed24 import export_packed24, load_dense_state
 
 Exporter = Callable[[Artifact, Path, torch.dtype | None], Artifact]
 
-EXPORTERS: dict[Format, Exporter] = {
-    "dense": export_dense,
-    "packed24": export_packed24,
-}
+EXPORTERS: dict[str, Exporter] = {name: resolve_name(row.exporter) for name, row in FORMATS.items()}
 
 __all__ = ["EXPORTERS", "Exporter", "export_dense", "export_packed24", "load_dense_state"]

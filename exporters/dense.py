@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.artifact import Artifact, write_manifest
+from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES, write_checkpoint, write_json
 from sparseserve.errors import ArtifactError
 from sparseserve.exporters.side_files import copy_side_files, model_config
@@ -52,14 +53,15 @@ def dense_tensors(
     """
     checkpoint = artifact.checkpoint
     pruned = set(artifact.manifest.pruned)
+    first, *others = storage_of(artifact.manifest.format).TENSORS
     for name in sorted(checkpoint.files):
         module, _, leaf = name.rpartition(".")
-        if module in pruned and leaf == "weight_values":
+        if module in pruned and leaf == first:
             weight = artifact.pruned_weight(checkpoint, module)
             transposed = module in artifact.manifest.transposed
             dense = f"{module}.weight"
             yield dense, _rounded(artifact, dense, weight.T if transposed else weight, dtype)
-        elif module not in pruned or leaf != "weight_indices":
+        elif module not in pruned or leaf not in others:
             yield name, _rounded(artifact, name, checkpoint.tensor(name), dtype)
 
 

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparseserve.checkpoint import packed24
 from sparseserve.checkpoint.artifact import Artifact, write_manifest
+from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES, write_checkpoint, write_json
 from sparseserve.errors import ArtifactError
 from sparseserve.exporters.dense import dense_tensors
 from sparseserve.exporters.side_files import copy_side_files, model_config
-from sparseserve.sparsity import TWO_FOUR, pack24
-
-FORMAT_VERSION = 1
 
 
 def export_packed24(
@@ -41,29 +40,13 @@ def export_packed24(
         ArtifactError: The pattern is not 2:4, the artifact is damaged, a weight is too large for
             ``dtype``, or the disk is full.
     """
-    require_two_four(artifact.manifest.pattern)
+    require_fit(packed24.FORMAT, artifact.manifest.pattern)
     write_checkpoint(folder, _packed_tensors(artifact, dtype), shard_bytes=shard_bytes)
     copy_side_files(artifact.path, folder)
     config = model_config(artifact.path, dtype)
-    config["quantization_config"] = {
-        "quant_method": "sparseserve",
-        "version": FORMAT_VERSION,
-        "format": "packed24",
-        "pattern": str(TWO_FOUR),
-        "modules": list(artifact.manifest.pruned),
-    }
+    config["quantization_config"] = packed24.quantization_config(artifact.manifest.pruned)
     write_json(folder / "config.json", config)
-    return write_manifest(folder, replace(artifact.manifest, format="packed24", files={}))
-
-
-def require_two_four(pattern: str) -> None:
-    """Refuse a pattern that packed24 cannot hold.
-
-    Raises:
-        ArtifactError: Names the pattern and the remedy.
-    """
-    if pattern != str(TWO_FOUR):
-        raise ArtifactError(f"packed24 holds only 2:4 weights, not {pattern}: use --format dense")
+    return write_manifest(folder, replace(artifact.manifest, format=packed24.FORMAT, files={}))
 
 
 def load_dense_state(folder: Path) -> dict[str, Tensor]:
@@ -83,8 +66,8 @@ def _packed_tensors(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[t
             yield name, tensor
             continue
         try:
-            packed = pack24(tensor.T if module in artifact.manifest.transposed else tensor)
+            stored = packed24.stored(tensor.T if module in artifact.manifest.transposed else tensor)
         except ArtifactError as error:
             raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
-        yield f"{module}.weight_values", packed.values
-        yield f"{module}.weight_indices", packed.indices
+        for suffix, part in zip(packed24.TENSORS, stored, strict=True):
+            yield f"{module}.{suffix}", part

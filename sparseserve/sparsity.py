@@ -1,4 +1,4 @@
-"""Sparsity patterns: which weights may stay, whether a tensor obeys, and how 2:4 is packed.
+"""Sparsity patterns: which weights may stay, and whether a tensor obeys.
 
 This module owns the idea of a pattern. A weight is ``[out_features, in_features]``; groups run
 along ``in_features``, the axis a matrix product sums over, because that is the axis on which
@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparseserve.errors import ArtifactError, RecipeError
+from sparseserve.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,76 +234,3 @@ class UnstructuredPattern(SparsityPattern):
 
 
 TWO_FOUR = NMPattern(keep=2, group=4)
-
-
-@dataclass(frozen=True, slots=True)
-class Packed24:
-    """A 2:4 weight without its zeros (docs/format.md).
-
-    ``values`` is ``[out, in / 2]`` in the weight's dtype; ``indices`` is uint8
-    ``[out, ceil(in / 8)]``, one half byte ``first | second << 2`` a group of four.
-    """
-
-    values: Tensor
-    indices: Tensor
-
-    def __post_init__(self) -> None:
-        """Check that the two tensors can belong together."""
-        rows, kept = self.values.shape
-        expected = (rows, (kept // 2 + 1) // 2)
-        if kept % 2 or tuple(self.indices.shape) != expected or self.indices.dtype != torch.uint8:
-            raise ArtifactError(
-                f"packed values {tuple(self.values.shape)} need uint8 indices {expected}, "
-                f"not {self.indices.dtype} {tuple(self.indices.shape)}"
-            )
-
-
-def pack24(weight: Tensor) -> Packed24:
-    """Pack a 2:4 ``weight`` ``[out, in]``; every weight has exactly one encoding.
-
-    Raises:
-        ArtifactError: ``weight`` is not 2:4; the message names the first group that is not.
-    """
-    if violation := TWO_FOUR.first_violation(weight):
-        raise ArtifactError(f"weight is not 2:4 at {violation}")
-    rows, columns = weight.shape
-    nonzero = weight != 0
-    # Non-zeros first, then the lowest free positions; the two chosen are put in ascending order.
-    chosen = TWO_FOUR.best_mask(nonzero.to(torch.uint8))
-    positions = chosen.reshape(rows, -1, 4).nonzero()[:, 2].reshape(rows, -1, 2)
-    values = (weight.masked_select(chosen) + 0.0).to(weight.dtype).reshape(rows, columns // 2)
-    nibbles = (positions[..., 0] | positions[..., 1] << 2).to(torch.uint8)
-    if nibbles.shape[1] % 2:
-        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
-    return Packed24(values, nibbles[:, 0::2] | nibbles[:, 1::2] << 4)
-
-
-def unpack24(packed: Packed24) -> Tensor:
-    """Return the dense ``[out, in]`` weight, with +0.0 at every pruned place.
-
-    Raises:
-        ArtifactError: the positions of a group do not ascend, or padding bits are set.
-    """
-    rows, kept = packed.values.shape
-    dense = packed.values.new_zeros(rows, kept // 2, 4)
-    positions = kept_positions(packed).to(torch.int64)
-    dense.scatter_(-1, positions, packed.values.reshape(rows, kept // 2, 2))
-    return dense.reshape(rows, kept * 2)
-
-
-def kept_positions(packed: Packed24) -> Tensor:
-    """Return where the values of each group lie, ``[out, in / 4, 2]`` from 0 to 3, ascending.
-
-    Raises:
-        ArtifactError: the positions of a group do not ascend, or padding bits are set.
-    """
-    rows, kept = packed.values.shape
-    groups = kept // 2
-    nibbles = torch.stack((packed.indices & 15, packed.indices >> 4), dim=-1).reshape(rows, -1)
-    first, second = nibbles[:, :groups] & 3, nibbles[:, :groups] >> 2
-    if not bool((first < second).all()):
-        row, group = (first >= second).nonzero()[0].tolist()
-        raise ArtifactError(f"indices at row {row}, group {group} do not ascend")
-    if bool(nibbles[:, groups:].any()):
-        raise ArtifactError("the padding half byte of the last group is not zero")
-    return torch.stack((first, second), dim=-1)

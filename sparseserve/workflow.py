@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from sparseserve.checkpoint.artifact import Artifact, Format, Manifest, write_manifest
+from sparseserve.checkpoint.artifact import Artifact, Manifest, write_manifest
+from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.tensors import Checkpoint, require_space, writing
 from sparseserve.errors import RecipeError, UnsupportedModelError
 from sparseserve.exporters import EXPORTERS
-from sparseserve.exporters.packed24 import require_two_four
 from sparseserve.exporters.side_files import copy_side_files
 from sparseserve.layerwise.layer import PruneProgress, Silence, planned_operators
 from sparseserve.layerwise.pipeline import LayerStore, check_plan, ignored_modules, prune_model
@@ -73,7 +73,7 @@ def prune_and_export(
     out: Path,
     recipe: PruneRecipe,
     *,
-    export_format: Format = "packed24",
+    export_format: str = "packed24",
     device: torch.device | None = None,
     store: LayerStore | None = None,
     progress: PruneProgress | None = None,
@@ -97,8 +97,7 @@ def prune_and_export(
         SparseServeError: Any of its kinds; nothing is left at ``out``.
     """
     require_free(out)
-    if export_format == "packed24":
-        require_two_four(str(recipe.pattern))
+    require_fit(export_format, str(recipe.pattern))
     on_stage(f"loading {source}")
     loaded = load_model(source, dtype=recipe.torch_dtype)
     model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
@@ -258,7 +257,7 @@ def torch_device(name: str | None) -> torch.device | None:
 
 
 def export(
-    checkpoint: Path, out: Path, export_format: Format, dtype: torch.dtype | None = None
+    checkpoint: Path, out: Path, export_format: str, dtype: torch.dtype | None = None
 ) -> Artifact:
     """Write a pruned ``checkpoint`` again, as ``export_format``, to the new folder ``out``.
 

@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.research.operator_data import write_result
+from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.serving.kernels import KERNELS, LinearKernel, LinearSpec, LoadedWeight, RowBlock
 from sparseserve.serving.kernels.choice.plan import batches_of
-from sparseserve.sparsity import TWO_FOUR, pack24
+from sparseserve.sparsity import TWO_FOUR
 
 SHAPES = (
     (4096, 4096),

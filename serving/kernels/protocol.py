@@ -10,8 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sparseserve.checkpoint.packed24 import INDICES, Packed24, kept_positions, pack24, unpack24
 from sparseserve.errors import ArtifactError, ServingError
-from sparseserve.sparsity import Packed24, kept_positions, pack24, unpack24
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class RowBlock:
             yield
         except ArtifactError as error:
             raise ServingError(
-                f"{self.name}.weight_indices: {error}: check the folder with sparseserve verify"
+                f"{self.name}.{INDICES}: {error}: check the folder with sparseserve verify"
             ) from error
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
+from sparseserve.checkpoint import packed24
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.text import position_limit
@@ -64,7 +65,7 @@ class ServedModel:
             max_positions=position_limit(config),
             vocabulary=int(config.vocab_size),
             dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
-            packed=any(name.endswith(".weight_values") for name in checkpoint.files),
+            packed=packed24.is_packed(checkpoint),
         )
 
 
@@ -83,17 +84,8 @@ def _dense_parameters(checkpoint: Checkpoint) -> int:
     for file in sorted(set(checkpoint.files.values())):
         with safe_open(checkpoint.folder / file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118  # a shard is not iterable
-                total += _dense_size(name, shard.get_slice(name).get_shape())
+                total += packed24.dense_size(name, shard.get_slice(name).get_shape())
     return total
-
-
-def _dense_size(name: str, shape: list[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    if name.endswith(".weight_indices"):
-        return 0
-    return 2 * size if name.endswith(".weight_values") else size
 
 
 def _cache_numbers_per_token(config: PretrainedConfig) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import ServingError
-from sparseserve.perplexity import PerplexityResult
+from sparseserve.report import PerplexityResult
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import Engine, engine_options
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-METHOD_NAME = "sparseserve"
+from sparseserve.checkpoint.formats import METHOD
 
 
 def register() -> None:
@@ -16,7 +16,7 @@ def register() -> None:
         register_quantization_config,
     )
 
-    if METHOD_NAME in QUANTIZATION_METHODS:
+    if METHOD in QUANTIZATION_METHODS:
         return
 
     import torch
@@ -27,4 +27,4 @@ def register() -> None:
 
     from sparseserve.serving.plugin.config import SparseServeConfig
 
-    register_quantization_config(METHOD_NAME)(SparseServeConfig)
+    register_quantization_config(METHOD)(SparseServeConfig)

@@ -8,15 +8,17 @@ else every linear must.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from sparseserve.checkpoint import packed24
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
-from sparseserve.errors import ServingError
-from sparseserve.serving.plugin import METHOD_NAME
+from sparseserve.checkpoint.formats import METHOD
+from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.sparsity import TWO_FOUR
 
 if TYPE_CHECKING:
@@ -24,26 +26,6 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
     from sparseserve.serving.plugin.linear import CheckpointModule
-
-FORMAT_VERSION = 1
-FORMAT_NAME = "packed24"
-
-
-def packed_modules(config: Mapping[str, object]) -> frozenset[str]:
-    """Return the packed modules that a checkpoint's ``quantization_config`` lists.
-
-    Raises:
-        ServingError: A key is missing or has a value that this release does not read.
-    """
-    readable = {"version": FORMAT_VERSION, "format": FORMAT_NAME, "pattern": str(TWO_FOUR)}
-    for key, value in readable.items():
-        if config.get(key) != value:
-            raise ServingError(
-                f"quantization_config: {key} is {config.get(key)!r}, this release reads only "
-                f"{value!r}: install the sparseserve release that wrote the checkpoint, "
-                "or export it again"
-            )
-    return _names(config.get("modules"), "quantization_config: modules")
 
 
 class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is checked as Any
@@ -64,7 +46,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
 
     def get_name(self) -> str:
         """Return the name vLLM knows this method by."""
-        return METHOD_NAME
+        return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Return the dtypes the values may be computed in."""
@@ -87,7 +69,8 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         Raises:
             ServingError: A key is missing or has a value that this release does not read.
         """
-        return cls(packed_modules(config))
+        with _as_serving_error():
+            return cls(packed24.packed_modules(config))
 
     @classmethod
     def override_quantization_method(
@@ -121,9 +104,11 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         if manifest.get("pattern") != str(TWO_FOUR):
             raise ServingError(
                 f"{model_name}: {MANIFEST_FILE} gives the pattern {manifest.get('pattern')!r}, "
-                f"not {TWO_FOUR}: serve it without --quantization {METHOD_NAME}"
+                f"not {TWO_FOUR}: serve it without --quantization {METHOD}"
             )
-        self.dense = _names(manifest.get("pruned"), f"{model_name}: {MANIFEST_FILE}: pruned")
+        where = f"{model_name}: {MANIFEST_FILE}: pruned"
+        with _as_serving_error():
+            self.dense = packed24.module_names(manifest.get("pruned"), where)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return how the layer ``prefix`` is loaded and run; None leaves it to vLLM.
@@ -174,9 +159,10 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
                 )
 
 
-def _names(value: object, where: str) -> frozenset[str]:
-    if not isinstance(value, list | tuple) or not value:
-        raise ServingError(f"{where} is not a list of module names: export the checkpoint again")
-    if wrong := [name for name in value if not isinstance(name, str)]:
-        raise ServingError(f"{where} holds {wrong[0]!r}, which is no module name")
-    return frozenset(value)
+@contextmanager
+def _as_serving_error() -> Iterator[None]:
+    """Tell vLLM's user what is wrong with the checkpoint as what stops the server."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ServingError(str(error)) from error

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.parameter import ModelWeightParameter
 
+from sparseserve.checkpoint import packed24
 from sparseserve.errors import ServingError
 from sparseserve.serving.kernels import (
     LayerKernels,
@@ -35,7 +36,7 @@ from sparseserve.serving.kernels import (
     with_dense,
 )
 from sparseserve.serving.plugin.engine_dense import EngineDense
-from sparseserve.sparsity import TWO_FOUR, Packed24
+from sparseserve.sparsity import TWO_FOUR
 
 logger = init_logger("vllm.sparseserve")
 
@@ -163,11 +164,10 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
         columns, rows = input_size_per_partition, sum(output_partition_sizes)
         require_whole_bytes(self.prefix, columns, input_size)
         loader = extra_weight_attrs["weight_loader"]
-        values = torch.full((rows, columns // 2), torch.nan, dtype=params_dtype)
-        indices = torch.zeros((rows, -(-columns // 8)), dtype=torch.uint8)
-        _register(layer, "weight_values", values, loader)
-        _register(layer, "weight_indices", indices, loader)
-        self.settle(columns, output_partition_sizes, values)
+        empty = packed24.not_loaded(rows, columns, params_dtype)
+        _register(layer, packed24.VALUES, empty.values, loader)
+        _register(layer, packed24.INDICES, empty.indices, loader)
+        self.settle(columns, output_partition_sizes, empty.values)
         if not all(shard.sparse for shard in self.shards):
             dense = torch.full((rows, columns), torch.nan, dtype=params_dtype)
             _register(layer, "weight", dense, loader)
@@ -179,7 +179,7 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
             ServingError: A tensor of the checkpoint is missing or damaged.
         """
         weight = LoadedWeight(tuple(_loaded_block(layer, shard) for shard in self.shards))
-        for name in ("weight_values", "weight_indices", "weight"):
+        for name in (*packed24.TENSORS, "weight"):
             if hasattr(layer, name):
                 delattr(layer, name)
         self.give(layer, weight)
@@ -256,8 +256,9 @@ def require_whole_bytes(prefix: str, columns: int, input_size: int) -> None:
     Raises:
         ServingError: Names the layer and both figures.
     """
-    groups = 1 if columns == input_size else 2
-    _require_multiple(prefix, columns, input_size, groups * TWO_FOUR.column_multiple)
+    whole = columns == input_size
+    multiple = TWO_FOUR.column_multiple if whole else packed24.COLUMNS_PER_BYTE
+    _require_multiple(prefix, columns, input_size, multiple)
 
 
 def _require_multiple(prefix: str, columns: int, input_size: int, multiple: int) -> None:
@@ -282,13 +283,11 @@ def _loaded_block(layer: nn.Module, shard: Shard) -> RowBlock:
         dense = layer.get_parameter("weight").data[rows]
         _require_loaded(f"{shard.name}.weight", dense)
         return RowBlock(shard.name, dense)
-    values = layer.get_parameter("weight_values").data[rows]
-    indices = layer.get_parameter("weight_indices").data[rows]
-    _require_loaded(f"{shard.name}.weight_values", values)
-    # Positions ascend, so the low half of a byte that was loaded is never zero.
-    if bool((indices == 0).any()):
-        raise ServingError(f"{shard.name}.weight_indices {NOT_LOADED}")
-    return RowBlock(shard.name, Packed24(values, indices))
+    values, indices = (layer.get_parameter(name).data[rows] for name in packed24.TENSORS)
+    packed = packed24.Packed24(values, indices)
+    if missing := packed24.missing_tensor(packed):
+        raise ServingError(f"{shard.name}.{missing} {NOT_LOADED}")
+    return RowBlock(shard.name, packed)
 
 
 def _require_loaded(name: str, tensor: Tensor) -> None:

@@ -16,7 +16,7 @@ from sparseserve.budget.knapsack import Allocation
 from sparseserve.budget.price_run import SensitivityRun
 from sparseserve.budget.prices import UnitSensitivity
 from sparseserve.budget.report import Round, TextIncrease
-from sparseserve.checkpoint.artifact import Artifact, Format
+from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.tensors import read_json, write_json
 from sparseserve.evaluation.evaluate import load_for_evaluation
 from sparseserve.evaluation.perplexity import perplexity
@@ -41,7 +41,7 @@ class DialWork:
 
     run: SensitivityRun
     units: tuple[UnitSensitivity, ...]
-    export_format: Format
+    export_format: str
     progress: PruneProgress
     on_stage: Callable[[str], None]
 

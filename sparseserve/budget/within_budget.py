@@ -22,9 +22,9 @@ from sparseserve.budget.price_run import HeldOutSpec, SensitivityRun
 from sparseserve.budget.report import DialReport, Goal, MaxPerplexityIncrease, Round
 from sparseserve.budget.rounds import DialWork
 from sparseserve.budget.search import Trial, next_prediction
-from sparseserve.checkpoint.artifact import Artifact, Format, write_manifest
+from sparseserve.checkpoint.artifact import Artifact, write_manifest
+from sparseserve.checkpoint.formats import require_fit
 from sparseserve.errors import RecipeError
-from sparseserve.exporters.packed24 import require_two_four
 from sparseserve.layerwise.layer import PruneProgress, Silence
 from sparseserve.recipe.settings import PruneRecipe
 
@@ -40,7 +40,7 @@ def dial_and_export(
     *,
     held_out: HeldOutSpec | None = None,
     rounds: int = 4,
-    export_format: Format = "packed24",
+    export_format: str = "packed24",
     device: torch.device | None = None,
     progress: PruneProgress | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
@@ -65,8 +65,7 @@ def dial_and_export(
         RecipeError: Only the dense model is within the budget, or nothing better was found.
         SparseServeError: Of another kind, from pruning; nothing is left at ``out``.
     """
-    if export_format == "packed24":
-        require_two_four(str(recipe.pattern))
+    require_fit(export_format, str(recipe.pattern))
     on_stage(f"loading {source}")
     run = SensitivityRun.open(source, out, recipe, held_out or HeldOutSpec(), device)
     progress = progress or Silence()

@@ -11,18 +11,18 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from sparseserve.checkpoint.formats import FORMATS
+from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import Checkpoint, all_finite, read_json, write_json
 from sparseserve.errors import ArtifactError, RecipeError
-from sparseserve.sparsity import Packed24, SparsityPattern, pack24, unpack24
+from sparseserve.sparsity import SparsityPattern
 
 MANIFEST_FILE = "sparseserve.json"
 MANIFEST_VERSION = 1
-Format = Literal["dense", "packed24"]
 _DIGEST_KEY = "manifest_sha256"
 
 
@@ -39,7 +39,7 @@ class Manifest:
     """The contents of ``sparseserve.json``.
 
     Attributes:
-        format: How pruned weights are stored.
+        format: How pruned weights are stored, a name of ``FORMATS``.
         pattern: The pattern they obey, as ``SparsityPattern.parse`` reads it.
         pruned: Full names of the pruned linear modules.
         transposed: Those of them whose dense weight is stored ``[in, out]`` (GPT-2's Conv1D).
@@ -50,7 +50,7 @@ class Manifest:
         files: Every other file of the folder.
     """
 
-    format: Format
+    format: str
     pattern: str
     pruned: tuple[str, ...]
     transposed: tuple[str, ...]
@@ -80,8 +80,8 @@ class Manifest:
                 f"{where}: version {version!r} is not {MANIFEST_VERSION}: "
                 "use the sparseserve release that wrote it"
             )
-        if kind not in get_args(Format):
-            raise ArtifactError(f"{where}: format {kind!r} is not one of {get_args(Format)}")
+        if not isinstance(kind, str) or kind not in FORMATS:
+            raise ArtifactError(f"{where}: format {kind!r} is not one of {', '.join(FORMATS)}")
         if data.get(_DIGEST_KEY) != _digest(body):
             raise ArtifactError(f"{where}: was changed after it was written (digest differs)")
         files = body.pop("files", None)
@@ -134,14 +134,17 @@ class Artifact:
         return Checkpoint.open(self.path)
 
     def pruned_weight(self, checkpoint: Checkpoint, module: str) -> Tensor:
-        """Read the dense ``[out, in]`` weight of a pruned module, whatever the format."""
-        if self.manifest.format == "packed24":
-            try:
-                return unpack24(_packed(checkpoint, module))
-            except ArtifactError as error:
-                raise ArtifactError(f"{self.path}: {module}: {error}") from error
-        weight = checkpoint.tensor(f"{module}.weight")
-        return weight.T if module in self.manifest.transposed else weight
+        """Read the dense ``[out, in]`` weight of a pruned module, whatever the format.
+
+        Raises:
+            ArtifactError: Names the module, and what is missing or damaged.
+        """
+        storage = storage_of(self.manifest.format)
+        transposed = module in self.manifest.transposed
+        try:
+            return storage.read_weight(checkpoint, module, transposed=transposed)
+        except ArtifactError as error:
+            raise ArtifactError(f"{self.path}: {module}: {error}") from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Artifact:
@@ -202,21 +205,10 @@ def _verify_module(
         raise ArtifactError(f"{artifact.path}: {module}: dtype {weight.dtype} is not floating")
     if violation := pattern.first_violation(weight):
         raise ArtifactError(f"{artifact.path}: {module} is not {pattern}: {violation}")
-    if artifact.manifest.format == "packed24":
-        stored, canonical = _packed(checkpoint, module), pack24(weight)
-        same_values = _bits(stored.values).equal(_bits(canonical.values))
-        if not same_values or not stored.indices.equal(canonical.indices):
-            raise ArtifactError(f"{artifact.path}: {module}: encoding is not the canonical one")
-
-
-def _packed(checkpoint: Checkpoint, module: str) -> Packed24:
-    return Packed24(
-        checkpoint.tensor(f"{module}.weight_values"), checkpoint.tensor(f"{module}.weight_indices")
-    )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    try:
+        storage_of(artifact.manifest.format).check_weight(checkpoint, module, weight)
+    except ArtifactError as error:
+        raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
 
 
 def file_sha256(path: Path) -> str:

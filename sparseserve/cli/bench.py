@@ -167,7 +167,7 @@ def _windows(
 ) -> list[Tensor]:
     from transformers import AutoTokenizer
 
-    from sparseserve.evaluation.perplexity import assert_not_calibration
+    from sparseserve.evaluation.contamination import assert_not_calibration
     from sparseserve.serving.launch.served_model import ServedModel
     from sparseserve.text import evaluation_windows, fit_sequence_length, read_text
 

@@ -15,7 +15,7 @@ from sparseserve.cli.options import required_output
 if TYPE_CHECKING:
     from sparseserve.budget.prices import UnitSensitivity
     from sparseserve.budget.report import DialReport, Goal
-    from sparseserve.checkpoint.artifact import Artifact, Format
+    from sparseserve.checkpoint.artifact import Artifact
     from sparseserve.recipe.settings import PruneRecipe
 
 Command = Callable[..., None]
@@ -126,7 +126,7 @@ def run_dial(
     options: DialOptions,
     *,
     recipe: PruneRecipe,
-    export_format: Format,
+    export_format: str,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -156,7 +156,7 @@ def _dial(
     options: DialOptions,
     *,
     recipe: PruneRecipe,
-    export_format: Format,
+    export_format: str,
     device: str | None,
     as_json: bool,
 ) -> None:

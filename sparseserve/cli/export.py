@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
+from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.cli.options import dtype_option, json_option
 
 
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
-@click.option("--format", "export_format", type=click.Choice(["packed24", "dense"]), required=True)
+@click.option("--format", "export_format", type=click.Choice(list(FORMATS)), required=True)
 @dtype_option("Round all weights to it; auto keeps theirs.")
 @json_option
 def export_command(
@@ -23,12 +24,7 @@ def export_command(
     from sparseserve.recipe.settings import DTYPES
     from sparseserve.workflow import export
 
-    artifact = export(
-        checkpoint,
-        output,
-        "dense" if export_format == "dense" else "packed24",
-        DTYPES.get(dtype),
-    )
+    artifact = export(checkpoint, output, export_format, DTYPES.get(dtype))
     size = artifact.checkpoint.weight_bytes
     if as_json:
         facts = {"output": str(output), "format": export_format, "weight_bytes": size}

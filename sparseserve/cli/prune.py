@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sparseserve.checkpoint.formats import FORMATS, default_format
 from sparseserve.cli.budget import DialOptions, dial_options, run_dial
 from sparseserve.cli.options import json_option, required_output
 
 if TYPE_CHECKING:
-    from sparseserve.checkpoint.artifact import Format
     from sparseserve.recipe.settings import PruneRecipe
 
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--format",
     "export_format",
-    type=click.Choice(["packed24", "dense"]),
+    type=click.Choice(list(FORMATS)),
     help="How to store the result; default: packed24 for 2:4, else dense.",
 )
 @click.option("--dtype", help="auto, float32, bfloat16 or float16, of the stored weights.")
@@ -109,7 +109,7 @@ def prune_command(
             output,
             dial,
             recipe=settings,
-            export_format=_format(settings, export_format),
+            export_format=export_format or default_format(str(settings.pattern)),
             device=device,
             as_json=as_json,
         )
@@ -118,18 +118,10 @@ def prune_command(
             model,
             required_output(output),
             recipe=settings,
-            export_format=_format(settings, export_format),
+            export_format=export_format or default_format(str(settings.pattern)),
             device=device,
             as_json=as_json,
         )
-
-
-def _format(recipe: PruneRecipe, asked: str | None) -> Format:
-    """Return what was ``asked`` for, or the format that fits the pattern."""
-    from sparseserve.sparsity import TWO_FOUR
-
-    default = "packed24" if recipe.pattern == TWO_FOUR else "dense"
-    return "dense" if (asked or default) == "dense" else "packed24"
 
 
 def _recipe(
@@ -178,7 +170,7 @@ def _prune(
     output: Path,
     *,
     recipe: PruneRecipe,
-    export_format: Format,
+    export_format: str,
     device: str | None,
     as_json: bool,
 ) -> None:

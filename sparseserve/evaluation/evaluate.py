@@ -15,11 +15,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.errors import ArtifactError
-from sparseserve.evaluation.perplexity import assert_not_calibration, perplexity
+from sparseserve.evaluation.contamination import assert_not_calibration
+from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.exporters import load_dense_state
 from sparseserve.models.loading import load_model
 from sparseserve.models.model_folder import check_model_folder, find_model_folder
-from sparseserve.perplexity import PerplexityResult
+from sparseserve.report import PerplexityResult
 from sparseserve.serving.launch.machine import this_machine
 from sparseserve.serving.measure.perplexity import vllm_perplexity
 from sparseserve.text import (

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
+from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.serving.kernels import LinearKernel, LinearSpec, LoadedWeight, RowBlock
 from sparseserve.serving.kernels.cuda.cutlass import CutlassKernel
 from sparseserve.serving.kernels.cuda.device import cuda_device
 from sparseserve.serving.kernels.cuda.table import CUDA_KERNELS
 from sparseserve.serving.kernels.cuda.triton_packed import TritonKernel, TritonUnpackKernel
 from sparseserve.serving.kernels.dense import DenseKernel
-from sparseserve.sparsity import TWO_FOUR, pack24
+from sparseserve.sparsity import TWO_FOUR
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseserve.checkpoint.artifact import Artifact, Format
+from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.cli import main
 from sparseserve.layerwise.layer import PruneProgress
 from sparseserve.pruners.wanda import Wanda
@@ -43,7 +43,7 @@ def prune(tmp_path: Path, quick: PruneRecipe) -> Prune:
         name: str = "out",
         *,
         recipe: PruneRecipe = quick,
-        export_format: Format = "packed24",
+        export_format: str = "packed24",
         progress: PruneProgress | None = None,
     ) -> Artifact:
         source = model if isinstance(model, Path) else tmp_path / f"model-{model}"

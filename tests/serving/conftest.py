@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.serving.kernels.cpu.library import missing_library
-from sparseserve.sparsity import TWO_FOUR, pack24
+from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import tiny_model, tiny_tokenizer
 from tests.serving.torch_operators import operators_on_cpu
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseserve.sparsity import TWO_FOUR, pack24
+from sparseserve.checkpoint.packed24 import pack24
+from sparseserve.sparsity import TWO_FOUR
 
 PARENT = "model.layers.0.mlp"
 MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

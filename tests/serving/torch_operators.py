@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
+from sparseserve.checkpoint.packed24 import Packed24, pack24, unpack24
 from sparseserve.serving.kernels import LinearKernel, LinearSpec, LoadedWeight, RowBlock
 from sparseserve.serving.kernels.cuda.cusparselt import CusparseltKernel
 from sparseserve.serving.kernels.cuda.cutlass import CutlassKernel
-from sparseserve.sparsity import TWO_FOUR, Packed24, pack24, unpack24
+from sparseserve.sparsity import TWO_FOUR
 
 ON_TORCH: list[CusparseltKernel | CutlassKernel] = [
     CusparseltKernel(),

@@ -1,4 +1,4 @@
-"""Patterns against brute force, and packing against its specification."""
+"""Patterns against brute force."""
 
 from __future__ import annotations
 
@@ -6,19 +6,11 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseserve.errors import ArtifactError, RecipeError
-from sparseserve.sparsity import (
-    TWO_FOUR,
-    NMPattern,
-    Packed24,
-    SparsityPattern,
-    UnstructuredPattern,
-    pack24,
-    unpack24,
-)
+from sparseserve.errors import RecipeError
+from sparseserve.sparsity import TWO_FOUR, NMPattern, SparsityPattern, UnstructuredPattern
 
 GROUP_VALUES = st.lists(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, -3.0, 1e-30]), min_size=4, max_size=4
@@ -113,62 +105,3 @@ def test_a_pattern_reads_back_what_it_writes(text: str) -> None:
 def test_a_pattern_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(RecipeError):
         SparsityPattern.parse(text)
-
-
-@settings(max_examples=200)
-@given(two_four_weights())
-def test_packing_and_unpacking_give_the_same_bits(weight: torch.Tensor) -> None:
-    restored = unpack24(pack24(weight))
-    expected = weight + 0.0
-    assert torch.equal(restored.view(torch.int32), expected.view(torch.int32))
-
-
-@settings(max_examples=200)
-@given(two_four_weights())
-def test_every_group_takes_the_code_that_the_format_prescribes(weight: torch.Tensor) -> None:
-    packed = pack24(weight)
-    for row in range(len(weight)):
-        for group in range(weight.shape[1] // 4):
-            cells = weight[row, 4 * group : 4 * group + 4].tolist()
-            taken = [place for place in range(4) if cells[place] != 0]
-            free = [place for place in range(4) if cells[place] == 0]
-            first, second = sorted((taken + free[: 2 - len(taken)])[:2])
-            half = int(packed.indices[row, group // 2]) >> (4 * (group % 2)) & 15
-            assert half == first | second << 2
-            stored = packed.values[row, 2 * group : 2 * group + 2].tolist()
-            assert stored == [cells[first], cells[second]]
-            assert not any(torch.tensor(stored).signbit() & (torch.tensor(stored) == 0))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_packed_size_is_nine_sixteenths_of_sixteen_bits(dtype: torch.dtype) -> None:
-    weight = TWO_FOUR.project(torch.randn(16, 64)).to(dtype)
-    packed = pack24(weight)
-    assert packed.values.dtype == dtype
-    assert packed.values.nbytes * 2 == weight.nbytes
-    assert packed.indices.nbytes * 16 == weight.numel() * 2
-
-
-def test_a_width_of_four_modulo_eight_leaves_a_zero_half_byte() -> None:
-    packed = pack24(torch.tensor([[0.0, 0.0, 1.0, 2.0]]))
-    assert packed.indices.tolist() == [[2 | 3 << 2]]
-
-
-def test_packing_refuses_a_weight_that_is_not_two_four() -> None:
-    with pytest.raises(ArtifactError, match="not 2:4 at row 0, columns from 4: 3 non-zeros"):
-        pack24(torch.tensor([[0.0, 0, 0, 0, 1, 2, 3, 0]]))
-
-
-def test_unpacking_refuses_positions_that_do_not_ascend() -> None:
-    with pytest.raises(ArtifactError, match="row 1, group 1 do not ascend"):
-        unpack24(Packed24(torch.ones(2, 4), torch.tensor([[0x44], [0x14]], dtype=torch.uint8)))
-
-
-def test_unpacking_refuses_bits_in_the_padding() -> None:
-    with pytest.raises(ArtifactError, match="padding"):
-        unpack24(Packed24(torch.ones(1, 2), torch.tensor([[0x44]], dtype=torch.uint8)))
-
-
-def test_indices_of_the_wrong_shape_are_refused() -> None:
-    with pytest.raises(ArtifactError, match=r"need uint8 indices \(2, 1\)"):
-        Packed24(torch.ones(2, 4), torch.zeros(2, 2, dtype=torch.uint8))

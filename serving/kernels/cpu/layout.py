@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparseserve.sparsity import Packed24
+from sparseserve.checkpoint.packed24 import Packed24
 
 PANEL_ROWS = 32
 BLOCK_COLUMNS = 32

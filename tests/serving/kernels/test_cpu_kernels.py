@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.cli.console import warn_of_missing_kernels
 from sparseserve.errors import ServingError
 from sparseserve.serving.kernels import KERNELS, LinearKernel, LinearSpec, LoadedWeight, RowBlock
@@ -28,7 +29,7 @@ from sparseserve.serving.kernels.cpu.library import (
     missing_library,
     native_library,
 )
-from sparseserve.sparsity import TWO_FOUR, pack24
+from sparseserve.sparsity import TWO_FOUR
 
 CPU = torch.device("cpu")
 NATIVE = Path(__file__).parents[3] / "serving" / "kernels" / "cpu" / "native"

@@ -16,12 +16,12 @@ from torch.sparse import (
 )
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
+from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.serving.kernels import LinearKernel
 from sparseserve.serving.kernels.cuda.cusparselt import CusparseltKernel
 from sparseserve.serving.kernels.cuda.cutlass import CutlassKernel
 from sparseserve.serving.kernels.cuda.operands import pad_batch
 from sparseserve.serving.kernels.cuda.table import CUDA_KERNELS
-from sparseserve.sparsity import pack24
 from tests.serving.torch_operators import ON_TORCH, loaded, pack, spec_of, two_four
 
 pytestmark = [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseserve.checkpoint.packed24 import Packed24, pack24, unpack24
 from sparseserve.errors import ServingError
 from sparseserve.serving.kernels import (
     BATCHES,
@@ -28,7 +29,7 @@ from sparseserve.serving.kernels import (
 from sparseserve.serving.kernels.choice.choose import identity
 from sparseserve.serving.kernels.choice.timing_cache import TimingCache
 from sparseserve.serving.kernels.cpu.library import missing_library
-from sparseserve.sparsity import TWO_FOUR, Packed24, pack24, unpack24
+from sparseserve.sparsity import TWO_FOUR
 
 ROWS, COLUMNS = 8, 16
 CPU = torch.device("cpu")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.serving.kernels.cuda.tiling import Tiling
 from sparseserve.serving.kernels.cuda.trial import trial_refusal
 from sparseserve.serving.kernels.cuda.triton_packed import (
@@ -25,7 +26,7 @@ from sparseserve.serving.kernels.cuda.triton_packed import (
     TritonVectorKernel,
 )
 from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight, RowBlock
-from sparseserve.sparsity import TWO_FOUR, pack24
+from sparseserve.sparsity import TWO_FOUR
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton_kernel.py"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.errors import ServingError
-from sparseserve.sparsity import pack24
 from tests.serving.parallel_ranks import (
     PARENT,
     Ranks,

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from sparseserve.serving.plugin import METHOD_NAME, register
+from sparseserve.checkpoint.formats import METHOD
+from sparseserve.serving.plugin import register
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -19,11 +20,11 @@ def test_registering_twice_leaves_one_method_and_its_config() -> None:
     )
 
     register()
-    first = get_quantization_config(METHOD_NAME)
+    first = get_quantization_config(METHOD)
     register()
 
-    assert QUANTIZATION_METHODS.count(METHOD_NAME) == 1
-    assert get_quantization_config(METHOD_NAME) is first
+    assert QUANTIZATION_METHODS.count(METHOD) == 1
+    assert get_quantization_config(METHOD) is first
 
 
 def test_vllm_finds_the_plugin_by_its_entry_point() -> None:

@@ -16,10 +16,11 @@ from sparseserve.checkpoint.artifact import Artifact, Manifest, write_manifest
 from sparseserve.cli.evaluate import evaluate_command
 from sparseserve.errors import ArtifactError, CalibrationError, NumericalError, RecipeError
 from sparseserve.evaluation import perplexity as evaluation
+from sparseserve.evaluation.contamination import assert_not_calibration
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate, load_for_evaluation
-from sparseserve.evaluation.perplexity import assert_not_calibration, perplexity
+from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.exporters import export_packed24
-from sparseserve.perplexity import PerplexityResult
+from sparseserve.report import PerplexityResult
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import save_tiny_model, tiny_model, tiny_tokenizer
 from sparseserve.text import read_text

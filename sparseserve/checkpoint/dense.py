@@ -1,0 +1,32 @@
+"""How a dense checkpoint stores a pruned weight: as any other, with its zeros in place."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparseserve.checkpoint.tensors import Checkpoint
+
+TENSORS = ("weight",)
+
+
+def stored(weight: Tensor, *, transposed: bool) -> tuple[Tensor, ...]:
+    """Return the weight, ``[in, out]`` where the model stores it so."""
+    return (weight.T if transposed else weight,)
+
+
+def read_weight(checkpoint: Checkpoint, module: str, *, transposed: bool) -> Tensor:
+    """Return the weight ``[out, in]``.
+
+    Raises:
+        ArtifactError: It is not stored, or its file cannot be read.
+    """
+    weight = checkpoint.tensor(f"{module}.weight")
+    return weight.T if transposed else weight
+
+
+def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
+    """Ask nothing more: every tensor is a valid dense weight."""
+
+
+def quantization_config(modules: tuple[str, ...]) -> None:
+    """Say nothing in config.json: any program reads a dense checkpoint."""

@@ -1,0 +1,217 @@
+"""The packed24 format: names, version, configuration, packing, unpacking and checking.
+
+docs/format.md specifies it for other programs. Everything else in this project asks this module,
+so a change of the format is a change of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseserve.checkpoint.formats import METHOD
+from sparseserve.checkpoint.tensors import Checkpoint
+from sparseserve.errors import ArtifactError
+from sparseserve.sparsity import TWO_FOUR
+
+FORMAT = "packed24"
+VERSION = 1
+VALUES = "weight_values"
+INDICES = "weight_indices"
+TENSORS = (VALUES, INDICES)
+# Sharding may cut the input features at multiples of it, so that no byte of indices is cut.
+COLUMNS_PER_BYTE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Packed24:
+    """A 2:4 weight without its zeros (docs/format.md).
+
+    ``values`` is ``[out, in / 2]`` in the weight's dtype; ``indices`` is uint8
+    ``[out, ceil(in / 8)]``, one half byte ``first | second << 2`` a group of four.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+    def __post_init__(self) -> None:
+        """Check that the two tensors can belong together."""
+        rows, kept = self.values.shape
+        expected = (rows, (kept // 2 + 1) // 2)
+        if kept % 2 or tuple(self.indices.shape) != expected or self.indices.dtype != torch.uint8:
+            raise ArtifactError(
+                f"packed values {tuple(self.values.shape)} need uint8 indices {expected}, "
+                f"not {self.indices.dtype} {tuple(self.indices.shape)}"
+            )
+
+
+def pack24(weight: Tensor) -> Packed24:
+    """Pack a 2:4 ``weight`` ``[out, in]``; every weight has exactly one encoding.
+
+    Raises:
+        ArtifactError: ``weight`` is not 2:4; the message names the first group that is not.
+    """
+    if violation := TWO_FOUR.first_violation(weight):
+        raise ArtifactError(f"weight is not 2:4 at {violation}")
+    rows, columns = weight.shape
+    nonzero = weight != 0
+    # Non-zeros first, then the lowest free positions; the two chosen are put in ascending order.
+    chosen = TWO_FOUR.best_mask(nonzero.to(torch.uint8))
+    positions = chosen.reshape(rows, -1, 4).nonzero()[:, 2].reshape(rows, -1, 2)
+    values = (weight.masked_select(chosen) + 0.0).to(weight.dtype).reshape(rows, columns // 2)
+    nibbles = (positions[..., 0] | positions[..., 1] << 2).to(torch.uint8)
+    if nibbles.shape[1] % 2:
+        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
+    return Packed24(values, nibbles[:, 0::2] | nibbles[:, 1::2] << 4)
+
+
+def unpack24(packed: Packed24) -> Tensor:
+    """Return the dense ``[out, in]`` weight, with +0.0 at every pruned place.
+
+    Raises:
+        ArtifactError: the positions of a group do not ascend, or padding bits are set.
+    """
+    rows, kept = packed.values.shape
+    dense = packed.values.new_zeros(rows, kept // 2, 4)
+    positions = kept_positions(packed).to(torch.int64)
+    dense.scatter_(-1, positions, packed.values.reshape(rows, kept // 2, 2))
+    return dense.reshape(rows, kept * 2)
+
+
+def kept_positions(packed: Packed24) -> Tensor:
+    """Return where the values of each group lie, ``[out, in / 4, 2]`` from 0 to 3, ascending.
+
+    Raises:
+        ArtifactError: the positions of a group do not ascend, or padding bits are set.
+    """
+    rows, kept = packed.values.shape
+    groups = kept // 2
+    nibbles = torch.stack((packed.indices & 15, packed.indices >> 4), dim=-1).reshape(rows, -1)
+    first, second = nibbles[:, :groups] & 3, nibbles[:, :groups] >> 2
+    if not bool((first < second).all()):
+        row, group = (first >= second).nonzero()[0].tolist()
+        raise ArtifactError(f"indices at row {row}, group {group} do not ascend")
+    if bool(nibbles[:, groups:].any()):
+        raise ArtifactError("the padding half byte of the last group is not zero")
+    return torch.stack((first, second), dim=-1)
+
+
+def stored(weight: Tensor, *, transposed: bool = False) -> tuple[Tensor, ...]:
+    """Return values and indices of a 2:4 ``weight``, which is ``[out, in]`` in every model.
+
+    Raises:
+        ArtifactError: ``weight`` is not 2:4; the message names the first group that is not.
+    """
+    packed = pack24(weight)
+    return packed.values, packed.indices
+
+
+def read_packed(checkpoint: Checkpoint, module: str) -> Packed24:
+    """Read the packed weight of ``module`` as it is stored.
+
+    Raises:
+        ArtifactError: A tensor is missing, or the two do not belong together.
+    """
+    return Packed24(
+        checkpoint.tensor(f"{module}.{VALUES}"), checkpoint.tensor(f"{module}.{INDICES}")
+    )
+
+
+def read_weight(checkpoint: Checkpoint, module: str, *, transposed: bool = False) -> Tensor:
+    """Read the dense ``[out, in]`` weight of ``module``.
+
+    Raises:
+        ArtifactError: A tensor is missing or damaged.
+    """
+    return unpack24(read_packed(checkpoint, module))
+
+
+def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
+    """Make sure that ``module`` is stored in the one encoding of its dense ``weight``.
+
+    Raises:
+        ArtifactError: It is not, to the bit.
+    """
+    found, canonical = read_packed(checkpoint, module), pack24(weight)
+    same_values = _bits(found.values).equal(_bits(canonical.values))
+    if not same_values or not found.indices.equal(canonical.indices):
+        raise ArtifactError("encoding is not the canonical one")
+
+
+def quantization_config(modules: Sequence[str]) -> dict[str, object]:
+    """Return what config.json says under ``quantization_config``."""
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "format": FORMAT,
+        "pattern": str(TWO_FOUR),
+        "modules": list(modules),
+    }
+
+
+def packed_modules(config: Mapping[str, object]) -> frozenset[str]:
+    """Return the packed modules that a checkpoint's ``quantization_config`` lists.
+
+    Raises:
+        ArtifactError: A key is missing or has a value that this release does not read.
+    """
+    readable = {"version": VERSION, "format": FORMAT, "pattern": str(TWO_FOUR)}
+    for key, value in readable.items():
+        if config.get(key) != value:
+            raise ArtifactError(
+                f"quantization_config: {key} is {config.get(key)!r}, this release reads only "
+                f"{value!r}: install the sparseserve release that wrote the checkpoint, "
+                "or export it again"
+            )
+    return module_names(config.get("modules"), "quantization_config: modules")
+
+
+def module_names(value: object, where: str) -> frozenset[str]:
+    """Return the names of modules in a ``value`` read from JSON.
+
+    Raises:
+        ArtifactError: It is not a list of names, or is empty; the message begins with ``where``.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise ArtifactError(f"{where} is not a list of module names: export the checkpoint again")
+    if wrong := [name for name in value if not isinstance(name, str)]:
+        raise ArtifactError(f"{where} holds {wrong[0]!r}, which is no module name")
+    return frozenset(value)
+
+
+def is_packed(checkpoint: Checkpoint) -> bool:
+    """Whether any weight is stored packed."""
+    return any(name.endswith(f".{VALUES}") for name in checkpoint.files)
+
+
+def dense_size(name: str, shape: Sequence[int]) -> int:
+    """Return how many weights the stored tensor ``name`` of ``shape`` has after unpacking."""
+    size = 1
+    for length in shape:
+        size *= length
+    if name.endswith(f".{INDICES}"):
+        return 0
+    return 2 * size if name.endswith(f".{VALUES}") else size
+
+
+def not_loaded(rows: int, columns: int, dtype: torch.dtype) -> Packed24:
+    """Return what no checkpoint can hold: NaN values, and indices that do not ascend."""
+    return Packed24(
+        torch.full((rows, columns // 2), torch.nan, dtype=dtype),
+        torch.zeros((rows, -(-columns // COLUMNS_PER_BYTE)), dtype=torch.uint8),
+    )
+
+
+def missing_tensor(packed: Packed24) -> str | None:
+    """Return which tensor still has what ``not_loaded`` put there, or NaN; None if neither."""
+    if bool(packed.values.isnan().any()):
+        return VALUES
+    # Positions ascend, so the low half of a byte that was loaded is never zero.
+    return INDICES if bool((packed.indices == 0).any()) else None
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)

@@ -1,0 +1,45 @@
+"""What the module of a format must know about the weight of one pruned linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from sparseserve.checkpoint.formats import FORMATS
+from sparseserve.checkpoint.tensors import Checkpoint
+
+
+class WeightStorage(Protocol):
+    """Names, layout and rules of a stored weight; the dense form is always ``[out, in]``."""
+
+    @property
+    def TENSORS(self) -> tuple[str, ...]:  # a constant of a module
+        """Last parts of the names of the tensors that stand for ``NAME.weight``."""
+        ...
+
+    def stored(self, weight: Tensor, *, transposed: bool) -> tuple[Tensor, ...]:
+        """Return what is stored of ``weight``, in the order of ``TENSORS``.
+
+        ``transposed`` says that a dense checkpoint of the model stores it ``[in, out]``.
+        """
+        ...
+
+    def read_weight(self, checkpoint: Checkpoint, module: str, *, transposed: bool) -> Tensor:
+        """Return the dense weight of ``module``."""
+        ...
+
+    def check_weight(self, checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
+        """Refuse a stored form of ``weight`` that is not the one the format prescribes."""
+        ...
+
+    def quantization_config(self, modules: tuple[str, ...]) -> Mapping[str, object] | None:
+        """Return what config.json says of the pruned ``modules``; None for nothing."""
+        ...
+
+
+def storage_of(name: str) -> WeightStorage:
+    """Return the module of the format ``name``."""
+    return cast(WeightStorage, import_module(FORMATS[name].storage))

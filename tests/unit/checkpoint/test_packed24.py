@@ -1,0 +1,152 @@
+"""Packing against its specification, and what the owner of the format says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparseserve.checkpoint import packed24
+from sparseserve.checkpoint.formats import FORMATS, default_format, require_fit
+from sparseserve.checkpoint.packed24 import Packed24, pack24, unpack24
+from sparseserve.checkpoint.storage import storage_of
+from sparseserve.checkpoint.tensors import Checkpoint, write_checkpoint
+from sparseserve.errors import ArtifactError, RecipeError
+from sparseserve.exporters import EXPORTERS
+from sparseserve.sparsity import TWO_FOUR
+
+GROUP_VALUES = st.lists(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, -3.0, 1e-30]), min_size=4, max_size=4
+)
+
+
+@st.composite
+def two_four_weights(draw: st.DrawFn) -> torch.Tensor:
+    """Weights that obey 2:4, with ties, zeros and negative zeros."""
+    rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    values = [draw(GROUP_VALUES) for _ in range(rows * groups)]
+    return TWO_FOUR.project(torch.tensor(values).reshape(rows, groups * 4))
+
+
+@settings(max_examples=200)
+@given(two_four_weights())
+def test_packing_and_unpacking_give_the_same_bits(weight: torch.Tensor) -> None:
+    restored = unpack24(pack24(weight))
+    expected = weight + 0.0
+    assert torch.equal(restored.view(torch.int32), expected.view(torch.int32))
+
+
+@settings(max_examples=200)
+@given(two_four_weights())
+def test_every_group_takes_the_code_that_the_format_prescribes(weight: torch.Tensor) -> None:
+    packed = pack24(weight)
+    for row in range(len(weight)):
+        for group in range(weight.shape[1] // 4):
+            cells = weight[row, 4 * group : 4 * group + 4].tolist()
+            taken = [place for place in range(4) if cells[place] != 0]
+            free = [place for place in range(4) if cells[place] == 0]
+            first, second = sorted((taken + free[: 2 - len(taken)])[:2])
+            half = int(packed.indices[row, group // 2]) >> (4 * (group % 2)) & 15
+            assert half == first | second << 2
+            stored = packed.values[row, 2 * group : 2 * group + 2].tolist()
+            assert stored == [cells[first], cells[second]]
+            assert not any(torch.tensor(stored).signbit() & (torch.tensor(stored) == 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_size_is_nine_sixteenths_of_sixteen_bits(dtype: torch.dtype) -> None:
+    weight = TWO_FOUR.project(torch.randn(16, 64)).to(dtype)
+    packed = pack24(weight)
+    assert packed.values.dtype == dtype
+    assert packed.values.nbytes * 2 == weight.nbytes
+    assert packed.indices.nbytes * 16 == weight.numel() * 2
+
+
+def test_a_width_of_four_modulo_eight_leaves_a_zero_half_byte() -> None:
+    packed = pack24(torch.tensor([[0.0, 0.0, 1.0, 2.0]]))
+    assert packed.indices.tolist() == [[2 | 3 << 2]]
+
+
+def test_packing_refuses_a_weight_that_is_not_two_four() -> None:
+    with pytest.raises(ArtifactError, match="not 2:4 at row 0, columns from 4: 3 non-zeros"):
+        pack24(torch.tensor([[0.0, 0, 0, 0, 1, 2, 3, 0]]))
+
+
+def test_unpacking_refuses_positions_that_do_not_ascend() -> None:
+    with pytest.raises(ArtifactError, match="row 1, group 1 do not ascend"):
+        unpack24(Packed24(torch.ones(2, 4), torch.tensor([[0x44], [0x14]], dtype=torch.uint8)))
+
+
+def test_unpacking_refuses_bits_in_the_padding() -> None:
+    with pytest.raises(ArtifactError, match="padding"):
+        unpack24(Packed24(torch.ones(1, 2), torch.tensor([[0x44]], dtype=torch.uint8)))
+
+
+def test_indices_of_the_wrong_shape_are_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"need uint8 indices \(2, 1\)"):
+        Packed24(torch.ones(2, 4), torch.zeros(2, 2, dtype=torch.uint8))
+
+
+def test_what_config_json_says_is_read_back() -> None:
+    modules = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
+    config = packed24.quantization_config(modules)
+    assert packed24.packed_modules(config) == frozenset(modules)
+    assert config["quant_method"] == "sparseserve"
+    for key in ("version", "format", "pattern", "modules"):
+        with pytest.raises(ArtifactError, match=key):
+            packed24.packed_modules({**config, key: "other"})
+
+
+@settings(max_examples=50)
+@given(two_four_weights(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_what_was_never_loaded_is_told_from_every_packed_weight(
+    weight: torch.Tensor, dtype: torch.dtype
+) -> None:
+    packed = pack24(weight.to(dtype))
+    rows, columns = weight.shape
+    empty = packed24.not_loaded(rows, columns, dtype)
+    assert empty.values.shape == packed.values.shape
+    assert empty.indices.shape == packed.indices.shape
+    assert packed24.missing_tensor(packed) is None
+    assert packed24.missing_tensor(Packed24(empty.values, packed.indices)) == "weight_values"
+    assert packed24.missing_tensor(Packed24(packed.values, empty.indices)) == "weight_indices"
+
+
+@given(two_four_weights())
+def test_sizes_after_unpacking_add_up_to_the_dense_weight(weight: torch.Tensor) -> None:
+    shapes = zip(packed24.TENSORS, (part.shape for part in packed24.stored(weight)), strict=True)
+    sizes = [packed24.dense_size(f"layer.{name}", shape) for name, shape in shapes]
+    assert sum(sizes) == weight.numel()
+    assert packed24.dense_size("layer.bias", (7,)) == 7
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_format_gives_back_what_it_stores(name: str, transposed: bool, tmp_path: Path) -> None:
+    storage = storage_of(name)
+    weight = TWO_FOUR.project(torch.randn(6, 12, generator=torch.Generator().manual_seed(0)))
+    stored = storage.stored(weight, transposed=transposed)
+    names = [f"layer.{suffix}" for suffix in storage.TENSORS]
+    write_checkpoint(tmp_path, zip(names, stored, strict=True))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert storage.read_weight(checkpoint, "layer", transposed=transposed).equal(weight)
+    storage.check_weight(checkpoint, "layer", weight)
+
+
+def test_every_format_has_an_exporter_and_the_default_one_fits_the_pattern() -> None:
+    assert EXPORTERS.keys() == FORMATS.keys()
+    assert default_format("2:4") == "packed24"
+    for pattern in ("2:4", "1:4", "50%"):
+        require_fit(default_format(pattern), pattern)
+
+
+def test_a_format_that_cannot_hold_the_pattern_is_refused_with_one_that_can() -> None:
+    with pytest.raises(
+        ArtifactError, match=r"packed24 holds only 2:4 .* not 50%: use --format dense"
+    ):
+        require_fit("packed24", "50%")
+    with pytest.raises(RecipeError, match="unknown format 'packed42': did you mean 'packed24'"):
+        require_fit("packed42", "2:4")
