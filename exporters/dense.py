@@ -35,6 +35,7 @@ def export_dense(
         ArtifactError: The artifact is damaged, a weight is too large for ``dtype``, or the disk is
             full.
     """
+    artifact.check_hashes()  # the copy gets hashes of its own: they must not vouch for damage
     write_checkpoint(folder, dense_tensors(artifact, dtype), shard_bytes=shard_bytes)
     copy_side_files(artifact.path, folder)
     config = model_config(artifact.path, dtype)

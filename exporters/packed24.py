@@ -41,6 +41,7 @@ def export_packed24(
             ``dtype``, or the disk is full.
     """
     require_fit(packed24.FORMAT, artifact.manifest.pattern)
+    artifact.check_hashes()  # the copy gets hashes of its own: they must not vouch for damage
     write_checkpoint(folder, _packed_tensors(artifact, dtype), shard_bytes=shard_bytes)
     copy_side_files(artifact.path, folder)
     config = model_config(artifact.path, dtype)

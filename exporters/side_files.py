@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
-from sparseserve.checkpoint.tensors import read_json, writing
+from sparseserve.checkpoint.json_file import read_json
+from sparseserve.checkpoint.tensors import writing
 
 _NOT_COPIED = {"config.json", MANIFEST_FILE}
 _COPIED_KINDS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}

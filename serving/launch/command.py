@@ -40,19 +40,20 @@ class ServerCommand:
     environment: dict[str, str]
 
 
-def server_command(folder: Path, options: Sequence[str]) -> ServerCommand:
+def server_command(folder: Path, options: Sequence[str], *, verify: bool = False) -> ServerCommand:
     """Return the command that serves ``folder``.
 
     Args:
         folder: Any checkpoint vLLM can read; a ``packed24`` one names its method itself.
         options: The user's own, for ``vllm serve``; they come last and win.
+        verify: Whether to verify the checkpoint, which must be ours, before it is served.
 
     Raises:
         MissingExtraError: vLLM is not installed.
         ServingError: The folder or the installation cannot be served; says what to do.
     """
     require_vllm("serving")
-    model = ServedModel.open(folder)
+    model = ServedModel.open(folder, verified=verify)
     defaults = default_options(model, this_machine(), options, os.environ)
     return ServerCommand(
         arguments=(

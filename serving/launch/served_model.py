@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 
 from sparseserve.checkpoint import packed24
+from sparseserve.checkpoint.artifact import check_before_reading
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.text import position_limit
@@ -42,8 +43,12 @@ class ServedModel:
     packed: bool
 
     @classmethod
-    def open(cls, folder: Path) -> ServedModel:
+    def open(cls, folder: Path, *, verified: bool = False) -> ServedModel:
         """Read the folder's config.json and the headers of its shards.
+
+        Args:
+            folder: The checkpoint.
+            verified: Whether to verify all of it first; it must then be one of ours.
 
         Raises:
             ServingError: The folder does not hold a checkpoint that can be served.
@@ -53,6 +58,7 @@ class ServedModel:
         if not (folder / "config.json").is_file():
             raise ServingError(f"{folder}: holds no config.json, so it is not a checkpoint")
         try:
+            check_before_reading(folder, verified=verified)
             checkpoint = Checkpoint.open(folder)
         except ArtifactError as error:
             raise ServingError(str(error)) from error
@@ -73,7 +79,7 @@ def _text_config(folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder).get_text_config()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (ValueError, OSError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ServingError(f"{folder}: config.json cannot be read: {reason}") from error

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparseserve.budget.prices import UnitSensitivity, measure_sensitivities
-from sparseserve.checkpoint.tensors import read_json, write_json
+from sparseserve.checkpoint.json_file import read_json
+from sparseserve.checkpoint.tensors import write_json
 from sparseserve.errors import RecipeError
 from sparseserve.layerwise.layer import PrunedLayer, PruneProgress
 from sparseserve.layerwise.pipeline import prune_model

@@ -17,7 +17,8 @@ from sparseserve.budget.price_run import SensitivityRun
 from sparseserve.budget.prices import UnitSensitivity
 from sparseserve.budget.report import Round, TextIncrease
 from sparseserve.checkpoint.artifact import Artifact
-from sparseserve.checkpoint.tensors import read_json, write_json
+from sparseserve.checkpoint.json_file import read_json
+from sparseserve.checkpoint.tensors import write_json
 from sparseserve.evaluation.evaluate import load_for_evaluation
 from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.layerwise.layer import PrunedLayer, PruneProgress
@@ -154,7 +155,11 @@ def _losses(
     run: SensitivityRun, folder: Path, on_stage: Callable[[str], None]
 ) -> list[list[float]]:
     """Return the mean negative log-likelihood of each validation window of each text."""
-    dtype = run.dtype or AutoConfig.from_pretrained(folder).dtype or torch.float32
+    dtype = (
+        run.dtype
+        or AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
+        or torch.float32
+    )
     model = load_for_evaluation(folder, dtype).to(run.device)
     found = []
     for text in run.texts:

@@ -16,8 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from sparseserve.checkpoint.formats import FORMATS
+from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.storage import storage_of
-from sparseserve.checkpoint.tensors import Checkpoint, all_finite, read_json, write_json
+from sparseserve.checkpoint.tensors import Checkpoint, all_finite, write_json
+from sparseserve.checkpoint.weight_files import plain_relative, unlisted_files
 from sparseserve.errors import ArtifactError, RecipeError
 from sparseserve.sparsity import SparsityPattern
 
@@ -107,10 +109,13 @@ class Artifact:
 
     @classmethod
     def open(cls, path: Path) -> Artifact:
-        """Read the manifest and check that every file is there in its full size.
+        """Read the manifest and check that every file is there in its full size, and no other.
+
+        Hashes are not compared, which ``check_hashes`` and ``verify`` do.
 
         Raises:
-            ArtifactError: There is no manifest, or a file is missing or has another size.
+            ArtifactError: There is no manifest, a file is missing or has another size, or there is
+                a file that a program might read though the manifest does not list it.
         """
         if not path.is_dir():
             raise ArtifactError(f"{path}: no such folder")
@@ -120,13 +125,34 @@ class Artifact:
         manifest = Manifest.from_json(read_json(where), where)
         for name, entry in manifest.files.items():
             file = path / name
+            if not plain_relative(name):
+                raise ArtifactError(f"{where}: lists {name!r}, which is no file of the folder")
             if not file.is_file():
                 raise ArtifactError(f"{file}: listed in {MANIFEST_FILE}, but missing")
             if (size := file.stat().st_size) != entry.bytes:
                 raise ArtifactError(
                     f"{file}: {size} bytes instead of {entry.bytes}: copy or export it again"
                 )
+        for name in unlisted_files(path, frozenset({*manifest.files, MANIFEST_FILE})):
+            raise ArtifactError(
+                f"{path / name}: not listed in {MANIFEST_FILE}, though a program that opens the "
+                "folder might read it: remove it"
+            )
         return cls(path, manifest)
+
+    def check_hashes(self, on_file: Callable[[str], None] = lambda name: None) -> None:
+        """Compare every file with its hash; ``on_file`` is told each name before it is read.
+
+        Raises:
+            ArtifactError: Names the first file that was changed.
+        """
+        for name, entry in self.manifest.files.items():
+            on_file(name)
+            if file_sha256(self.path / name) != entry.sha256:
+                raise ArtifactError(
+                    f"{self.path / name}: sha256 differs from {MANIFEST_FILE}: file changed since "
+                    "it was written, so copy or make it again"
+                )
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -165,8 +191,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> Artifact:
 def verify(path: Path, on_file: Callable[[str], None] = lambda name: None) -> Artifact:
     """Check a checkpoint byte by byte and tensor by tensor.
 
-    Every file has its hash, no weight file is unlisted, every tensor is finite, every pruned
-    weight obeys the pattern, and every packed one has its one canonical encoding.
+    Every file has its hash, no other is there for a program to read, every tensor is finite, every
+    pruned weight obeys the pattern, and every packed one has its one canonical encoding.
 
     Args:
         path: The folder.
@@ -176,13 +202,7 @@ def verify(path: Path, on_file: Callable[[str], None] = lambda name: None) -> Ar
         ArtifactError: Names the first file or tensor that is wrong.
     """
     artifact = Artifact.open(path)
-    for name, entry in artifact.manifest.files.items():
-        on_file(name)
-        if file_sha256(path / name) != entry.sha256:
-            raise ArtifactError(f"{path / name}: sha256 differs from {MANIFEST_FILE}: file changed")
-    for file in path.glob("*.safetensors"):
-        if file.name not in artifact.manifest.files:
-            raise ArtifactError(f"{file}: not listed in {MANIFEST_FILE}: remove it")
+    artifact.check_hashes(on_file)
     checkpoint = artifact.checkpoint
     for name, tensor in checkpoint.tensors():
         if not all_finite(tensor):
@@ -209,6 +229,22 @@ def _verify_module(
         storage_of(artifact.manifest.format).check_weight(checkpoint, module, weight)
     except ArtifactError as error:
         raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
+
+
+def check_before_reading(folder: Path, *, verified: bool) -> None:
+    """Check what a model is about to be read from: whole where asked, else as far as is quick.
+
+    Args:
+        folder: An artifact, or, where ``verified`` is false, any other model.
+        verified: Whether to ``verify`` it, which reads it all; else sizes and names are checked.
+
+    Raises:
+        ArtifactError: It is damaged, incomplete or not alone, or has no hashes to verify.
+    """
+    if verified:
+        verify(folder)
+    elif (folder / MANIFEST_FILE).exists():
+        Artifact.open(folder)
 
 
 def file_sha256(path: Path) -> str:

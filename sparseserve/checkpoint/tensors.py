@@ -19,10 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sparseserve.checkpoint.weight_files import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    refuse_others,
+    weight_files,
+)
 from sparseserve.errors import ArtifactError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
@@ -35,19 +39,23 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
-        """Read the index, and the header of every shard.
+        """Read the index, and the header of every shard, which must describe the file exactly.
 
         Raises:
-            ArtifactError: There are no safetensors, a shard is missing or cut short, or the index
-                and the shards disagree.
+            ArtifactError: There are no safetensors, a shard is missing or cut short, two shards
+                hold the same tensor, the index and the shards disagree, or programs would disagree
+                about which files to read.
         """
-        names = _shard_names(folder)
-        files = {key: name for name in names for key in _keys(folder / name)}
-        index = folder / INDEX_FILE
-        if index.exists():
-            listed = read_json(index).get("weight_map")
-            if listed != files:
-                raise ArtifactError(f"{index}: does not match the tensors in the shards")
+        found = weight_files(folder)
+        refuse_others(found)
+        files: dict[str, str] = {}
+        for name in found.names:
+            for key in _keys(folder / name):
+                if key in files:
+                    raise ArtifactError(f"{folder}: both {files[key]} and {name} hold {key}")
+                files[key] = name
+        if found.weight_map not in (None, files):
+            raise ArtifactError(f"{folder / INDEX_FILE}: does not match the tensors in the shards")
         return cls(folder, files)
 
     def __contains__(self, name: str) -> bool:
@@ -134,23 +142,6 @@ def write_json(path: Path, data: object) -> None:
         partial.replace(path)
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """Read a JSON object.
-
-    Raises:
-        ArtifactError: The file is missing or is not a JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path}: is not a JSON object")
-    return data
-
-
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn the failures of a write to ``path`` into one line that says what to do.
@@ -200,22 +191,8 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator
     yield shard
 
 
-def _shard_names(folder: Path) -> list[str]:
-    if (folder / INDEX_FILE).exists():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ArtifactError(f"{folder / INDEX_FILE}: has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        if outside := [name for name in names if Path(name).name != name]:
-            raise ArtifactError(f"{folder / INDEX_FILE}: {outside[0]} lies outside the folder")
-        return names
-    if (folder / SINGLE_FILE).exists():
-        return [SINGLE_FILE]
-    raise ArtifactError(f"{folder}: holds no {SINGLE_FILE} and no {INDEX_FILE}")
-
-
 def _keys(path: Path) -> list[str]:
-    if not path.exists():
+    if not path.is_file():
         raise ArtifactError(f"{path}: shard is missing")
     with _readable(path), safe_open(path, framework="pt") as shard:
         return list(shard.keys())

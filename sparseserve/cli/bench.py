@@ -179,7 +179,7 @@ def _windows(
         limit=min((limit for limit in limits if limit is not None), default=None),
         default=DEFAULT_SEQUENCE_LENGTH,
     )
-    tokenizer = AutoTokenizer.from_pretrained(baseline)
+    tokenizer = AutoTokenizer.from_pretrained(baseline, trust_remote_code=False)
     return evaluation_windows(tokenizer, source, sequence_length=length, samples=samples)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from sparseserve.cli.options import dtype_option, json_option
+from sparseserve.cli.options import dtype_option, json_option, say_whether_verified, verify_option
 
 if TYPE_CHECKING:
     from sparseserve.evaluation.evaluate import Backend, EvaluationReport
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 )
 @dtype_option("To compute in; auto is the checkpoint's, with vllm what sparseserve serve takes.")
 @click.option("--device", help="Where transformers runs: cpu or cuda; default: cuda if any.")
+@verify_option
 @json_option
 def evaluate_command(
     *,
@@ -37,6 +39,7 @@ def evaluate_command(
     backend: Backend,
     dtype: str,
     device: str | None,
+    verify: bool,
     as_json: bool,
 ) -> None:
     """Measure the perplexity of MODEL, a dense or packed folder or a hub name.
@@ -61,6 +64,7 @@ def evaluate_command(
         backend=backend,
         dtype=DTYPES.get(dtype),
         device=torch_device(device),
+        verify=verify,
     )
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("evaluating", total=None)
@@ -69,6 +73,7 @@ def evaluate_command(
             spec,
             on_window=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    say_whether_verified(Path(model), verify)
     if as_json:
         click.echo(json.dumps(asdict(report)))
     else:

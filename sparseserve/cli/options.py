@@ -17,6 +17,23 @@ json_option = click.option(
 json_file_option = click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Also write the JSON here."
 )
+verify_option = click.option(
+    "--verify", is_flag=True, help="First verify the checkpoint: hashes, pattern, every tensor."
+)
+
+
+def say_whether_verified(checkpoint: Path, verified: bool) -> None:
+    """Tell on standard error what was checked of a ``checkpoint`` of ours, and how to check all."""
+    from sparseserve.checkpoint.artifact import MANIFEST_FILE
+
+    if verified:
+        click.echo(f"{checkpoint}: verified", err=True)
+    elif (checkpoint / MANIFEST_FILE).exists():
+        click.echo(
+            f"{checkpoint}: names and sizes of its files are right; --verify also compares their "
+            "hashes and checks every tensor",
+            err=True,
+        )
 
 
 def dtype_option(meaning: str) -> Callable[[Command], Command]:

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import click
 
+from sparseserve.cli.options import say_whether_verified, verify_option
+
 
 @click.command("serve", context_settings={"ignore_unknown_options": True})
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--dry-run", is_flag=True, help="Only print the environment and the command.")
-def serve_command(checkpoint: Path, vllm_options: tuple[str, ...], dry_run: bool) -> None:
+@verify_option
+def serve_command(
+    checkpoint: Path, vllm_options: tuple[str, ...], dry_run: bool, verify: bool
+) -> None:
     """Serve CHECKPOINT with vLLM's own OpenAI-compatible server.
 
     All other options go to ``vllm serve`` as they are, for example ``-- --port 8001``, and
@@ -21,7 +26,8 @@ def serve_command(checkpoint: Path, vllm_options: tuple[str, ...], dry_run: bool
     from sparseserve.cli.console import warn_of_missing_kernels
     from sparseserve.serving.launch.command import become, server_command
 
-    command = server_command(checkpoint, vllm_options)
+    command = server_command(checkpoint, vllm_options, verify=verify)
+    say_whether_verified(checkpoint, verify)
     variables = [f"{name}={shlex.quote(value)}" for name, value in command.environment.items()]
     line = " ".join([*variables, shlex.join(command.arguments)])
     if dry_run:

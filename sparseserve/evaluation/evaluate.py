@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
+from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, check_before_reading
 from sparseserve.errors import ArtifactError
 from sparseserve.evaluation.contamination import assert_not_calibration
 from sparseserve.evaluation.perplexity import perplexity
@@ -49,6 +49,7 @@ class EvaluationSpec:
         dtype: Floating type to compute in; None is that of the checkpoint where the machine
             computes in it, else float32, so that both backends compute in the same.
         device: Where transformers runs the model; None is a CUDA device if there is one.
+        verify: Whether to verify the checkpoint, which must be ours, before it is evaluated.
     """
 
     text: str | None = None
@@ -57,11 +58,15 @@ class EvaluationSpec:
     backend: Backend = "transformers"
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    verify: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationReport:
-    """A perplexity and all that it depends on; ``tokens`` counts predictions."""
+    """A perplexity and all that it depends on.
+
+    ``tokens`` counts predictions; ``verified`` says whether the checkpoint was verified before.
+    """
 
     perplexity: float
     tokens: int
@@ -73,6 +78,7 @@ class EvaluationReport:
     backend: Backend
     dtype: str
     seconds: float
+    verified: bool
 
 
 def evaluate(
@@ -90,14 +96,15 @@ def evaluate(
             calibration, or the likelihood is not finite.
     """
     folder = find_model_folder(source)
+    check_before_reading(folder, verified=spec.verify)
     text = read_text(spec.text, packaged="evaluation")
     assert_not_calibration(folder, text)
     _check_folder(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     length = fit_sequence_length(
         spec.sequence_length, limit=position_limit(config), default=DEFAULT_SEQUENCE_LENGTH
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     windows = evaluation_windows(tokenizer, text, sequence_length=length, samples=spec.samples)
     dtype = spec.dtype or _native_dtype(config)
     start = time.perf_counter()
@@ -113,6 +120,7 @@ def evaluate(
         backend=spec.backend,
         dtype=str(dtype).removeprefix("torch."),
         seconds=time.perf_counter() - start,
+        verified=spec.verify,
     )
 
 
@@ -124,8 +132,8 @@ def load_for_evaluation(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         ArtifactError: A packed checkpoint is damaged or incomplete.
     """
     if not _is_packed(folder):
-        return load_model(folder, dtype=dtype).model
-    config = AutoConfig.from_pretrained(folder)
+        return load_model(folder, dtype=dtype, check_hashes=False).model
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     del config.quantization_config
     model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None,

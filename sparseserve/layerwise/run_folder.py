@@ -11,7 +11,8 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sparseserve.checkpoint.tensors import Checkpoint, read_json, save_tensors, write_json, writing
+from sparseserve.checkpoint.json_file import read_json
+from sparseserve.checkpoint.tensors import Checkpoint, save_tensors, write_json, writing
 from sparseserve.errors import ArtifactError
 from sparseserve.layerwise.layer import PrunedLayer
 from sparseserve.report import LayerReport

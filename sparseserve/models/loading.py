@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.errors import NumericalError, UnsupportedModelError
 from sparseserve.models.model_folder import check_model_folder, find_model_folder, first_line
 
@@ -38,7 +39,9 @@ class LoadedModel:
     folder: Path
 
 
-def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(
+    source: str | Path, *, dtype: torch.dtype | None = None, check_hashes: bool = True
+) -> LoadedModel:
     """Load the causal language model ``source`` with its tokenizer.
 
     Only safetensors are read and no code that comes with a model is run.
@@ -46,14 +49,19 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None) -> Loade
     Args:
         source: A local folder or a name on the Hugging Face hub.
         dtype: Floating type of the weights; the checkpoint's own when left out.
+        check_hashes: Whether to compare a checkpoint of ours with its hashes. Whoever writes
+            another checkpoint from it must, or the new hashes would vouch for damage.
 
     Raises:
+        ArtifactError: A checkpoint of ours is damaged, or holds a file that it does not list.
         UnsupportedModelError: There is no such model, it is not a dense causal language model, or
             its checkpoint or tokenizer is incomplete.
         NumericalError: A weight is NaN or infinite.
     """
     folder = find_model_folder(source)
     check_model_folder(folder)
+    if check_hashes and (folder / MANIFEST_FILE).exists():
+        Artifact.open(folder).check_hashes()
     tokenizer = _load_tokenizer(folder)
     model = _load_weights(folder, dtype)
     _refuse_non_finite(model, folder)

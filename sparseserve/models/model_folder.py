@@ -11,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from sparseserve.errors import UnsupportedModelError
+from sparseserve.checkpoint.formats import METHOD
+from sparseserve.checkpoint.weight_files import weight_files
+from sparseserve.errors import ArtifactError, UnsupportedModelError
 
 # Top level of the repository only; "consolidated" files repeat the weights in another layout.
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -57,8 +59,12 @@ def check_model_folder(folder: Path) -> None:
     """
     _check_settings(folder)
     _check_architecture(folder)
-    for shard in _shards(folder):
-        _check_shard(shard)
+    try:
+        names = weight_files(folder).names
+    except ArtifactError as error:
+        raise UnsupportedModelError(str(error)) from error
+    for name in names:
+        _check_shard(folder / name)
 
 
 def first_line(error: Exception) -> str:
@@ -78,7 +84,7 @@ def _check_settings(folder: Path) -> None:
     if not quantization:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method == "sparseserve":
+    if method == METHOD:
         raise UnsupportedModelError(
             f"{folder} is already a packed24 checkpoint: prune the dense model it was made from"
         )
@@ -115,23 +121,6 @@ def _check_architecture(folder: Path) -> None:
             f"{folder} is not a causal language model: its config.json names {found}; "
             "a decoder with a language head, such as LlamaForCausalLM, is needed"
         )
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if index.is_file():
-        weight_map = _read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UnsupportedModelError(f"{index} has no weight_map: download it again")
-        return [folder / Path(str(name)).name for name in sorted(set(weight_map.values()))]
-    if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
-        raise UnsupportedModelError(
-            f"{folder} holds its weights as {pickles[0].name} only, which can run code when read: "
-            "convert them to safetensors (load and save_pretrained in transformers)"
-        )
-    raise UnsupportedModelError(f"{folder} has no weights: model.safetensors is missing")
 
 
 def _check_shard(path: Path) -> None:

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparseserve.checkpoint.tensors import read_json, write_json
+from sparseserve.checkpoint.json_file import read_json
+from sparseserve.checkpoint.tensors import write_json
 from sparseserve.errors import ArtifactError
 from sparseserve.serving.kernels.choice.plan import BATCHES, KernelTimes
 

@@ -196,7 +196,7 @@ def test_a_quantised_checkpoint_is_refused(folder: Path) -> None:
 def test_a_checkpoint_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
-    assert "has no weights: model.safetensors is missing" in refusal(folder)
+    assert "has no weights: it holds no model.safetensors" in refusal(folder)
 
 
 def test_pickled_weights_are_refused_with_the_remedy(folder: Path) -> None:

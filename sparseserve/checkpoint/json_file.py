@@ -1,0 +1,36 @@
+"""JSON objects on disk, read within bounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sparseserve.errors import ArtifactError
+
+# The index of the largest published model takes 10 MiB.
+LARGEST_JSON = 256 * 2**20
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object.
+
+    Raises:
+        ArtifactError: The file is missing, is no plain file, is larger than LARGEST_JSON bytes, or
+            is not a JSON object.
+    """
+    if not path.exists():
+        raise ArtifactError(f"{path}: no such file")
+    if not path.is_file():  # a pipe without a writer would never end
+        raise ArtifactError(f"{path}: is not a plain file")
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ArtifactError(
+            f"{path}: has {size:,} bytes, more than the {LARGEST_JSON:,} that are read as JSON: "
+            "copy or download it again"
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path}: is not a JSON object")
+    return data
