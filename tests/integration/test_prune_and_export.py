@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sparseserve.checkpoint.artifact import verify
+from sparseserve.checkpoint.artifact import verify, write_manifest
 from sparseserve.checkpoint.inspection import inspect_checkpoint
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError, NumericalError, RecipeError
@@ -125,6 +125,7 @@ def test_a_weight_too_large_for_the_dtype_is_named_and_nothing_is_written(
     tensors = dict(dense.checkpoint.tensors())
     tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 1e5)
     save_file(tensors, dense.path / "model.safetensors", metadata={"format": "pt"})
+    write_manifest(dense.path, dense.manifest)
     with pytest.raises(ArtifactError, match=r"model\.norm\.weight holds 100000, more than float16"):
         export(dense.path, tmp_path / "narrow", "packed24", torch.float16)
     assert not (tmp_path / "narrow").exists()

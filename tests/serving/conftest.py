@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sparseserve.checkpoint.artifact import Manifest, write_manifest
 from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.serving.kernels.cpu.library import missing_library
 from sparseserve.sparsity import TWO_FOUR
@@ -51,6 +52,22 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
+def dense_manifest(model: PreTrainedModel, pruned: list[str]) -> Manifest:
+    """Say of ``model`` which linears are 2:4, and nothing of how they became so."""
+    transposed = (name for name in pruned if isinstance(model.get_submodule(name), Conv1D))
+    return Manifest(
+        format="dense",
+        pattern=str(TWO_FOUR),
+        pruned=tuple(pruned),
+        transposed=tuple(transposed),
+        source="tiny",
+        recipe={},
+        calibration={},
+        report={},
+        files={},
+    )
+
+
 @pytest.fixture(scope="session")
 def two_four_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
     """Save a tiny model with 2:4 linears; names that hold a string of ``keep`` stay dense."""
@@ -74,8 +91,7 @@ def two_four_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         if manifest:
-            facts = {"format": "dense", "version": 1, "pattern": "2:4", "pruned": pruned}
-            (folder / "sparseserve.json").write_text(json.dumps(facts))
+            write_manifest(folder, dense_manifest(model, pruned))
         return folder
 
     return make
