@@ -7,7 +7,8 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help venv test test-all lint demo wheel
 
 help:
-	@echo "make demo       prune, export and serve a small real model, and compare it with the dense one"
+	@echo "make demo       prune, export and serve a small real model, and compare it with the dense one;"
+	@echo "                FULL=1 takes the default recipe, which needs several times as long"
 	@echo "make test       run the tests, with coverage"
 	@echo "make test-all   run every test, on each supported Python that this machine has"
 	@echo "make lint       run the linters, the type checker and the import contracts"
@@ -15,7 +16,7 @@ help:
 	@echo "make venv       only make the virtual environment in $(VENV)"
 
 demo: $(INSTALLED)
-	$(VENV)/bin/python -m benchmarks.demo
+	$(VENV)/bin/python -m benchmarks.demo $(if $(FULL),--full)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
