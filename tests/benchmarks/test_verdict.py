@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.demo.__main__ import FULL, LIGHT, Road
 from benchmarks.demo.verdict import NOTICEABLE, Findings, Pair, Speed, verdict
 from benchmarks.harness.results import RESULTS, read_result
+from sparseserve.cli.main import cli
 
 BENCHES = sorted(RESULTS.glob("bench-*.json"))
 MODEL, FILE = Path("demo/small"), Path("demo/bench.json")
@@ -119,3 +121,16 @@ def test_a_larger_model_is_not_called_smaller() -> None:
     found = replace(findings(speed(1, AS_FAST, AS_FAST)), disk=Pair(100.0, 150.0))
     assert "(50 % more)" in said(found)
     assert "(the same)" in said(found)
+
+
+@pytest.mark.parametrize("road", [LIGHT, FULL], ids=["light", "full"])
+def test_the_demo_gives_options_that_its_commands_have(road: Road) -> None:
+    for command, options in (("prune-and-export", road.pruning), ("bench", road.measuring)):
+        known = {option for parameter in cli.commands[command].params for option in parameter.opts}
+        assert {option for option in options if option.startswith("--")} <= known
+
+
+def test_only_the_first_look_points_to_the_full_demo() -> None:
+    assert "--full" in LIGHT.words
+    assert "--full" not in FULL.words
+    assert "--recipe" not in FULL.pruning
