@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.harness.results import RESULTS, write_result
 from sparseserve.cli.console import quiet_libraries
+from sparseserve.devices import dtype_name
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import Engine, engine_options
@@ -68,7 +69,7 @@ def _served(checkpoint: Path, windows: list[Tensor], dtype: torch.dtype, tokens:
     )
     with Engine(options) as engine:
         found = engine_perplexity(engine, windows)
-    computed = str(dtype).removeprefix("torch.")
+    computed = dtype_name(dtype)
     return Row("vllm", _stored(checkpoint), computed, tokens, found.perplexity)
 
 

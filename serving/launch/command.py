@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sparseserve.errors import ServingError
-from sparseserve.serving.launch.machine import Machine, installed_versions, this_machine
+from sparseserve.machine import Machine, installed_versions, this_machine
 from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.launch.served_model import ServedModel
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import ServingError
+from sparseserve.machine import Machine, this_machine
 from sparseserve.serving.kernels.choice.choose import MEASURE_VARIABLE
-from sparseserve.serving.launch.machine import Machine, this_machine
 from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.measure.layer_choice import LayerChoice
 from sparseserve.serving.measure.memory import EngineMemory

@@ -163,7 +163,7 @@ def _dial(
     from sparseserve.budget.price_run import HeldOutSpec
     from sparseserve.budget.within_budget import dial_and_export
     from sparseserve.cli.console import pruning_progress, show_artifact
-    from sparseserve.workflow import torch_device
+    from sparseserve.devices import torch_device
 
     goal = _goal(options)
     with pruning_progress() as progress:
@@ -233,7 +233,7 @@ def _measure(
     from sparseserve.budget.ranking import measure_and_report
     from sparseserve.budget.ranking_plot import require_plotly
     from sparseserve.cli.console import pruning_progress
-    from sparseserve.workflow import torch_device
+    from sparseserve.devices import torch_device
 
     require_plotly()
     with pruning_progress() as progress:

@@ -20,7 +20,7 @@ def export_command(
     *, checkpoint: Path, output: Path, export_format: str, dtype: str, as_json: bool
 ) -> None:
     """Write a pruned CHECKPOINT again in another format."""
-    from sparseserve.recipe.settings import DTYPES
+    from sparseserve.devices import DTYPES
     from sparseserve.workflow import export
 
     artifact = export(

@@ -183,7 +183,8 @@ def _prune(
     as_json: bool,
 ) -> None:
     from sparseserve.cli.console import pruning_progress, show_artifact
-    from sparseserve.workflow import prune_and_export, torch_device
+    from sparseserve.devices import torch_device
+    from sparseserve.workflow import prune_and_export
 
     with pruning_progress() as progress:
         artifact = prune_and_export(

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparseserve.devices import dtype_name
 from sparseserve.errors import ArtifactError, ServingError, unknown_name
+from sparseserve.machine import installed_versions, processor_name
 from sparseserve.serving.kernels.choice.plan import BATCHES, Choice, KernelPlan, KernelTimes, choose
 from sparseserve.serving.kernels.choice.timing import measure
 from sparseserve.serving.kernels.choice.timing_cache import TimingCache
 from sparseserve.serving.kernels.cuda.device import cuda_device
 from sparseserve.serving.kernels.protocol import LinearKernel, LinearSpec, LoadedWeight
 from sparseserve.serving.kernels.table import DENSE, KERNELS
-from sparseserve.serving.launch.machine import installed_versions, processor_name
 
 #: Restricts the choice to the kernels it names, with commas; for measurements.
 KERNELS_VARIABLE = "SPARSESERVE_KERNELS"
@@ -91,7 +92,8 @@ def layer_kernels(
         if (reason := kernel.unsupported(spec)) is not None
     }
     able = {name: kernel for name, kernel in kernels.items() if name not in refusals}
-    layer = f"{spec.rows} x {spec.columns} {_name(spec.dtype)} in {_name(weight.storage_dtype())}"
+    stored = dtype_name(weight.storage_dtype())
+    layer = f"{spec.rows} x {spec.columns} {dtype_name(spec.dtype)} in {stored}"
     if not able:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
         raise ServingError(f"{layer}: no kernel runs it: {reasons}")
@@ -188,7 +190,3 @@ def _shortened(names: Sequence[str]) -> str:
     """Name the kernels that share a reason; cuSPARSELt alone has dozens."""
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
