@@ -24,7 +24,6 @@ from sparseserve.budget.rounds import DialWork
 from sparseserve.budget.search import Trial, next_prediction
 from sparseserve.checkpoint.artifact import Artifact, Format, write_manifest
 from sparseserve.errors import RecipeError
-from sparseserve.exporters.packed24 import require_two_four
 from sparseserve.layerwise.layer import PruneProgress, Silence
 from sparseserve.recipe.settings import PruneRecipe
 
@@ -65,22 +64,22 @@ def dial_and_export(
         RecipeError: Only the dense model is within the budget, or nothing better was found.
         SparseServeError: Of another kind, from pruning; nothing is left at ``out``.
     """
-    if export_format == "packed24":
-        require_two_four(str(recipe.pattern))
-    on_stage(f"loading {source}")
-    run = SensitivityRun.open(source, out, recipe, held_out or HeldOutSpec(), device)
-    progress = progress or Silence()
-    units = run.sensitivities(progress, on_stage)
-    work = DialWork(run, units, export_format, progress, on_stage)
-    frontier = Frontier.of([Unit(unit.weights, unit.divergence) for unit in units])
-    if isinstance(goal, MaxPerplexityIncrease):
-        tried = _search(work, frontier, goal, rounds)
-        chosen = _best(tried, math.log1p(goal.share))
-        assert chosen is not None
-    else:
-        chosen = work.round(frontier.with_weights((1 - goal.fraction) * work.prunable))
-        tried = (chosen,)
-    return _publish(work, goal, chosen, tried)
+    spec = held_out or HeldOutSpec()
+    with SensitivityRun.open(
+        source, out, recipe, spec, device, export_format=export_format, on_stage=on_stage
+    ) as run:
+        progress = progress or Silence()
+        units = run.sensitivities(progress, on_stage)
+        work = DialWork(run, units, export_format, progress, on_stage)
+        frontier = Frontier.of([Unit(unit.weights, unit.divergence) for unit in units])
+        if isinstance(goal, MaxPerplexityIncrease):
+            tried = _search(work, frontier, goal, rounds)
+            chosen = _best(tried, math.log1p(goal.share))
+            assert chosen is not None
+        else:
+            chosen = work.round(frontier.with_weights((1 - goal.fraction) * work.prunable))
+            tried = (chosen,)
+        return _publish(work, goal, chosen, tried)
 
 
 def _search(

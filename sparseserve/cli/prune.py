@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 @click.option("--ignore", multiple=True, help="Regular expression; matching linears stay dense.")
 @click.option("--device", help="Where to prune: cpu or cuda; default: cuda if there is one.")
 @dial_options
-@click.option("--dry-run", is_flag=True, help="Only list what would be pruned.")
+@click.option("--dry-run", is_flag=True, help="Rehearse the run and list what it would prune.")
 @json_option
 def prune_command(
     *,
@@ -102,7 +102,14 @@ def prune_command(
         retrain=retrain,
     )
     if dry_run:
-        _print_plan(model, settings, as_json)
+        _print_plan(
+            model,
+            output,
+            recipe=settings,
+            export_format=_format(settings, export_format),
+            device=device,
+            as_json=as_json,
+        )
     elif dial.given:
         run_dial(
             model,
@@ -199,12 +206,23 @@ def _prune(
     show_artifact(artifact, as_json=as_json)
 
 
-def _print_plan(model: str, recipe: PruneRecipe, as_json: bool) -> None:
+def _print_plan(
+    model: str,
+    output: Path | None,
+    *,
+    recipe: PruneRecipe,
+    export_format: Format,
+    device: str | None,
+    as_json: bool,
+) -> None:
     from dataclasses import asdict
 
+    from sparseserve.devices import torch_device
     from sparseserve.workflow import plan
 
-    found = plan(model, recipe)
+    found = plan(
+        model, recipe, out=output, export_format=export_format, device=torch_device(device)
+    )
     if as_json:
         click.echo(json.dumps(asdict(found)))
         return

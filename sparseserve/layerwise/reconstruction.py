@@ -84,6 +84,21 @@ def reconstruct(
     return student.requires_grad_(False), ReconstructionReport(best_epoch, rate, start, lowest)
 
 
+def windows_held_out(text: int, knobs: Reconstruction) -> int:
+    """Return how many of ``text`` calibration windows are not trained on.
+
+    Raises:
+        RecipeError: None would be left to train on.
+    """
+    held_out = max(1, round(knobs.held_out * text))
+    if held_out >= text:
+        raise RecipeError(
+            f"reconstruction holds {held_out} of {text} calibration windows out, which leaves "
+            "none to train on: raise --samples"
+        )
+    return held_out
+
+
 @contextmanager
 def _tensor_cores() -> Iterator[None]:
     """Let a GPU multiply float32 on its tensor cores (TF32): ten bits are enough for a gradient."""
@@ -176,12 +191,7 @@ class _Windows:
     def of(cls, run: LayerRun, knobs: Reconstruction) -> _Windows:
         count = len(run.entering)
         text = count - run.scrambled
-        held_out = max(1, round(knobs.held_out * text))
-        if held_out >= text:
-            raise RecipeError(
-                f"reconstruction holds {held_out} of {text} calibration windows out, which leaves "
-                "none to train on: raise --samples"
-            )
+        held_out = windows_held_out(text, knobs)
         call = run.call.to(run.device, torch.float32)
         assert run.dense_output is not None, "PruneRecipe.compares_with_dense asks for it"
         weights = None if run.reading_weights is None else run.reading_weights.to(run.device)
