@@ -64,7 +64,8 @@ class PanelEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is
         """
         dense = layer.get_parameter("weight").data
         if bool(dense.isnan().any()):
-            raise ServingError(f"{self.prefix}.weight {NOT_LOADED}")
+            name = f"{self.prefix}.weight" if self.prefix else "the weight of the embedding"
+            raise ServingError(f"{name} {NOT_LOADED}")
         rows, columns = dense.shape
         weight = LoadedWeight((RowBlock(self.prefix, dense),))
         spec = LinearSpec(rows, columns, dense.dtype, dense.device, two_four=False)

