@@ -80,7 +80,9 @@ class PanelEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is
             return
         self._spec = spec
         (panels,) = kernel.pack(weight, spec)
-        del layer.weight
+        # Some models ask for its dtype, such as Gemma in vLLM's Transformers backend.
+        empty = torch.empty(0, dtype=dense.dtype, device=dense.device)
+        layer.register_parameter("weight", Parameter(empty, requires_grad=False))
         layer.register_parameter("panels", Parameter(panels, requires_grad=False))
         logger.info_once("embedding %d x %d in %s: %s", rows, columns, panels.dtype, KERNEL)
 

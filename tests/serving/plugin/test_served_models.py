@@ -42,9 +42,11 @@ class Served:
 Folders = dict[str, tuple[Path, Path, str | None]]
 # Options of vLLM with which a checkpoint is served once more.
 BACKEND = "tied and 16-bit, by vLLM's Transformers backend"
+SCALED = "tied, 16-bit and scaled, by vLLM's Transformers backend"
 LORA = "with LoRA"
 OPTIONS = {
     BACKEND: {"model_impl": "transformers"},
+    SCALED: {"model_impl": "transformers"},
     LORA: {"enable_lora": True, "max_lora_rank": 8},
 }
 
@@ -72,6 +74,8 @@ def served(
     folders["plain"] = (llama, llama, None)
     folders["not 2:4"] = (partly, without_manifest(partly, tmp_path_factory), "sparseserve")
     folders[BACKEND] = folders["16-bit values, tied"]
+    scaled = two_four_folder("gemma2", dtype=torch.bfloat16)
+    folders[SCALED] = (scaled, pack_folder(scaled), None)
     folders[LORA] = folders["llama"]
     folders["embedding left out"] = (llama, without(folders["llama"][1], EMBEDDING), None)
     folders["indices left out"] = (llama, without(folders["llama"][1], INDICES), None)
@@ -160,6 +164,7 @@ def transformers_tokens(folder: Path) -> list[list[int]]:
         "dense 2:4 without a manifest",
         "plain",
         BACKEND,
+        SCALED,
     ],
 )
 def test_vllm_computes_what_transformers_computes(served: dict[str, Served], case: str) -> None:
