@@ -20,11 +20,11 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def chart(*values: float | None, reference: float = 0.0) -> Chart:
     group = Group("a < b", values, tuple(f"{value}" for value in values))
-    return Chart("title", ("x", "y", "z"), reference, "dense", (Panel("p", (group,)),), ("when",))
+    return Chart("title", ("x", "y", "z"), reference, (Panel("p", (group,)),), ("when",))
 
 
 def bars(svg: str) -> list[float]:
-    """Return the widths of the bars; the squares of the legend are 12 wide and 12 high."""
+    """Return the widths of the bars; those of the legend are of another height."""
     found = ElementTree.fromstring(svg).iter(f"{SVG}rect")
     return [float(r.attrib["width"]) for r in found if r.attrib["height"] == str(charts._BAR)]
 
@@ -57,7 +57,7 @@ def test_bars_are_as_long_as_their_values_say() -> None:
 
 def test_the_line_of_the_dense_model_stands_at_its_value() -> None:
     svg = draw(chart(0.5, 2.0, reference=1.0))
-    (line,) = ElementTree.fromstring(svg).iter(f"{SVG}line")
+    _, line = ElementTree.fromstring(svg).iter(f"{SVG}line")  # the first is the legend's
     at = float(line.attrib["x1"]) - charts._LEFT
     assert at / max(bars(svg)) == pytest.approx(0.5, abs=1e-3)
 
