@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv test lint demo
+.PHONY: help venv test lint demo docs
 
 help:
 	@echo "make demo   prune, export and serve a small real model, and compare it with the dense one"
 	@echo "make test   run the tests, with coverage"
 	@echo "make lint   run the linters, the type checker and the import contracts"
+	@echo "make docs   build the documentation site in build/site"
 	@echo "make venv   only make the virtual environment in $(VENV)"
 
 demo: $(INSTALLED)
@@ -35,4 +36,14 @@ $(INSTALLED): pyproject.toml
 	$(VENV)/bin/python -m pip install --editable ".[serve-cpu,demo,dev]" \
 	  || { echo "if torch's CPU build was not found, see Set-up in CONTRIBUTING.md" >&2; exit 1; }
 	$(VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+# The references are made from the installed command line and from docstrings. A warning fails.
+DOCS_INSTALLED := $(VENV)/.docs-installed
+
+docs: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(VENV)/bin/python -m pip install --editable ".[docs]"
 	touch $@

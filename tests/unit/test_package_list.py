@@ -21,6 +21,8 @@ def test_every_package_of_the_tree_is_listed_and_no_other() -> None:
         ".".join([name, *file.parent.relative_to(ROOT / place).parts])
         for place, name in PLACES.items()
         for file in (ROOT / place).rglob("__init__.py")
-        if not any((ROOT / place / part).is_symlink() for part in file.relative_to(ROOT / place).parts[:1])
+        if not any(
+            (ROOT / place / part).is_symlink() for part in file.relative_to(ROOT / place).parts[:1]
+        )
     ]
     assert sorted(found) == sorted(listed)
