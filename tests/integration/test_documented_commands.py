@@ -210,3 +210,16 @@ def test_commands_are_found_in_every_kind_of_block(
         (("serve", "C", "--", "--port", "1"), None),
         (("verify", "D"), "GPU"),
     ]
+
+
+def test_the_reference_holds_the_module_of_every_public_name() -> None:
+    page = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^::: (\S+)$", page, re.MULTILINE))
+    objects = (getattr(sparseserve, name) for name in sparseserve.__all__ if name[0] != "_")
+    assert {each.__module__ for each in objects} <= listed
+
+
+def test_every_page_has_a_place_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert set(re.findall(r"[\w/-]+\.md", navigation)) == pages
