@@ -19,7 +19,7 @@ import click
 
 from benchmarks.gpu.tables import GPU_TABLES
 from benchmarks.peers.timing import timing_table
-from benchmarks.quality.budget import dial_table
+from benchmarks.quality.budget import budget_table
 from benchmarks.quality.compare import RESULTS, default_variant
 from benchmarks.quality.evidence_tables import EVIDENCE_TABLES
 from benchmarks.quality.retraining import retraining_table
@@ -153,7 +153,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "retraining-smollm2-2of4": retraining_table,
     "time-smollm2": timing_table,
     "time-smollm2-solvers": timing_table,
-    "dial-smollm2-2of4": dial_table,
+    "dial-smollm2-2of4": budget_table,
     **EVIDENCE_TABLES,
     **SERVING_TABLES,
     **GPU_TABLES,

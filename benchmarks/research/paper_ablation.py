@@ -41,7 +41,7 @@ from sparseserve.pruners.fista_paper import PaperFista
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.pruners.refit import refitted
 from sparseserve.pruners.sparsegpt import SparseGPT
-from sparseserve.recipe.settings import PRESETS
+from sparseserve.recipe.toml import PRESETS
 from sparseserve.solvers.problem import layer_problem
 from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from sparseserve.layerwise.run_folder import RunFolder, require_free
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.recipe.steps import Reconstruction
+from sparseserve.recipe.toml import UNTRAINED
 from sparseserve.text import TextFile, position_limit, read_text
 from sparseserve.text.calibration import CalibrationSet, load_calibration
 from sparseserve.text.held_out import held_out_windows
@@ -153,11 +153,11 @@ class SensitivityRun:
         return _read_units(stored)
 
     def _prune_alone(self, store: RunFolder, progress: PruneProgress) -> None:
-        recipe = PruneRecipe(
+        recipe = replace(
+            UNTRAINED,
             pattern=self.recipe.pattern,
             pruner=SparseGPT(),
             error_correction="none",
-            reconstruction=Reconstruction(epochs=0),
             calibration=self.recipe.calibration,
             ignore=self.recipe.ignore,
             dtype=self.recipe.dtype,

@@ -1,4 +1,4 @@
-"""One round of the quality dial: prune with some units left dense, and measure."""
+"""One round of the search within a budget: prune with some units left dense, and measure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sparseserve.workflow import prune_and_export
 
 
 @dataclass(frozen=True, slots=True)
-class DialWork:
+class BudgetWork:
     """All that a round needs.
 
     Attributes:

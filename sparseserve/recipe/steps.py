@@ -25,7 +25,7 @@ class Reconstruction:
         held_out: Share of the windows that are not trained on and decide; at least one window.
     """
 
-    epochs: int = 0
+    epochs: int = 3
     learning_rate: float = 0.01
     batch: int = 1
     held_out: float = 0.125

@@ -21,8 +21,8 @@ from sparseserve.models.loading import load_model
 from sparseserve.pruners.fista import Fista
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
-from sparseserve.recipe.settings import recipe_from_mapping
 from sparseserve.recipe.steps import Reconstruction
+from sparseserve.recipe.toml import recipe_from_mapping
 from sparseserve.report import PruneReport
 from sparseserve.retraining.retrain import Retraining
 from sparseserve.sparsity import TWO_FOUR, UnstructuredPattern

@@ -18,7 +18,7 @@ from sparseserve.pruners.dsnot import Dsnot
 from sparseserve.pruners.refit import BASES, Refit
 from sparseserve.pruners.ria import Ria
 from sparseserve.pruners.wanda import Wanda
-from sparseserve.recipe.settings import recipe_from_mapping
+from sparseserve.recipe.toml import recipe_from_mapping
 from sparseserve.solvers.problem import layer_problem
 from sparseserve.solvers.statistics import LayerStatistics, output_error
 from sparseserve.sparsity import TWO_FOUR, NMPattern, SparsityPattern, UnstructuredPattern
