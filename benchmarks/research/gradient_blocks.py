@@ -28,8 +28,14 @@ from benchmarks.research.operator_data import (
     decoder_layers,
     write_result,
 )
-from sparseserve.models import copy_layer, group_input, layer_weight, run_layer, set_layer_weight
 from sparseserve.models.hooks import hidden_output
+from sparseserve.models.layers import (
+    copy_layer,
+    group_input,
+    layer_weight,
+    run_layer,
+    set_layer_weight,
+)
 from sparseserve.models.structure import Operator
 from sparseserve.pruners import PRUNERS
 from sparseserve.solvers.conjugate_gradient import refit

@@ -18,18 +18,16 @@ from torch import Tensor, nn
 
 from benchmarks.harness.machine import Machine
 from sparseserve.checkpoint.tensors import write_json
-from sparseserve.models import (
-    LayerCall,
-    LayerStructure,
-    OperatorGroup,
+from sparseserve.models.layer_call import LayerCall
+from sparseserve.models.layers import (
     capture_layer_calls,
     entering_states,
     layer_inputs,
     layer_weight,
-    load_model,
     run_layer,
-    trace_structure,
 )
+from sparseserve.models.loading import load_model
+from sparseserve.models.structure import LayerStructure, OperatorGroup, trace_structure
 from sparseserve.solvers.statistics import LayerStatistics, relative_output_error
 from sparseserve.text import calibration_windows, read_text
 

@@ -33,7 +33,8 @@ from benchmarks.research.operator_data import LayerWindows, Windows, decoder_lay
 from sparseserve.checkpoint.tensors import write_json
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.evaluation.perplexity import perplexity
-from sparseserve.models import layer_weight, load_model, set_layer_weight
+from sparseserve.models.layers import layer_weight, set_layer_weight
+from sparseserve.models.loading import load_model
 from sparseserve.models.structure import Operator
 from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista import Fista

@@ -11,13 +11,8 @@ from torch import Tensor, nn
 
 from sparseserve.layerwise.error_correction import group_statistics
 from sparseserve.layerwise.streams import HiddenStreams, LayerRun
-from sparseserve.models import (
-    capture_layer_calls,
-    copy_layer,
-    entering_states,
-    layer_inputs,
-    trace_structure,
-)
+from sparseserve.models.layers import capture_layer_calls, copy_layer, entering_states, layer_inputs
+from sparseserve.models.structure import trace_structure
 from sparseserve.recipe.steps import CHAINED, ErrorCorrection
 from sparseserve.solvers.statistics import LayerStatistics
 from sparseserve.testing import tiny_model

@@ -13,14 +13,14 @@ from torch import nn
 from sparseserve.errors import RecipeError
 from sparseserve.layerwise.reconstruction import reconstruct
 from sparseserve.layerwise.streams import HiddenStreams, LayerRun
-from sparseserve.models import (
+from sparseserve.models.layers import (
     capture_layer_calls,
     copy_layer,
     entering_states,
     layer_weight,
     set_layer_weight,
-    trace_structure,
 )
+from sparseserve.models.structure import trace_structure
 from sparseserve.recipe.steps import Reconstruction
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import TINY_FAMILIES, tiny_model
