@@ -28,7 +28,7 @@ from sparseserve.models.layers import (
 )
 from sparseserve.models.loading import load_model
 from sparseserve.models.structure import LayerStructure, OperatorGroup, trace_structure
-from sparseserve.solvers.statistics import LayerStatistics, relative_output_error
+from sparseserve.solvers.statistics import InputStatistics, StatisticsSum, relative_output_error
 from sparseserve.text import calibration_windows, read_text
 
 ROOT = Path(__file__).parents[2]
@@ -74,8 +74,8 @@ class OperatorData:
 
     name: str
     weight: Tensor
-    seen: LayerStatistics
-    other: LayerStatistics
+    seen: InputStatistics
+    other: InputStatistics
     inputs: Tensor
 
     def rows(self, count: int) -> OperatorData:
@@ -115,8 +115,8 @@ def fixture_operator() -> OperatorData:
     return OperatorData(
         "15.self_attn.o_proj",
         tensors["weight"],
-        LayerStatistics(seen, seen, seen, 0),
-        LayerStatistics(other, other, other, 0),
+        InputStatistics(seen, seen, seen, 0),
+        InputStatistics(other, other, other, 0),
         torch.linalg.cholesky(seen + ridge, upper=True).float(),
     )
 
@@ -128,8 +128,8 @@ def small_operator() -> OperatorData:
     return OperatorData(
         whole.name,
         whole.weight[:16, :columns],
-        LayerStatistics(seen, seen, seen, 0),
-        LayerStatistics(other, other, other, 0),
+        InputStatistics(seen, seen, seen, 0),
+        InputStatistics(other, other, other, 0),
         whole.inputs[:, :columns],
     )
 
@@ -205,13 +205,11 @@ def write_result(name: str, setting: Mapping[str, object], rows: Sequence[object
 
 def _statistics(
     layer: LayerWindows, group: OperatorGroup, hidden: Sequence[Tensor]
-) -> tuple[LayerStatistics, Tensor]:
-    collected = LayerStatistics.empty(
-        group.in_features, corrected=False, device=torch.device("cpu")
-    )
+) -> tuple[InputStatistics, Tensor]:
+    total = StatisticsSum(group.in_features, corrected=False, device=torch.device("cpu"))
     kept = []
     for window in hidden:
         inputs, _ = layer_inputs(layer.module, window, layer.call, [group])
-        collected = collected.updated(inputs[0])
+        total.add(inputs[0])
         kept.append(inputs[0])
-    return collected, torch.cat(kept)
+    return total.finish(), torch.cat(kept)

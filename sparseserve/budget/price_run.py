@@ -22,7 +22,7 @@ from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.toml import UNTRAINED
 from sparseserve.text import TextFile, position_limit, read_text
 from sparseserve.text.calibration import CalibrationSet, load_calibration
-from sparseserve.text.held_out import held_out_windows
+from sparseserve.text.held_out import held_out_windows, spread_places
 from sparseserve.workflow import source_fingerprint
 
 # Calibration windows that the units are pruned with when they are pruned alone.
@@ -215,10 +215,7 @@ def _held_out_texts(
     """Cut the windows; those for sensitivities lie spread between those for validation."""
     texts = []
     count = spec.sensitivity_windows + spec.validation_windows
-    chosen = {
-        (2 * i + 1) * count // (2 * spec.sensitivity_windows)
-        for i in range(spec.sensitivity_windows)
-    }
+    chosen = spread_places(spec.sensitivity_windows, count)
     for name in spec.texts or (recipe.calibration.source,):
         source = read_text(name)
         windows = held_out_windows(

@@ -23,7 +23,6 @@ from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.layerwise.layer import PrunedLayer, PruneProgress
 from sparseserve.layerwise.run_folder import RunFolder
 from sparseserve.models.model_folder import find_model_folder
-from sparseserve.recipe.steps import CHAINED
 from sparseserve.workflow import prune_and_export
 
 
@@ -100,9 +99,7 @@ class BudgetWork:
             recipe,
             export_format=self.export_format,
             device=self.run.device,
-            store=_RoundLayers(
-                self.run.folder, tuple(dense), recipe.error_correction not in CHAINED
-            ),
+            store=_RoundLayers(self.run.folder, tuple(dense), not recipe.correction.chained),
             progress=self.progress,
             on_stage=self.on_stage,
         )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field
-from typing import get_args
 
 import torch
 
 from sparseserve.errors import RecipeError, unknown_name
 from sparseserve.pruners import PRUNERS, Pruner
 from sparseserve.pruners.admm import Admm
-from sparseserve.recipe.steps import ErrorCorrection, Reconstruction
+from sparseserve.recipe.correction import ErrorCorrection
+from sparseserve.recipe.steps import Reconstruction
 from sparseserve.retraining.retrain import Retraining
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 from sparseserve.text.calibration import CalibrationSpec
@@ -41,7 +41,7 @@ class PruneRecipe:
     pattern: SparsityPattern = TWO_FOUR
     # Repairing the errors of other layers too fits the calibration text closely: pull harder.
     pruner: Pruner = field(default_factory=lambda: Admm(damping=0.1))
-    error_correction: ErrorCorrection = "intra+inter"
+    error_correction: str = "intra+inter"
     inter_weight: float = 0.5
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
     retraining: Retraining = field(default_factory=Retraining)
@@ -51,12 +51,7 @@ class PruneRecipe:
 
     def __post_init__(self) -> None:
         """Check the values that are not checked by their own types."""
-        if self.error_correction not in get_args(ErrorCorrection):
-            raise RecipeError(
-                unknown_name("error_correction", self.error_correction, get_args(ErrorCorrection))
-            )
-        if not 0 <= self.inter_weight <= 1:
-            raise RecipeError(f"inter_weight {self.inter_weight} must be between 0 and 1")
+        ErrorCorrection.named(self.error_correction, self.inter_weight)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise RecipeError(unknown_name("dtype", self.dtype, ("auto", *DTYPES)))
         trained = self.reconstruction.epochs or self.retraining.epochs
@@ -79,9 +74,14 @@ class PruneRecipe:
         return next(name for name, kind in PRUNERS.items() if type(self.pruner) is kind)
 
     @property
+    def correction(self) -> ErrorCorrection:
+        """What the error correction needs."""
+        return ErrorCorrection.named(self.error_correction, self.inter_weight)
+
+    @property
     def compares_with_dense(self) -> bool:
         """Whether the hidden states of the dense model are needed beside those of the pruned."""
-        return self.error_correction != "sequential" or self.reconstruction.epochs > 0
+        return self.correction.needs_dense or self.reconstruction.epochs > 0
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from sparseserve.errors import RecipeError
-
-ErrorCorrection = Literal["none", "intra", "intra+inter", "sequential"]
-#: The corrections under which a layer's inputs depend on how the layers before were pruned.
-CHAINED: tuple[ErrorCorrection, ...] = ("intra+inter", "sequential")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ from sparseserve.pruners import PRUNERS, Pruner
 from sparseserve.pruners.fista_paper import ENDING_PAPER_FISTA
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.recipe.settings import RECIPE_VERSION, PruneRecipe
-from sparseserve.recipe.steps import ErrorCorrection, Reconstruction
+from sparseserve.recipe.steps import Reconstruction
 from sparseserve.retraining.retrain import Retraining
 from sparseserve.sparsity import SparsityPattern
 from sparseserve.text.calibration import CalibrationSpec
@@ -72,7 +72,7 @@ PRESETS = {
 #: What each method repairs when it is run as published. The programs of most papers prune a layer
 #: on what the pruned layers before it produce. FISTAPruner keeps layers independent and repairs
 #: errors inside a layer; ``fista`` is our version of it.
-PUBLISHED_CORRECTIONS: dict[str, ErrorCorrection] = {
+PUBLISHED_CORRECTIONS = {
     "magnitude": "sequential",
     "wanda": "sequential",
     "ria": "sequential",

@@ -100,7 +100,7 @@ def test_what_the_recipe_ignores_is_no_part_of_the_shares(
 def test_reused_layers_give_the_same_bytes_as_a_fresh_run(
     within: Within, quick: PruneRecipe, correction: str
 ) -> None:
-    recipe = replace(quick, error_correction=correction)  # type: ignore[arg-type]  # a literal
+    recipe = replace(quick, error_correction=correction)
     whole, everything = within(MaxPerplexityIncrease(1e6), "all", recipe=recipe)
     budget = MaxPerplexityIncrease(math.expm1(everything.chosen.bound / 2))
     artifact, report = within(budget, "searched", recipe=recipe)
