@@ -9,6 +9,7 @@ import torch
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.tensors import read_json, writing
+from sparseserve.devices import dtype_name
 
 _NOT_COPIED = {"config.json", MANIFEST_FILE}
 _COPIED_KINDS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
@@ -41,7 +42,7 @@ def model_config(source: Path, dtype: torch.dtype | None = None) -> dict[str, ob
     """
     config = read_json(source / "config.json")
     if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             # Older releases of transformers wrote it under the second name.
             if part is config or {"dtype", "torch_dtype"} & set(part):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
+
+from sparseserve.machine import installed_versions, processor_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +137,13 @@ class Environment:
     @classmethod
     def here(cls) -> Environment:
         """Describe this process."""
+        versions = installed_versions()
         return cls(
-            python=platform.python_version(),
-            torch=metadata.version("torch"),
-            transformers=metadata.version("transformers"),
-            sparseserve=metadata.version("sparseserve"),
-            machine=platform.machine(),
+            python=versions["python"],
+            torch=versions["torch"],
+            transformers=versions["transformers"],
+            sparseserve=versions["sparseserve"],
+            machine=processor_name(),
         )
 
 

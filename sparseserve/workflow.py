@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from sparseserve.checkpoint.artifact import Artifact, Format, Manifest, write_manifest
 from sparseserve.checkpoint.tensors import Checkpoint, require_space, writing
-from sparseserve.errors import RecipeError, UnsupportedModelError
+from sparseserve.devices import default_device
+from sparseserve.errors import UnsupportedModelError
 from sparseserve.exporters import EXPORTERS
 from sparseserve.exporters.packed24 import require_two_four
 from sparseserve.exporters.side_files import copy_side_files
@@ -113,7 +114,7 @@ def prune_and_export(
         "calibration": calibration.record.digest,
     }
     run = RunFolder.open(out, fingerprint)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     dense = _dense_predictions(
         loaded.model, recipe, calibration, run=run, device=device, on_stage=on_stage
     )
@@ -238,23 +239,6 @@ def _write_dense(
 def _probe() -> torch.Tensor:
     """Return a short token window ``[1, 8]`` to trace with; structure depends on no token."""
     return torch.arange(8)[None]
-
-
-def torch_device(name: str | None) -> torch.device | None:
-    """Read a device name.
-
-    Raises:
-        RecipeError: It is not a device, or not one of this machine.
-    """
-    if name is None:
-        return None
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"device '{name}' is not known: use cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device '{name}': this torch sees no CUDA device: use --device cpu")
-    return device
 
 
 def export(

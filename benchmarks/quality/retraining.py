@@ -27,10 +27,10 @@ import click
 from torch import Tensor
 
 from benchmarks.harness.evaluation_texts import text_option
-from benchmarks.harness.machine import Machine
+from benchmarks.harness.markdown import head, line
+from benchmarks.harness.results import RESULTS, Result, stored, write_result
 from benchmarks.quality.tables import calibration_text
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
-from sparseserve.checkpoint.tensors import write_json
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.models.loading import load_model
@@ -48,7 +48,6 @@ from sparseserve.text import evaluation_windows, read_text
 from sparseserve.text.calibration import CalibrationSpec, load_calibration
 from sparseserve.workflow import prune_and_export
 
-RESULTS = Path(__file__).parents[1] / "results"
 PRUNERS = {
     "wanda": replace(UNTRAINED, pruner=Wanda(), error_correction="none"),
     "wanda, DSnoT": replace(UNTRAINED, pruner=Dsnot("wanda"), error_correction="none"),
@@ -221,7 +220,7 @@ def main(
         texts=texts,
     )
     path = RESULTS / result
-    runs = _stored(path, setting)
+    runs = [Run(**run) for run in stored(path, setting)]
     recipes = SMOKE_PRUNERS if smoke else {name: PRUNERS[name] for name in only or PRUNERS}
     todo = missing(runs, recipes)
     if not todo:
@@ -235,26 +234,22 @@ def main(
             for kind in kinds:
                 runs.append(measure(artifact, pruner, kind, setting, have))
                 click.echo(f"\n{json.dumps(asdict(runs[-1]))}", err=True)
-                _write(path, setting, runs)
+                write_result(path, setting, runs=runs)
 
 
-def retraining_table(result: dict[str, Any]) -> str:
+def retraining_table(result: Result) -> str:
     """Perplexity and seconds of every pruner, as pruned and retrained."""
     setting, machine = result["setting"], result["machine"]
     texts = list(setting["texts"])
-    lines = [
-        f"| pruner | retraining | {' | '.join(f'perplexity, {text}' for text in texts)} "
-        "| held-out cross-entropy | seconds |",
-        "|---|---|" + "---|" * (len(texts) + 2),
-    ]
+    perplexities = [f"perplexity, {text}" for text in texts]
+    lines = [head("pruner", "retraining", *perplexities, "held-out cross-entropy", "seconds")]
     for run in sorted(result["runs"], key=lambda run: _row(run["pruner"])):
         cells = [f"{run['perplexity'][text]:.2f}" for text in texts]
         held_out = ""
         if run["held_out_before"] is not None:
             held_out = f"{run['held_out_before']:.3f} to {run['held_out_after']:.3f}"
         lines.append(
-            f"| {run['pruner']} | {run['retraining']} | {' | '.join(cells)} | {held_out} "
-            f"| {run['seconds']:.0f} |"
+            line(run["pruner"], run["retraining"], *cells, held_out, f"{run['seconds']:.0f}")
         )
     calibration, knobs = setting["calibration"], setting["retraining"]
     lines.append(
@@ -273,26 +268,6 @@ def retraining_table(result: dict[str, Any]) -> str:
 def _row(pruner: str) -> int:
     """Return the place of a pruner in the table, the dense model first."""
     return list(PRUNERS).index(pruner) if pruner in PRUNERS else -1
-
-
-def _write(path: Path, setting: Setting, runs: Sequence[Run]) -> None:
-    write_json(
-        path,
-        {
-            "setting": asdict(setting),
-            "machine": asdict(Machine.here()),
-            "runs": [asdict(run) for run in runs],
-        },
-    )
-
-
-def _stored(path: Path, setting: Setting) -> list[Run]:
-    if not path.exists():
-        return []
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["setting"] != asdict(setting):
-        raise click.UsageError(f"{path} was measured with another setting: choose another --result")
-    return [Run(**run) for run in stored["runs"]]
 
 
 if __name__ == "__main__":

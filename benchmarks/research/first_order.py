@@ -20,12 +20,12 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.harness.results import RESEARCH, write_result
 from benchmarks.research.operator_data import (
     MODEL,
     OperatorData,
     model_operators,
     small_operator,
-    write_result,
 )
 from sparseserve.pruners.wanda import Wanda
 from sparseserve.solvers.conjugate_gradient import refit
@@ -293,7 +293,7 @@ def main(model: str, names: tuple[str, ...], coordinates: tuple[str, ...], smoke
         rows += list(compare(problem, budgets))
         click.echo(f"{operator.name} {kind} {penalty}: {rows[-1]}", err=True)
         if not smoke:
-            write_result("first-order.json", setting, rows)
+            write_result(RESEARCH / "first-order.json", setting, rows=rows)
 
 
 if __name__ == "__main__":

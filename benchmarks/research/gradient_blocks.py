@@ -21,12 +21,12 @@ import click
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.results import RESEARCH, write_result
 from benchmarks.research.operator_data import (
     MODEL,
     LayerWindows,
     Windows,
     decoder_layers,
-    write_result,
 )
 from sparseserve.models.hooks import hidden_output
 from sparseserve.models.layers import (
@@ -284,7 +284,9 @@ def main(model: str, numbers: tuple[int, ...], smoke: bool) -> None:
         grid = [(tuned.rate, tuned.penalty)]
         if not smoke:
             tokens = WINDOWS.samples * WINDOWS.length
-            write_result("gradient-blocks.json", {"model": model, "tokens": tokens}, rows)
+            write_result(
+                RESEARCH / "gradient-blocks.json", {"model": model, "tokens": tokens}, rows=rows
+            )
 
 
 if __name__ == "__main__":

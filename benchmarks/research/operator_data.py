@@ -1,4 +1,4 @@
-"""What experiments on single operators and decoder layers measure on, and where results go.
+"""What experiments on single operators and decoder layers measure on.
 
 Operators are named ``LAYER.NAME`` such as ``15.self_attn.o_proj``. Their inputs are those of the
 dense model on windows of the packaged calibration text; the held-out windows are drawn together
@@ -7,8 +7,8 @@ with them, so that no two overlap.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.harness.machine import Machine
-from sparseserve.checkpoint.tensors import write_json
 from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.layers import (
     capture_layer_calls,
@@ -189,18 +187,6 @@ def model_operators(
                 weight = layer_weight(layer.module, item).float().clone()
                 found[name] = OperatorData(name, weight, seen, other, inputs)
     return tuple(found[name] for name in names)
-
-
-def write_result(name: str, setting: Mapping[str, object], rows: Sequence[object]) -> None:
-    """Write ``rows``, dataclasses, to ``benchmarks/results`` with where they were measured."""
-    write_json(
-        ROOT / "benchmarks" / "results" / name,
-        {
-            "machine": asdict(Machine.here()),
-            "setting": dict(setting),
-            "rows": [asdict(row) for row in rows],  # type: ignore[call-overload]  # dataclasses
-        },
-    )
 
 
 def _statistics(

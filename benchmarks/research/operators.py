@@ -10,16 +10,15 @@ tokens and on others; the cost is counted in products with the Gram matrix::
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import click
 import torch
 from torch import Tensor
 
-from benchmarks.harness.machine import Machine
-from benchmarks.research.operator_data import ROOT, OperatorData, fixture_operator
-from sparseserve.checkpoint.tensors import write_json
+from benchmarks.harness.results import RESEARCH, write_result
+from benchmarks.research.operator_data import OperatorData, fixture_operator
 from sparseserve.pruners import PRUNERS, PrunedWeight, Pruner
 from sparseserve.pruners.fista import Fista
 from sparseserve.solvers.conjugate_gradient import refit
@@ -120,8 +119,8 @@ def main(result: str, smoke: bool) -> None:
             rows.append({"method": name, **measure(pruner, pattern, operator)})
             click.echo(rows[-1], err=True)
     if not smoke:
-        path = ROOT / "benchmarks" / "results" / result
-        write_json(path, {"machine": asdict(Machine.here()), "rows": rows})
+        setting = {"operator": operator.name, "patterns": list(map(str, PATTERNS))}
+        write_result(RESEARCH / result, setting, rows=rows)
 
 
 if __name__ == "__main__":

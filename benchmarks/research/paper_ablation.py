@@ -18,8 +18,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import click
 import torch
@@ -28,9 +27,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.harness.evaluation_texts import text_option
 from benchmarks.harness.machine import Machine
+from benchmarks.harness.results import RESEARCH, stored, write_result
 from benchmarks.research.gradient_blocks import Block, Weights, operator_by_operator
 from benchmarks.research.operator_data import LayerWindows, Windows, decoder_layers
-from sparseserve.checkpoint.tensors import write_json
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.models.layers import layer_weight, set_layer_weight
@@ -48,7 +47,7 @@ from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 from sparseserve.text import evaluation_windows, read_text
 
-RESULT = Path(__file__).parents[1] / "results" / "paper-ablation.json"
+RESULT = RESEARCH / "paper-ablation.json"
 LAYERS = (6, 18)
 DAMPING = 0.01
 
@@ -255,7 +254,7 @@ def main(
         "texts": dict(texts),
         "evaluation_windows": windows,
     }
-    runs = [] if smoke else _stored(setting)
+    runs = [] if smoke else [Run(**row) for row in stored(RESULT, setting, "rows")]
     layers = list(decoder_layers(model, numbers, drawn))
     tokenizer = AutoTokenizer.from_pretrained(model)
     evaluation = Evaluation(
@@ -280,19 +279,7 @@ def main(
         runs.append(measure(name, layers, evaluation))
         click.echo(json.dumps(asdict(runs[-1])), err=True)
         if not smoke:
-            rows = [asdict(run) for run in runs]
-            write_json(
-                RESULT, {"setting": setting, "machine": asdict(Machine.here()), "rows": rows}
-            )
-
-
-def _stored(setting: dict[str, Any]) -> list[Run]:
-    if not RESULT.exists():
-        return []
-    found = json.loads(RESULT.read_text(encoding="utf-8"))
-    if found["setting"] != setting:
-        raise click.ClickException(f"{RESULT.name} holds runs of another setting: move it away")
-    return [Run(**row) for row in found["rows"]]
+            write_result(RESULT, setting, rows=runs)
 
 
 if __name__ == "__main__":

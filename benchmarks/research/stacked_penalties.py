@@ -19,13 +19,13 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.harness.results import RESEARCH, write_result
 from benchmarks.research.operator_data import (
     MODEL,
     OPERATORS,
     OperatorData,
     model_operators,
     small_operator,
-    write_result,
 )
 from sparseserve.pruners import PRUNERS
 from sparseserve.solvers.conjugate_gradient import refit
@@ -166,8 +166,8 @@ def main(model: str, names: tuple[str, ...], smoke: bool) -> None:
             click.echo(cost, err=True)
         if not smoke:
             setting = {"penalties": PENALTIES, "iterations": ITERATIONS}
-            write_result("stacked-penalties.json", setting, rows)
-            write_result("operator-costs.json", {"pattern": "2:4"}, spent)
+            write_result(RESEARCH / "stacked-penalties.json", setting, rows=rows)
+            write_result(RESEARCH / "operator-costs.json", {"pattern": "2:4"}, rows=spent)
 
 
 if __name__ == "__main__":

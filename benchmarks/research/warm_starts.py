@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import click
 from torch import Tensor
 
+from benchmarks.harness.results import RESEARCH, write_result
 from benchmarks.research.operator_data import (
     MODEL,
     OPERATORS,
     OperatorData,
     model_operators,
     small_operator,
-    write_result,
 )
 from sparseserve.pruners import PRUNERS
 from sparseserve.solvers.conjugate_gradient import refit
@@ -132,7 +132,7 @@ def main(model: str, names: tuple[str, ...], smoke: bool) -> None:
                 rows += list(measure(operator, pattern, start))
                 click.echo(f"{operator.name} {rows[-1]}", err=True)
         if not smoke:
-            write_result("warm-starts.json", setting, rows)
+            write_result(RESEARCH / "warm-starts.json", setting, rows=rows)
 
 
 if __name__ == "__main__":

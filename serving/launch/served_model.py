@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 
 from sparseserve.checkpoint.tensors import Checkpoint
-from sparseserve.errors import ArtifactError, ServingError
+from sparseserve.checkpoint.written_tensors import require_written_tensors
+from sparseserve.errors import ArtifactError, ServingError, UnsupportedModelError
 from sparseserve.text import position_limit
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class ServedModel:
         if not (folder / "config.json").is_file():
             raise ServingError(f"{folder}: holds no config.json, so it is not a checkpoint")
         try:
+            require_written_tensors(folder)
             checkpoint = Checkpoint.open(folder)
         except ArtifactError as error:
             raise ServingError(str(error)) from error
@@ -69,13 +71,12 @@ class ServedModel:
 
 
 def _text_config(folder: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
+    from sparseserve.models.opening import open_config
 
     try:
-        return AutoConfig.from_pretrained(folder).get_text_config()
-    except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ServingError(f"{folder}: config.json cannot be read: {reason}") from error
+        return open_config(folder).get_text_config()
+    except UnsupportedModelError as error:
+        raise ServingError(str(error)) from error
 
 
 def _dense_parameters(checkpoint: Checkpoint) -> int:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparseserve.budget.prices import UnitSensitivity, measure_sensitivities
 from sparseserve.checkpoint.tensors import read_json, write_json
+from sparseserve.devices import default_device
 from sparseserve.errors import RecipeError
 from sparseserve.layerwise.layer import PrunedLayer, PruneProgress
 from sparseserve.layerwise.pipeline import prune_model
@@ -116,7 +117,7 @@ class SensitivityRun:
             folder=RunFolder.open(out, fingerprint),
             calibration=calibration,
             texts=texts,
-            device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            device=device or default_device(),
             dense_bytes=sum(parameter.nbytes for parameter in loaded.model.parameters()),
         )
 

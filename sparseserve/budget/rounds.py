@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from sparseserve.budget.knapsack import Allocation
 from sparseserve.budget.price_run import SensitivityRun
@@ -23,6 +22,7 @@ from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.layerwise.layer import PrunedLayer, PruneProgress
 from sparseserve.layerwise.run_folder import RunFolder
 from sparseserve.models.model_folder import find_model_folder
+from sparseserve.models.opening import open_config
 from sparseserve.workflow import prune_and_export
 
 
@@ -151,7 +151,7 @@ def _losses(
     run: SensitivityRun, folder: Path, on_stage: Callable[[str], None]
 ) -> list[list[float]]:
     """Return the mean negative log-likelihood of each validation window of each text."""
-    dtype = run.dtype or AutoConfig.from_pretrained(folder).dtype or torch.float32
+    dtype = run.dtype or open_config(folder).dtype or torch.float32
     model = load_for_evaluation(folder, dtype).to(run.device)
     found = []
     for text in run.texts:

@@ -115,7 +115,7 @@ def prune_to_budget(
     """
     from sparseserve.budget.price_run import HeldOutSpec
     from sparseserve.budget.within_budget import prune_within_budget
-    from sparseserve.workflow import torch_device
+    from sparseserve.devices import torch_device
 
     return prune_within_budget(
         model,

@@ -24,7 +24,7 @@ def export_command(
     *, checkpoint: Path, output: Path, export_format: Format, dtype: str, as_json: bool
 ) -> None:
     """Write a pruned CHECKPOINT again in another format."""
-    from sparseserve.recipe.settings import DTYPES
+    from sparseserve.devices import DTYPES
     from sparseserve.workflow import export
 
     artifact = export(checkpoint, output, export_format, DTYPES.get(dtype))

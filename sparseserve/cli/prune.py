@@ -47,7 +47,8 @@ def prune_command(
     A run that is interrupted goes on when the same command is given again.
     """
     from sparseserve.cli.console import pruning_progress, quiet_libraries, show_artifact
-    from sparseserve.workflow import prune_and_export, torch_device
+    from sparseserve.devices import torch_device
+    from sparseserve.workflow import prune_and_export
 
     quiet_libraries()
     budget.check(dry_run=dry_run)

@@ -44,7 +44,7 @@ def sensitivity_command(
     from sparseserve.budget.ranking import measure_and_report
     from sparseserve.budget.ranking_plot import require_plotly
     from sparseserve.cli.console import pruning_progress, quiet_libraries
-    from sparseserve.workflow import torch_device
+    from sparseserve.devices import torch_device
 
     quiet_libraries()
     require_plotly()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from sparseserve.devices import DTYPES
 from sparseserve.errors import RecipeError, unknown_name
 from sparseserve.pruners import PRUNERS, Pruner
 from sparseserve.pruners.admm import Admm
@@ -17,7 +18,6 @@ from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 from sparseserve.text.calibration import CalibrationSpec
 
 RECIPE_VERSION = 1
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

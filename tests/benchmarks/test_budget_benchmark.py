@@ -9,10 +9,10 @@ from benchmarks.quality import budget
 
 
 def test_a_smoke_run_measures_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a smoke run wrote a result")
 
-    monkeypatch.setattr(budget, "write_json", refuse)
+    monkeypatch.setattr(budget, "write_result", refuse)
     run = CliRunner().invoke(budget.main, ["--smoke"], catch_exceptions=False)
     assert run.exit_code == 0
     found = json.loads(next(line for line in run.output.splitlines() if line.startswith("{")))

@@ -10,9 +10,9 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from benchmarks.quality.evidence_tables import paper_ablation_table
 from benchmarks.research import paper_ablation
 from benchmarks.research.operator_data import small_operator
+from benchmarks.research.tables import paper_ablation_table
 from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista_paper import PaperFista
 from sparseserve.pruners.sparsegpt import SparseGPT
@@ -20,6 +20,8 @@ from sparseserve.pruners.wanda import Wanda
 from sparseserve.solvers.statistics import InputStatistics, output_error
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import save_tiny_model
+
+pytestmark = pytest.mark.research
 
 
 def corrected() -> tuple[Tensor, InputStatistics]:
