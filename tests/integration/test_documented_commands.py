@@ -22,7 +22,7 @@ from _pytest.mark import ParameterSet
 
 import sparseserve
 from sparseserve.cli.main import cli as commands
-from sparseserve.recipe.settings import PRESETS
+from sparseserve.recipe.toml import PRESETS
 from sparseserve.testing import save_tiny_model
 from tests.integration.command_line import Cli
 
@@ -40,16 +40,6 @@ TINY: dict[str, tuple[str, ...]] = {
         *("--input-length", "8", "--output-length", "4", "--repeats", "1", "--dtype", "float32"),
     ),
 }
-# What the pages describe ahead of the code. Delete this, and its uses, once nothing is missing.
-MISSING = [
-    name
-    for name, there in (
-        ("sensitivity", "sensitivity" in commands.commands),
-        ("untrained", "untrained" in PRESETS),
-        ("prune_within_budget", "prune_within_budget" in sparseserve.__all__),
-    )
-    if not there
-]
 TINY_LOAD = ("--concurrency", "1", "--requests", "2")
 ENGINES = {"bench", "tune"}
 
@@ -109,8 +99,6 @@ def page_cases() -> list[ParameterSet]:
     for page in dict.fromkeys(shown.page for shown in SHOWN if is_run(shown)):
         engines = any(s.page == page and s.name in ENGINES and is_run(s) for s in SHOWN)
         marks: list[pytest.MarkDecorator] = [pytest.mark.vllm] if engines else []
-        if page in ("docs/how-to/budget.md", "docs/how-to/compare.md"):
-            marks.append(pytest.mark.xfail(bool(MISSING), reason=f"missing: {MISSING}"))
         cases.append(pytest.param(page, marks=[*marks, pytest.mark.timeout(900)], id=page))
     return cases
 
@@ -155,8 +143,6 @@ def test_commands_of_a_page_work_in_their_order(page: str, reader: Path, cli: Cl
 @pytest.mark.parametrize("shown", [s for s in SHOWN if not s.name.startswith("-")], ids=str)
 def test_options_of_every_command_are_parsed(shown: Shown) -> None:
     assert shown.need is None or shown.need in NEEDS
-    if shown.name in MISSING:
-        pytest.xfail(f"missing: {MISSING}")
     command = commands.commands[shown.name]
     with command.make_context(shown.name, list(shown.words[1:])):
         pass  # a wrong option or a missing argument is a UsageError
@@ -166,8 +152,6 @@ def test_options_of_every_command_are_parsed(shown: Shown) -> None:
 def test_commands_named_in_sentences_and_their_options_exist(page: Path) -> None:
     for span in re.findall(r"`sparseserve ([^`\n]+)`", page.read_text(encoding="utf-8")):
         name, *words = shlex.split(span.split(" -- ")[0])
-        if name in MISSING:
-            continue
         known = {option for p in commands.commands[name].params for option in p.opts}
         assert {word for word in words if word.startswith("-")} <= known, span
 
@@ -178,14 +162,14 @@ def test_python_examples_use_names_that_exist(page: Path) -> None:
     imported = (re.findall(r"from sparseserve import (.+)", block) for block in blocks)
     names = {name.strip() for line in chain(*imported) for name in line.split(",")}
     names |= {name for block in blocks for name in re.findall(r"\bsparseserve\.(\w+)", block)}
-    assert names - set(MISSING) <= set(sparseserve.__all__)
+    assert names <= set(sparseserve.__all__)
 
 
 def test_recipes_named_in_pages_exist() -> None:
     named = {
         each.words[each.words.index("--recipe") + 1] for each in SHOWN if "--recipe" in each.words
     }
-    assert {name for name in named if not name.endswith(".toml")} <= {*PRESETS, *MISSING}
+    assert {name for name in named if not name.endswith(".toml")} <= PRESETS.keys()
 
 
 def test_a_wrong_option_on_a_page_would_be_found() -> None:
