@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv test test-all lint demo wheel
+.PHONY: help venv test test-all lint demo docs wheel
 
 help:
 	@echo "make demo       prune, export and serve a small real model, and compare it with the dense one;"
@@ -12,6 +12,7 @@ help:
 	@echo "make test       run the tests, with coverage"
 	@echo "make test-all   run every test, on each supported Python that this machine has"
 	@echo "make lint       run the linters, the type checker and the import contracts"
+	@echo "make docs       build the documentation site in build/site"
 	@echo "make wheel      build a wheel in dist/ that installs without a compiler"
 	@echo "make venv       only make the virtual environment in $(VENV)"
 
@@ -41,4 +42,14 @@ $(INSTALLED): pyproject.toml .ci/install
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, not ' + sys.version.split()[0] + ': make PYTHON=python3.11 venv' or 0)"
 	$(PYTHON) -m venv $(VENV)
 	.ci/install $(VENV) serve-cpu,demo,dev
+	touch $@
+
+# The references are made from the installed command line and from docstrings. A warning fails.
+DOCS_INSTALLED := $(VENV)/.docs-installed
+
+docs: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(VENV)/bin/python -m pip install --editable ".[docs]"
 	touch $@

@@ -158,7 +158,8 @@ def _needed_bytes(
     predictions = 0
     if recipe.retraining.epochs and recipe.retraining.distillation:
         predictions = 12 * (recipe.retraining.likeliest + 1) * tokens
-    return 3 * weights + tokens * width * item + predictions
+    needed: int = 3 * weights + tokens * width * item + predictions
+    return needed
 
 
 def _rehearse_writing(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,9 +26,11 @@ import click
 from benchmarks.demo.assets import smollm2
 from benchmarks.demo.verdict import Findings, verdict
 from benchmarks.harness.results import read_result
+from sparseserve.serving.launch.child import Child, python_module
 
 PROMPT = "The three largest oceans on Earth are"
 START_SECONDS = 300
+STOP_SECONDS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,24 +96,21 @@ def server(model: Path, port: int) -> Iterator[str]:
     command = ["sparseserve", "serve", str(model), "--", *options]
     click.secho(f"\n$ {' '.join(command)}", bold=True)
     log = model.parent / "serve.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            wait_until_ready(f"http://127.0.0.1:{port}/health", process, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait()
+    program = (*python_module(command[0]), *command[1:])
+    process = Child(program, log=log, orphaned=signal.SIGTERM)
+    try:
+        wait_until_ready(f"http://127.0.0.1:{port}/health", process, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.stop(STOP_SECONDS)
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_ready(url: str, process: Child, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     click.echo(f"waiting for vLLM (its output goes to {log})", err=True)
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            sys.exit(f"vLLM ended with exit code {process.returncode}: see {log}")
+        if process.exit_code is not None:
+            sys.exit(f"vLLM ended with exit code {process.exit_code}: see {log}")
         try:
             urllib.request.urlopen(url, timeout=5).close()
         except (urllib.error.URLError, OSError):

@@ -16,7 +16,7 @@ import click
 from benchmarks.gpu.tables import GPU_TABLES
 from benchmarks.harness.results import RESEARCH, RESULTS, Result, read_result
 from benchmarks.peers.tables import PEER_TABLES
-from benchmarks.quality.budget import dial_table
+from benchmarks.quality.budget import budget_table
 from benchmarks.quality.calibration_memory import calibration_memory_table
 from benchmarks.quality.retraining import retraining_table
 from benchmarks.quality.tables import QUALITY_TABLES
@@ -31,7 +31,7 @@ MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 TABLES: dict[str, Callable[[Result], str]] = {
     **QUALITY_TABLES,
     "retraining-smollm2-2of4": retraining_table,
-    "dial-smollm2-2of4": dial_table,
+    "dial-smollm2-2of4": budget_table,
     "calibration-memory": calibration_memory_table,
     **PEER_TABLES,
     **SERVING_TABLES,

@@ -33,15 +33,15 @@ from sparseserve.text.calibration import CalibrationSpec
 OURS = "sparseserve"
 REFERENCE = "sparsegpt, sequential"
 # The published search has no end of its own; the recipe ``paper`` gives it one.
-METHODS = {name: f"--method {name}" for name in PRUNERS} | {"fista-paper": "--recipe paper"}
-# The method of the default recipe would bring the recipe's other steps.
-ALONE = "--error-correction none --reconstruct 0 --scrambled 0"
+METHODS = {name: f"--recipe untrained --method {name}" for name in PRUNERS} | {
+    "fista-paper": "--recipe paper"
+}
 # What to call each run of ours, and its options of ``prune-and-export``.
 OURS_TIMED = {
-    REFERENCE: "--method sparsegpt --error-correction sequential",
-    "default, untrained": "--recipe default --reconstruct 0 --scrambled 0",
+    REFERENCE: "--method sparsegpt",
+    "default, untrained": "--recipe untrained",
     "default": "--recipe default",
-    **{f"{name}, none": f"{options} {ALONE}" for name, options in METHODS.items()},
+    **{f"{name}, none": f"{options} --error-correction none" for name, options in METHODS.items()},
 }
 
 

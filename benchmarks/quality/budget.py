@@ -1,9 +1,9 @@
 """How much of a model can be pruned within a budget of perplexity, and does the budget hold?
 
-The dial chooses on calibration texts of two domains; the result is evaluated on evaluation texts of
-the same domains, which neither pruning nor the dial saw. Pruning is calibrated on both, too. Beside
-it stands how well sensitivities agree between two halves of their windows: what a choice by them
-can be worth. A budget that is already in the JSON is not measured again::
+The search chooses on calibration texts of two domains; the result is evaluated on evaluation texts
+of the same domains, which neither pruning nor the search saw. Pruning is calibrated on both, too.
+Beside it stands how well sensitivities agree between two halves of their windows: what a choice by
+them can be worth. A budget that is already in the JSON is not measured again::
 
     python -m benchmarks.demo.assets smollm2
     python -m benchmarks.demo.assets mixed
@@ -32,12 +32,13 @@ from benchmarks.harness.markdown import commit_and_date, head, line
 from benchmarks.harness.results import RESULTS, Result, stored, write_result
 from sparseserve.budget.price_run import HeldOutSpec
 from sparseserve.budget.prices import UnitSensitivity
-from sparseserve.budget.report import DialReport, MaxPerplexityIncrease
-from sparseserve.budget.within_budget import dial_and_export
+from sparseserve.budget.report import BudgetReport, MaxPerplexityIncrease
+from sparseserve.budget.within_budget import prune_within_budget
 from sparseserve.cli.budget import parse_share
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-from sparseserve.recipe.settings import PRESETS, PruneRecipe, recipe_from_mapping
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.recipe.toml import PRESETS, recipe_from_mapping
 from sparseserve.testing import save_tiny_model
 
 
@@ -112,11 +113,11 @@ def perplexities(
     }
 
 
-def measure(setting: Setting, share: float, spec: EvaluationSpec) -> tuple[Run, DialReport]:
+def measure(setting: Setting, share: float, spec: EvaluationSpec) -> tuple[Run, BudgetReport]:
     recipe = recipe_from_mapping(setting.recipe)
     with tempfile.TemporaryDirectory() as scratch, pruning_progress() as progress:
         started = time.perf_counter()
-        artifact, report = dial_and_export(
+        artifact, report = prune_within_budget(
             setting.model,
             Path(scratch) / "pruned",
             recipe,
@@ -236,7 +237,7 @@ def _file(text: str) -> str:
     return str(resources.files("sparseserve").joinpath("data", "calibration.txt"))
 
 
-def dial_table(result: Result) -> str:
+def budget_table(result: Result) -> str:
     """What each budget allows, and whether it held on the evaluation texts."""
     setting, machine = result["setting"], result["machine"]
     texts, calibration = list(setting["texts"]), setting["recipe"]["calibration"]

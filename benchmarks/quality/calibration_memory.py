@@ -26,7 +26,8 @@ import torch
 from benchmarks.harness.markdown import distinct, head, line, pick, processor_and_software
 from benchmarks.harness.results import RESULTS, Result, write_result
 from sparseserve.checkpoint.artifact import Artifact
-from sparseserve.models import load_model, trace_structure
+from sparseserve.models.loading import load_model
+from sparseserve.models.structure import trace_structure
 from sparseserve.report import PruneReport
 from sparseserve.testing import save_tiny_model
 

@@ -36,7 +36,8 @@ from benchmarks.harness.results import RESULTS, stored, write_result
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-from sparseserve.recipe.settings import PRESETS, PruneRecipe, recipe_from_mapping
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.recipe.toml import PRESETS, recipe_from_mapping
 from sparseserve.report import PruneReport
 from sparseserve.text.calibration import CalibrationSpec
 from sparseserve.workflow import prune_and_export
@@ -71,6 +72,7 @@ class Setting:
             samples=self.samples,
             sequence_length=self.sequence_length,
             seed=seed,
+            scrambled=0,
         )
 
 
@@ -105,6 +107,7 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
         "pattern": setting.pattern,
         "method": {"name": method, **usual.get(method, {}), **chosen},
         "error_correction": correction or "none",
+        "reconstruction": {"epochs": 0},
         "calibration": asdict(
             replace(setting.calibration_spec(seed), scrambled=int("scramble" in arguments))
         ),

@@ -39,7 +39,8 @@ from sparseserve.pruners.magnitude import Magnitude
 from sparseserve.pruners.refit import Refit
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
-from sparseserve.recipe.settings import PRESETS, PruneRecipe
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.recipe.toml import PRESETS, UNTRAINED
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, dense_predictions
 from sparseserve.retraining.retrain import Retraining, retrain
@@ -48,14 +49,14 @@ from sparseserve.text.calibration import CalibrationSpec, load_calibration
 from sparseserve.workflow import prune_and_export
 
 PRUNERS = {
-    "wanda": PruneRecipe(pruner=Wanda(), error_correction="none"),
-    "wanda, DSnoT": PruneRecipe(pruner=Dsnot("wanda"), error_correction="none"),
-    "wanda, DSnoT, refit": PruneRecipe(pruner=Refit("dsnot"), error_correction="none"),
-    "sparsegpt": PruneRecipe(pruner=SparseGPT(), error_correction="none"),
-    "sparsegpt, DSnoT": PruneRecipe(pruner=Dsnot("sparsegpt"), error_correction="none"),
+    "wanda": replace(UNTRAINED, pruner=Wanda(), error_correction="none"),
+    "wanda, DSnoT": replace(UNTRAINED, pruner=Dsnot("wanda"), error_correction="none"),
+    "wanda, DSnoT, refit": replace(UNTRAINED, pruner=Refit("dsnot"), error_correction="none"),
+    "sparsegpt": replace(UNTRAINED, pruner=SparseGPT(), error_correction="none"),
+    "sparsegpt, DSnoT": replace(UNTRAINED, pruner=Dsnot("sparsegpt"), error_correction="none"),
     "default": PRESETS["default"],
 }
-SMOKE_PRUNERS = {"magnitude": PruneRecipe(pruner=Magnitude(), error_correction="none")}
+SMOKE_PRUNERS = {"magnitude": replace(UNTRAINED, pruner=Magnitude(), error_correction="none")}
 AS_PRUNED, PERP, DISTILLED = "none", "PERP", "distillation"
 # Both losses where it matters most; PERP, the question asked, everywhere.
 KINDS = {"default": (AS_PRUNED, PERP, DISTILLED), "magnitude": (AS_PRUNED, PERP, DISTILLED)}
@@ -207,7 +208,12 @@ def main(
     setting = Setting(
         model=model,
         calibration=asdict(
-            CalibrationSpec(source=calibration, samples=samples, sequence_length=sequence_length)
+            CalibrationSpec(
+                source=calibration,
+                samples=samples,
+                sequence_length=sequence_length,
+                scrambled=0,
+            )
         ),
         retraining=chosen,
         evaluation_windows=windows,

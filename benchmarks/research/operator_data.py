@@ -16,19 +16,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sparseserve.models import (
-    LayerCall,
-    LayerStructure,
-    OperatorGroup,
+from sparseserve.models.layer_call import LayerCall
+from sparseserve.models.layers import (
     capture_layer_calls,
     entering_states,
     layer_inputs,
     layer_weight,
-    load_model,
     run_layer,
-    trace_structure,
 )
-from sparseserve.solvers.statistics import LayerStatistics, relative_output_error
+from sparseserve.models.loading import load_model
+from sparseserve.models.structure import LayerStructure, OperatorGroup, trace_structure
+from sparseserve.solvers.statistics import InputStatistics, StatisticsSum, relative_output_error
 from sparseserve.text import calibration_windows, read_text
 
 ROOT = Path(__file__).parents[2]
@@ -74,8 +72,8 @@ class OperatorData:
 
     name: str
     weight: Tensor
-    seen: LayerStatistics
-    other: LayerStatistics
+    seen: InputStatistics
+    other: InputStatistics
     inputs: Tensor
 
     def rows(self, count: int) -> OperatorData:
@@ -115,8 +113,8 @@ def fixture_operator() -> OperatorData:
     return OperatorData(
         "15.self_attn.o_proj",
         tensors["weight"],
-        LayerStatistics(seen, seen, seen, 0),
-        LayerStatistics(other, other, other, 0),
+        InputStatistics(seen, seen, seen, 0),
+        InputStatistics(other, other, other, 0),
         torch.linalg.cholesky(seen + ridge, upper=True).float(),
     )
 
@@ -128,8 +126,8 @@ def small_operator() -> OperatorData:
     return OperatorData(
         whole.name,
         whole.weight[:16, :columns],
-        LayerStatistics(seen, seen, seen, 0),
-        LayerStatistics(other, other, other, 0),
+        InputStatistics(seen, seen, seen, 0),
+        InputStatistics(other, other, other, 0),
         whole.inputs[:, :columns],
     )
 
@@ -193,13 +191,11 @@ def model_operators(
 
 def _statistics(
     layer: LayerWindows, group: OperatorGroup, hidden: Sequence[Tensor]
-) -> tuple[LayerStatistics, Tensor]:
-    collected = LayerStatistics.empty(
-        group.in_features, corrected=False, device=torch.device("cpu")
-    )
+) -> tuple[InputStatistics, Tensor]:
+    total = StatisticsSum(group.in_features, corrected=False, device=torch.device("cpu"))
     kept = []
     for window in hidden:
         inputs, _ = layer_inputs(layer.module, window, layer.call, [group])
-        collected = collected.updated(inputs[0])
+        total.add(inputs[0])
         kept.append(inputs[0])
-    return collected, torch.cat(kept)
+    return total.finish(), torch.cat(kept)

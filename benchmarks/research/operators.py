@@ -24,8 +24,8 @@ from sparseserve.pruners.fista import Fista
 from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.fista import soft_threshold
 from sparseserve.solvers.linalg import largest_eigenvalue
-from sparseserve.solvers.problem import layer_problem
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.problem import operator_problem
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern, UnstructuredPattern
 
 PATTERNS: tuple[SparsityPattern, ...] = (TWO_FOUR, UnstructuredPattern(0.5))
@@ -47,9 +47,9 @@ class RisingPenalty:
     rows_are_independent: ClassVar[bool] = False
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
-        problem, scale = layer_problem(dense_weight, statistics, 0.01).column_scaled()
+        problem, scale = operator_problem(dense_weight, statistics, 0.01).column_scaled()
         lipschitz = largest_eigenvalue(problem.gram)
         unit = float(problem.target.abs().mean()) / lipschitz
         weight = point = problem.reference

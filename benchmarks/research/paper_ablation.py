@@ -32,7 +32,8 @@ from benchmarks.research.gradient_blocks import Block, Weights, operator_by_oper
 from benchmarks.research.operator_data import LayerWindows, Windows, decoder_layers
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.evaluation.perplexity import perplexity
-from sparseserve.models import layer_weight, load_model, set_layer_weight
+from sparseserve.models.layers import layer_weight, set_layer_weight
+from sparseserve.models.loading import load_model
 from sparseserve.models.structure import Operator
 from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista import Fista
@@ -40,9 +41,9 @@ from sparseserve.pruners.fista_paper import PaperFista
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.pruners.refit import refitted
 from sparseserve.pruners.sparsegpt import SparseGPT
-from sparseserve.recipe.settings import PRESETS
-from sparseserve.solvers.problem import layer_problem
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.recipe.toml import PRESETS
+from sparseserve.solvers.problem import operator_problem
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 from sparseserve.text import evaluation_windows, read_text
 
@@ -55,7 +56,7 @@ class Method(Protocol):
     """What a pruner does, and the variants below."""
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight: ...
 
 
@@ -68,9 +69,9 @@ class RelativeLambda:
     upper: float = 10.0
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
-        unit = float(layer_problem(dense_weight, statistics, damping=0.0).target.abs().mean())
+        unit = float(operator_problem(dense_weight, statistics, damping=0.0).target.abs().mean())
         own = replace(self.paper, first_lambda=self.first * unit, upper_lambda=self.upper * unit)
         return own.prune(dense_weight, statistics, pattern)
 
@@ -83,10 +84,10 @@ class ThenRefit:
     iterations: int = 40
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         start = self.method.prune(dense_weight, statistics, pattern)
-        problem = layer_problem(dense_weight, statistics, DAMPING)
+        problem = operator_problem(dense_weight, statistics, DAMPING)
         return refitted(start, problem, self.iterations)
 
 
@@ -97,7 +98,7 @@ class ScaledColumns:
     method: Method
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         energy = statistics.gram.diagonal()
         scale = energy.clamp(min=1e-6 * float(energy.mean())).sqrt()
@@ -114,7 +115,7 @@ class Damped:
     method: Method
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         ridge = DAMPING * statistics.gram.diagonal().mean() * torch.eye(len(statistics.gram))
         damped = _changed(statistics, lambda moment: moment + ridge)
@@ -128,15 +129,15 @@ class Uncorrected:
     method: Method
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         dense = statistics.dense_gram
-        own = LayerStatistics(dense, dense, dense, statistics.tokens)
+        own = InputStatistics(dense, dense, dense, statistics.tokens)
         return self.method.prune(dense_weight, own, pattern)
 
 
-def _changed(statistics: LayerStatistics, change: Callable[[Tensor], Tensor]) -> LayerStatistics:
-    return LayerStatistics(
+def _changed(statistics: InputStatistics, change: Callable[[Tensor], Tensor]) -> InputStatistics:
+    return InputStatistics(
         change(statistics.gram),
         change(statistics.cross),
         change(statistics.dense_gram),
@@ -203,7 +204,7 @@ def pruned_layer(layer: LayerWindows, method: Method) -> tuple[Weights, int]:
     """Prune the operators of a layer in the order of the data; return them and the products."""
     products = []
 
-    def solve(operator: Operator, statistics: LayerStatistics) -> Tensor:
+    def solve(operator: Operator, statistics: InputStatistics) -> Tensor:
         dense = layer_weight(layer.module, operator)
         found = method.prune(dense, statistics, TWO_FOUR)
         products.append(found.gram_products)

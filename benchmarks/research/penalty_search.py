@@ -33,7 +33,7 @@ from sparseserve.pruners.one_shot import ONE_SHOT
 from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.fista import fista
 from sparseserve.solvers.linalg import largest_eigenvalue
-from sparseserve.solvers.problem import layer_problem
+from sparseserve.solvers.problem import operator_problem
 from sparseserve.solvers.statistics import relative_output_error
 from sparseserve.sparsity import TWO_FOUR
 
@@ -88,7 +88,7 @@ def evaluator(operator: OperatorData, start: str) -> tuple[Evaluate, float]:
     0 steps judge the start. The paper's columns are not scaled, so its lambda is that of a column
     of mean scale here.
     """
-    plain = layer_problem(operator.weight, operator.seen, 0.01)
+    plain = operator_problem(operator.weight, operator.seen, 0.01)
     problem, scale = plain.column_scaled()
     warm = ONE_SHOT[start].prune(operator.weight, operator.seen, TWO_FOUR).weight * scale
     lipschitz = largest_eigenvalue(problem.gram)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,11 +22,11 @@ from sparseserve.layerwise.pipeline import prune_model
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.recipe.steps import Reconstruction
+from sparseserve.recipe.toml import UNTRAINED
 from sparseserve.runs import Opening, open_run, with_part
 from sparseserve.text import TextFile, read_text
 from sparseserve.text.calibration import CalibrationSet
-from sparseserve.text.held_out import held_out_windows
+from sparseserve.text.held_out import held_out_windows, spread_places
 
 # Calibration windows that the units are pruned with when they are pruned alone.
 _WINDOWS_ALONE = 16
@@ -181,11 +181,11 @@ class SensitivityRun:
         return units
 
     def _prune_alone(self, store: LayerFolder, progress: PruneProgress) -> None:
-        recipe = PruneRecipe(
+        recipe = replace(
+            UNTRAINED,
             pattern=self.recipe.pattern,
             pruner=SparseGPT(),
             error_correction="none",
-            reconstruction=Reconstruction(epochs=0),
             calibration=self.recipe.calibration,
             ignore=self.recipe.ignore,
             dtype=self.recipe.dtype,
@@ -244,10 +244,7 @@ def _held_out_texts(
     """Cut the windows; those for sensitivities lie spread between those for validation."""
     texts = []
     count = spec.sensitivity_windows + spec.validation_windows
-    chosen = {
-        (2 * i + 1) * count // (2 * spec.sensitivity_windows)
-        for i in range(spec.sensitivity_windows)
-    }
+    chosen = spread_places(spec.sensitivity_windows, count)
     for name in spec.texts or (recipe.calibration.source,):
         source = read_text(name)
         windows = held_out_windows(

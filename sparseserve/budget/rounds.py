@@ -1,4 +1,4 @@
-"""One round of the quality dial: prune with some units left dense, and measure."""
+"""One round of the search within a budget: prune with some units left dense, and measure."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ from sparseserve.layerwise.layer import PrunedLayer, PruneProgress
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.models.model_folder import find_model_folder
 from sparseserve.models.opening import open_config
-from sparseserve.recipe.steps import CHAINED
 from sparseserve.workflow import prune_and_export
 
 
 @dataclass(frozen=True, slots=True)
-class DialWork:
+class BudgetWork:
     """All that a round needs.
 
     Attributes:
@@ -109,10 +108,7 @@ class DialWork:
             export_format=self.export_format,
             device=self.run.device,
             store=_RoundLayers(
-                self.run.folder,
-                self.on_stage,
-                tuple(dense),
-                recipe.error_correction not in CHAINED,
+                self.run.folder, self.on_stage, tuple(dense), not recipe.correction.chained
             ),
             progress=self.progress,
             on_stage=self.on_stage,

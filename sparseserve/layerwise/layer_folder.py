@@ -69,6 +69,8 @@ class LayerFolder:
     def fresh(self, name: str) -> Path:
         """Return the path of a folder, not there yet, for what need not outlive the run."""
         folder = self.scratch / name
-        if folder.exists():
-            shutil.rmtree(folder)
+        with writing(folder):
+            self.scratch.mkdir(parents=True, exist_ok=True)
+            if folder.exists():
+                shutil.rmtree(folder)
         return folder

@@ -27,6 +27,7 @@ from sparseserve.report import HeldOutLoss, RetrainReport
 from sparseserve.retraining.checkpointing import checkpointed_layers, float32_on_cpu
 from sparseserve.retraining.losses import DensePrediction, Example, prediction_loss
 from sparseserve.retraining.low_rank import Update, installed, low_rank_updates, vector_updates
+from sparseserve.text.held_out import held_out_count, spread_places
 
 OnWindow = Callable[[int, int, float], None]
 
@@ -180,10 +181,10 @@ def _split(
     if knobs.distillation and len(dense) != len(windows):
         raise ValueError(f"{len(dense)} dense predictions for {len(windows)} windows")
     examples = _Examples(windows, dense if knobs.distillation else None)
-    count = min(max(1, round(knobs.held_out * len(windows))), len(windows) - 1)
-    chosen = {(2 * index + 1) * len(windows) // (2 * count) for index in range(count)}
+    count = min(held_out_count(knobs.held_out, len(windows)), len(windows) - 1)
+    chosen = spread_places(count, len(windows))
     trained = [number for number in range(len(windows)) if number not in chosen]
-    return examples.of(trained), examples.of(sorted(chosen))
+    return examples.of(trained), examples.of(chosen)
 
 
 def _updates(model: nn.Module, operators: Collection[str], knobs: Retraining) -> list[Update]:

@@ -36,7 +36,7 @@ def test_every_option_in_the_readme_exists() -> None:
     }
     used = {
         option
-        for line in re.findall(r"^\s*sparseserve (.*)$", readme, re.MULTILINE)
+        for line in re.findall(r"^\s*(?:\$ )?sparseserve (.*)$", readme, re.MULTILINE)
         for option in re.findall(r"(?<![\w-])(--[a-z-]+)", line.split(" -- ")[0])
     }
     assert used

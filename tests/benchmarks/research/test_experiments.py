@@ -24,7 +24,7 @@ from benchmarks.research.operator_data import (
 )
 from benchmarks.research.tables import RESEARCH_TABLES
 from sparseserve.pruners import PRUNERS
-from sparseserve.solvers.problem import layer_problem
+from sparseserve.solvers.problem import operator_problem
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import save_tiny_model
 from tests.benchmarks.script_runs import smoke_run, table_cells
@@ -101,7 +101,7 @@ def test_stacked_penalties_give_what_they_give_one_by_one() -> None:
 
 def test_a_stack_is_its_parts_one_above_the_other() -> None:
     operator = small_operator()
-    problem = layer_problem(operator.weight, operator.seen, 0.01)
+    problem = operator_problem(operator.weight, operator.seen, 0.01)
     weight = torch.randn(2 * len(operator.weight), operator.weight.shape[1])
     upper, lower = weight.chunk(2)
     stack = stacked_penalties.stacked(problem, 2)
