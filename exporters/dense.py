@@ -12,6 +12,7 @@ from torch import Tensor
 from sparseserve.checkpoint.artifact import Artifact, write_manifest
 from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES, write_checkpoint, write_json
+from sparseserve.devices import dtype_name
 from sparseserve.errors import ArtifactError
 from sparseserve.exporters.side_files import copy_side_files, model_config
 
@@ -72,7 +73,7 @@ def _rounded(artifact: Artifact, name: str, tensor: Tensor, dtype: torch.dtype |
     rounded = tensor.to(dtype)
     if tensor.isfinite().all() and not rounded.isfinite().all():
         largest = float(tensor.abs().max())
-        kind = str(dtype).removeprefix("torch.")
+        kind = dtype_name(dtype)
         raise ArtifactError(
             f"{artifact.path}: {name} holds {largest:g}, more than {kind} can: "
             "choose another --dtype"

@@ -65,3 +65,12 @@ def unknown_name(kind: str, name: str, available: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     hint = f" did you mean '{close[0]}'?" if close else ""
     return f"unknown {kind} '{name}':{hint} available: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, without its final stop.
+
+    An error without a message is told by its type.
+    """
+    lines = str(error).strip().splitlines()
+    return (lines[0].rstrip(" .:") if lines else "") or type(error).__name__

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import platform
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
 from sparseserve.errors import NumericalError
+from sparseserve.machine import installed_versions, processor_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +25,8 @@ class OperatorReport:
         gram_products: Products with the Gram matrix that the pruner spent.
         seconds: Wall time of the pruner, without the statistics.
         transposed: Whether the model stores the dense weight ``[in, out]``.
+        converged: Whether the pruner's iteration met its own tolerance; None if it has none.
+        residual: What was left of it, relative; None likewise.
     """
 
     name: str
@@ -35,6 +36,8 @@ class OperatorReport:
     gram_products: int
     seconds: float
     transposed: bool
+    converged: bool | None = None
+    residual: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +139,13 @@ class Environment:
     @classmethod
     def here(cls) -> Environment:
         """Describe this process."""
+        versions = installed_versions()
         return cls(
-            python=platform.python_version(),
-            torch=metadata.version("torch"),
-            transformers=metadata.version("transformers"),
-            sparseserve=metadata.version("sparseserve"),
-            machine=platform.machine(),
+            python=versions["python"],
+            torch=versions["torch"],
+            transformers=versions["transformers"],
+            sparseserve=versions["sparseserve"],
+            machine=processor_name(),
         )
 
 

@@ -25,7 +25,7 @@ from benchmarks.gpu.shapes import MODELS, SMOKE_MODELS
 from benchmarks.gpu.timing import Runs, interleaved, packed_copies, prepare
 from benchmarks.harness.machine import Machine
 from sparseserve.checkpoint.tensors import write_json
-from sparseserve.recipe.settings import DTYPES
+from sparseserve.devices import DTYPES
 from sparseserve.serving.kernels import (
     DENSE,
     KERNELS,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparseserve.serving.launch.machine import installed_versions, this_machine
+from sparseserve.machine import installed_versions, this_machine
 
 
 @dataclass(frozen=True, slots=True)

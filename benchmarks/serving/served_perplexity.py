@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks.research.operator_data import write_result
+from benchmarks.harness.results import RESULTS, write_result
 from sparseserve.cli.console import quiet_libraries
+from sparseserve.devices import dtype_name
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import Engine, engine_options
@@ -68,7 +69,7 @@ def _served(checkpoint: Path, windows: list[Tensor], dtype: torch.dtype, tokens:
     )
     with Engine(options) as engine:
         found = engine_perplexity(engine, windows)
-    computed = str(dtype).removeprefix("torch.")
+    computed = dtype_name(dtype)
     return Row("vllm", _stored(checkpoint), computed, tokens, found.perplexity)
 
 
@@ -100,7 +101,7 @@ def main(checkpoint: Path, samples: int, sequence_length: int, result: str) -> N
         click.echo(str(row), err=True)
         found.append(row)
     setting = {"checkpoint": checkpoint.name, "samples": samples, "length": sequence_length}
-    write_result(result, setting, found)
+    write_result(RESULTS / result, setting, rows=found)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import os
 from importlib import metadata
 
 from sparseserve.checkpoint.formats import METHOD
-from sparseserve.errors import MissingExtraError, ServingError
-from sparseserve.serving.launch.machine import has_nvidia_gpu
+from sparseserve.errors import MissingExtraError, ServingError, first_line
+from sparseserve.machine import has_nvidia_gpu
 
 # transformers imports these when they are installed; one built for another torch breaks it.
 _TORCH_EXTENSIONS = ("torchvision", "torchaudio", "torchcodec")
@@ -37,10 +37,9 @@ def _require_importable(package: str) -> None:
     try:
         importlib.import_module(package)
     except Exception as error:  # a broken binary fails in any way it likes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ServingError(
-            f"{package} does not fit the installed torch and would stop transformers ({reason}): "
-            f"pip uninstall -y {package}"
+            f"{package} does not fit the installed torch and would stop transformers "
+            f"({first_line(error)}): pip uninstall -y {package}"
         ) from error
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from sparseserve.checkpoint import packed24
 from sparseserve.checkpoint.artifact import check_before_reading
 from sparseserve.checkpoint.tensors import Checkpoint
-from sparseserve.errors import ArtifactError, ServingError
+from sparseserve.errors import ArtifactError, ServingError, UnsupportedModelError
 from sparseserve.text import position_limit
 
 if TYPE_CHECKING:
@@ -76,13 +76,12 @@ class ServedModel:
 
 
 def _text_config(folder: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
+    from sparseserve.models.opening import open_config
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ServingError(f"{folder}: config.json cannot be read: {reason}") from error
+        return open_config(folder).get_text_config()
+    except UnsupportedModelError as error:
+        raise ServingError(str(error)) from error
 
 
 def _dense_parameters(checkpoint: Checkpoint) -> int:

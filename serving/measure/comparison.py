@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import ServingError
+from sparseserve.machine import Machine, installed_versions, this_machine
 from sparseserve.report import PerplexityResult
-from sparseserve.serving.launch.machine import Machine, installed_versions, this_machine
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import Engine, EngineOptions, engine_options
 from sparseserve.serving.measure.latency import BatchLatency, LatencyPlan, measure_latency

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from sparseserve.errors import ServingError
+from sparseserve.machine import Machine, installed_versions, this_machine
 from sparseserve.serving.kernels import DENSE
-from sparseserve.serving.launch.machine import Machine, installed_versions, this_machine
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import Engine, engine_options
 from sparseserve.serving.measure.layer_choice import LayerChoice

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Manifest:
         calibration: Which text was used, by name and hash, as JSON data.
         report: What happened, as JSON data.
         files: Every other file of the folder.
+        tensors: Names of all tensors in the files; empty in manifests of releases before this key.
     """
 
     format: str
@@ -62,6 +63,7 @@ class Manifest:
     report: dict[str, Any]
     files: dict[str, FileEntry]
     version: int = MANIFEST_VERSION
+    tensors: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return JSON data with a digest of itself, so that no byte can change unnoticed."""
@@ -109,13 +111,15 @@ class Artifact:
 
     @classmethod
     def open(cls, path: Path) -> Artifact:
-        """Read the manifest and check that every file is there in its full size, and no other.
+        """Read the manifest, and check that every file and tensor it counts is there, and no other.
 
-        Hashes are not compared, which ``check_hashes`` and ``verify`` do.
+        Of the files, only sizes and the headers of the shards are read: hashes are compared by
+        ``check_hashes`` and ``verify``.
 
         Raises:
-            ArtifactError: There is no manifest, a file is missing or has another size, or there is
-                a file that a program might read though the manifest does not list it.
+            ArtifactError: There is no manifest, a file is missing or has another size, there is a
+                file that a program might read though the manifest does not list it, or a tensor is
+                missing or was added.
         """
         if not path.is_dir():
             raise ArtifactError(f"{path}: no such folder")
@@ -123,21 +127,14 @@ class Artifact:
             raise ArtifactError(f"{path}: not a sparseserve checkpoint, it has no {MANIFEST_FILE}")
         where = path / MANIFEST_FILE
         manifest = Manifest.from_json(read_json(where), where)
+        _require_listed_files(path, manifest)
+        if manifest.tensors:
+            _require_same_tensors(path, set(Checkpoint.open(path).files), set(manifest.tensors))
         for name, entry in manifest.files.items():
-            file = path / name
-            if not plain_relative(name):
-                raise ArtifactError(f"{where}: lists {name!r}, which is no file of the folder")
-            if not file.is_file():
-                raise ArtifactError(f"{file}: listed in {MANIFEST_FILE}, but missing")
-            if (size := file.stat().st_size) != entry.bytes:
+            if (size := (path / name).stat().st_size) != entry.bytes:
                 raise ArtifactError(
-                    f"{file}: {size} bytes instead of {entry.bytes}: copy or export it again"
+                    f"{path / name}: {size} bytes instead of {entry.bytes}: copy or export it again"
                 )
-        for name in unlisted_files(path, frozenset({*manifest.files, MANIFEST_FILE})):
-            raise ArtifactError(
-                f"{path / name}: not listed in {MANIFEST_FILE}, though a program that opens the "
-                "folder might read it: remove it"
-            )
         return cls(path, manifest)
 
     def check_hashes(self, on_file: Callable[[str], None] = lambda name: None) -> None:
@@ -184,7 +181,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> Artifact:
         name: FileEntry(file_sha256(folder / name), (folder / name).stat().st_size)
         for name in names
     }
-    write_json(folder / MANIFEST_FILE, replace(manifest, files=files).to_json())
+    tensors = tuple(sorted(Checkpoint.open(folder).files))
+    counted = replace(manifest, files=files, tensors=tensors)
+    write_json(folder / MANIFEST_FILE, counted.to_json())
     return Artifact.open(folder)
 
 
@@ -251,6 +250,35 @@ def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_listed_files(folder: Path, manifest: Manifest) -> None:
+    for name in manifest.files:
+        if not plain_relative(name):
+            raise ArtifactError(
+                f"{folder / MANIFEST_FILE}: lists {name!r}, which is no file of the folder"
+            )
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name}: listed in {MANIFEST_FILE}, but missing")
+    for name in unlisted_files(folder, frozenset({*manifest.files, MANIFEST_FILE})):
+        raise ArtifactError(
+            f"{folder / name}: not listed in {MANIFEST_FILE}, though a program that opens the "
+            "folder might read it: remove it"
+        )
+
+
+def _require_same_tensors(folder: Path, found: Set[str], written: Set[str]) -> None:
+    # vLLM leaves a parameter of a quantized model as it was in memory where no file has it.
+    if missing := sorted(written - found):
+        raise ArtifactError(
+            f"{folder}: tensor {missing[0]} is missing ({len(missing)} of {len(written)} are): "
+            "copy or export it again"
+        )
+    if surplus := sorted(found - written):
+        raise ArtifactError(
+            f"{folder}: tensor {surplus[0]} was added after the checkpoint was written "
+            f"({len(surplus)} were): copy or export it again"
+        )
 
 
 def _digest(data: dict[str, object]) -> str:

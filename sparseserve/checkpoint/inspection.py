@@ -11,6 +11,7 @@ from torch import Tensor
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, Manifest
 from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import Checkpoint
+from sparseserve.devices import dtype_name
 from sparseserve.errors import ArtifactError
 from sparseserve.sparsity import TWO_FOUR
 
@@ -71,7 +72,7 @@ def _facts(name: str, weight: Tensor) -> TensorFacts:
     fits = columns % TWO_FOUR.group == 0
     return TensorFacts(
         name=name,
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=dtype_name(weight.dtype),
         shape=(rows, columns),
         sparsity=float((weight == 0).sum()) / max(weight.numel(), 1),
         two_four=fits and TWO_FOUR.first_violation(weight) is None,

@@ -76,7 +76,7 @@ def bench_command(
 
     from sparseserve.cli.bench_table import comparison_table, load_table
     from sparseserve.cli.console import quiet_libraries, warn_of_missing_kernels
-    from sparseserve.recipe.settings import DTYPES
+    from sparseserve.devices import DTYPES
     from sparseserve.serving.launch.requirements import require_vllm
     from sparseserve.serving.measure.comparison import compare
     from sparseserve.serving.measure.latency import LatencyPlan
@@ -165,9 +165,8 @@ def _leave_when_terminated() -> None:
 def _windows(
     checkpoint: Path, baseline: Path, text: str | None, samples: int, sequence_length: int | None
 ) -> list[Tensor]:
-    from transformers import AutoTokenizer
-
     from sparseserve.evaluation.contamination import assert_not_calibration
+    from sparseserve.models.opening import open_tokenizer
     from sparseserve.serving.launch.served_model import ServedModel
     from sparseserve.text import evaluation_windows, fit_sequence_length, read_text
 
@@ -179,7 +178,7 @@ def _windows(
         limit=min((limit for limit in limits if limit is not None), default=None),
         default=DEFAULT_SEQUENCE_LENGTH,
     )
-    tokenizer = AutoTokenizer.from_pretrained(baseline, trust_remote_code=False)
+    tokenizer = open_tokenizer(baseline)
     return evaluation_windows(tokenizer, source, sequence_length=length, samples=samples)
 
 

@@ -52,9 +52,8 @@ def evaluate_command(
     from rich.progress import Progress
 
     from sparseserve.cli.console import quiet_libraries
+    from sparseserve.devices import DTYPES, torch_device
     from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-    from sparseserve.recipe.settings import DTYPES
-    from sparseserve.workflow import torch_device
 
     quiet_libraries()
     spec = EvaluationSpec(

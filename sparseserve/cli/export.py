@@ -7,21 +7,20 @@ from pathlib import Path
 
 import click
 
-from sparseserve.checkpoint.formats import FORMATS
-from sparseserve.cli.options import dtype_option, json_option
+from sparseserve.cli.options import dtype_option, format_option, json_option
 
 
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
-@click.option("--format", "export_format", type=click.Choice(list(FORMATS)), required=True)
+@format_option("How to store it.", required=True)
 @dtype_option("Round all weights to it; auto keeps theirs.")
 @json_option
 def export_command(
     *, checkpoint: Path, output: Path, export_format: str, dtype: str, as_json: bool
 ) -> None:
     """Write a pruned CHECKPOINT again in another format."""
-    from sparseserve.recipe.settings import DTYPES
+    from sparseserve.devices import DTYPES
     from sparseserve.workflow import export
 
     artifact = export(checkpoint, output, export_format, DTYPES.get(dtype))

@@ -39,7 +39,7 @@ def tune_command(
     from rich.console import Console
 
     from sparseserve.cli.console import output_console, quiet_libraries, warn_of_missing_kernels
-    from sparseserve.recipe.settings import DTYPES
+    from sparseserve.devices import DTYPES
     from sparseserve.serving.launch.requirements import require_vllm
     from sparseserve.serving.measure.tuner import tune
 

@@ -10,18 +10,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import PreTrainedModel
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, check_before_reading
+from sparseserve.devices import default_device, dtype_name, evaluation_dtype
 from sparseserve.errors import ArtifactError
 from sparseserve.evaluation.contamination import assert_not_calibration
 from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.exporters import load_dense_state
+from sparseserve.machine import this_machine
 from sparseserve.models.loading import load_model
 from sparseserve.models.model_folder import check_model_folder, find_model_folder
+from sparseserve.models.opening import build_model, open_config, open_tokenizer
 from sparseserve.report import PerplexityResult
-from sparseserve.serving.launch.machine import this_machine
 from sparseserve.serving.measure.perplexity import vllm_perplexity
 from sparseserve.text import (
     TextFile,
@@ -100,13 +101,13 @@ def evaluate(
     text = read_text(spec.text, packaged="evaluation")
     assert_not_calibration(folder, text)
     _check_folder(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = open_config(folder)
     length = fit_sequence_length(
         spec.sequence_length, limit=position_limit(config), default=DEFAULT_SEQUENCE_LENGTH
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = open_tokenizer(folder)
     windows = evaluation_windows(tokenizer, text, sequence_length=length, samples=spec.samples)
-    dtype = spec.dtype or _native_dtype(config)
+    dtype = spec.dtype or evaluation_dtype(config.dtype, this_machine())
     start = time.perf_counter()
     result = _measure(folder, windows, spec, dtype, on_window)
     return EvaluationReport(
@@ -118,7 +119,7 @@ def evaluate(
         files=text.files,
         model=source,
         backend=spec.backend,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         seconds=time.perf_counter() - start,
         verified=spec.verify,
     )
@@ -133,18 +134,12 @@ def load_for_evaluation(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     if not _is_packed(folder):
         return load_model(folder, dtype=dtype, check_hashes=False).model
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = open_config(folder)
     del config.quantization_config
-    model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None,
-        config=config,
-        state_dict=load_dense_state(folder),
-        dtype=dtype,
-        output_loading_info=True,
-    )
-    if loading["missing_keys"]:
-        raise ArtifactError(f"{folder}: tensor {min(loading['missing_keys'])} is missing")
-    return model.eval().requires_grad_(False)
+    opened = build_model(config, load_dense_state(folder), dtype)
+    if opened.missing:
+        raise ArtifactError(f"{folder}: tensor {opened.missing[0]} is missing")
+    return opened.model.eval().requires_grad_(False)
 
 
 def _measure(
@@ -156,14 +151,8 @@ def _measure(
 ) -> PerplexityResult:
     if spec.backend == "vllm":
         return vllm_perplexity(folder, windows, dtype=dtype, on_window=on_window)
-    device = spec.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = spec.device or default_device()
     return perplexity(load_for_evaluation(folder, dtype).to(device), windows, on_window)
-
-
-def _native_dtype(config: PretrainedConfig) -> torch.dtype:
-    machine = this_machine()
-    wanted: torch.dtype = config.dtype or torch.float32
-    return wanted if machine.gpu or machine.native_bfloat16 else torch.float32
 
 
 def _is_packed(folder: Path) -> bool:

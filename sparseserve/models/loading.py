@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.errors import NumericalError, UnsupportedModelError
-from sparseserve.models.model_folder import check_model_folder, find_model_folder, first_line
+from sparseserve.models.model_folder import check_model_folder, find_model_folder
+from sparseserve.models.opening import open_tokenizer, open_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +55,7 @@ def load_model(
     check_model_folder(folder)
     if check_hashes and (folder / MANIFEST_FILE).exists():
         Artifact.open(folder).check_hashes()
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)
     model = _load_weights(folder, dtype)
     _refuse_non_finite(model, folder)
     model.eval().requires_grad_(False)
@@ -70,47 +63,14 @@ def load_model(
 
 
 def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    try:
-        with _only_errors_logged():
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype="auto" if dtype is None else dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # refused below, with the tensor's name
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UnsupportedModelError(f"{folder} cannot be loaded: {first_line(error)}") from error
-    _refuse_missing(folder, loading["missing_keys"])
-    for name, stored, expected in loading["mismatched_keys"]:
+    opened = open_weights(folder, dtype)
+    _refuse_missing(folder, opened.missing)
+    for wrong in opened.mismatched:
         raise UnsupportedModelError(
-            f"{folder}: tensor {name} is {list(stored)}, but config.json asks for "
-            f"{list(expected)}: the two do not belong together"
+            f"{folder}: tensor {wrong.name} is {list(wrong.stored)}, but config.json asks for "
+            f"{list(wrong.expected)}: the two do not belong together"
         )
-    return model
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        with _only_errors_logged():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise _no_tokenizer(folder, first_line(error)) from error
-    # With no tokenizer files at all, transformers may build a tokenizer without any words.
-    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
-        raise _no_tokenizer(folder, "its files are missing")
-    return tokenizer
-
-
-def _no_tokenizer(folder: Path, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{folder} has no usable tokenizer ({reason}): copy tokenizer.json and "
-        "tokenizer_config.json from the original model"
-    )
+    return opened.model
 
 
 def _refuse_missing(folder: Path, names: Collection[str]) -> None:
@@ -130,14 +90,3 @@ def _refuse_non_finite(model: PreTrainedModel, folder: Path) -> None:
                 f"{parameter.numel()}: the checkpoint is damaged, or overflows in "
                 f"{str(parameter.dtype).removeprefix('torch.')}"
             )
-
-
-@contextmanager
-def _only_errors_logged() -> Iterator[None]:
-    """Keep transformers from logging a table about what is then raised as one line."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)

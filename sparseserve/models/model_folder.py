@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparseserve.checkpoint.formats import METHOD
 from sparseserve.checkpoint.weight_files import weight_files
-from sparseserve.errors import ArtifactError, UnsupportedModelError
+from sparseserve.errors import ArtifactError, UnsupportedModelError, first_line
+from sparseserve.models.opening import open_config
 
 # Top level of the repository only; "consolidated" files repeat the weights in another layout.
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -67,12 +67,6 @@ def check_model_folder(folder: Path) -> None:
         _check_shard(folder / name)
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of a message of another library, without its final stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(" .:") if lines else type(error).__name__
-
-
 def _check_settings(folder: Path) -> None:
     path = folder / "config.json"
     if not path.is_file():
@@ -95,24 +89,7 @@ def _check_settings(folder: Path) -> None:
 
 
 def _check_architecture(folder: Path) -> None:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
-        if "trust_remote_code" in str(error):
-            raise UnsupportedModelError(
-                f"{folder} needs Python code of its own, which is never run: only architectures "
-                "that are part of transformers can be pruned"
-            ) from error
-        raise UnsupportedModelError(
-            f"{folder}/config.json is not understood: {first_line(error)}"
-        ) from error
+    config = open_config(folder)
     names: list[str] = config.architectures or []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if not causal.intersection(names):

@@ -40,7 +40,7 @@ class CalibrationSpec:
     samples: int = 256
     sequence_length: int | None = None
     seed: int = 0
-    scrambled: int = 0
+    scrambled: int = 1
     scrambled_layers: int = 4
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from sparseserve.errors import CalibrationError
+from sparseserve.errors import CalibrationError, first_line
 
 TEXT_SUFFIXES = (".jsonl", ".md", ".txt")
 TEXT_COLUMNS = ("text", "content")
@@ -149,9 +149,9 @@ def _read_dataset(source: str) -> TextSource:
     except CalibrationError:
         raise
     except Exception as error:  # the library and its transports share no base class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CalibrationError(
-            f"text '{source}' is no file or folder and no dataset that can be loaded: {reason}"
+            f"text '{source}' is no file or folder and no dataset that can be loaded: "
+            f"{first_line(error)}"
         ) from error
     digest = hashlib.sha256(DOCUMENT_SEPARATOR.join(documents).encode()).hexdigest()
     return TextSource(source, documents, (TextFile(source, digest),))

@@ -18,7 +18,7 @@ from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.inspection import inspect_checkpoint
 from sparseserve.errors import ArtifactError, SparseServeError
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-from sparseserve.models import load_model
+from sparseserve.models.loading import load_model
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.testing import save_tiny_model
 from sparseserve.workflow import export

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -52,12 +52,13 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def dense_manifest(model: PreTrainedModel, pruned: list[str]) -> Manifest:
-    """Say of ``model`` which linears are 2:4, and nothing of how they became so."""
-    transposed = (name for name in pruned if isinstance(model.get_submodule(name), Conv1D))
+def dense_manifest(
+    pruned: Sequence[str], pattern: str = str(TWO_FOUR), transposed: Sequence[str] = ()
+) -> Manifest:
+    """Say which linears of a dense model are 2:4, and nothing of how they became so."""
     return Manifest(
         format="dense",
-        pattern=str(TWO_FOUR),
+        pattern=pattern,
         pruned=tuple(pruned),
         transposed=tuple(transposed),
         source="tiny",
@@ -91,7 +92,8 @@ def two_four_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         if manifest:
-            write_manifest(folder, dense_manifest(model, pruned))
+            turned = [n for n in pruned if isinstance(model.get_submodule(n), Conv1D)]
+            write_manifest(folder, dense_manifest(pruned, transposed=turned))
         return folder
 
     return make

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from sparseserve.devices import dtype_name
 from sparseserve.errors import ArtifactError, ServingError, unknown_name
+from sparseserve.machine import installed_versions, processor_name
 from sparseserve.serving.kernels.choice.plan import BATCHES, Choice, KernelPlan, KernelTimes, choose
 from sparseserve.serving.kernels.choice.timing import measure
 from sparseserve.serving.kernels.choice.timing_cache import TimingCache
 from sparseserve.serving.kernels.cuda.device import cuda_device
 from sparseserve.serving.kernels.protocol import LinearKernel, LinearSpec, LoadedWeight
 from sparseserve.serving.kernels.table import DENSE, KERNELS
-from sparseserve.serving.launch.machine import installed_versions, processor_name
 
 #: Restricts the choice to the kernels it names, with commas; for measurements.
 KERNELS_VARIABLE = "SPARSESERVE_KERNELS"
@@ -26,6 +25,22 @@ KERNELS_VARIABLE = "SPARSESERVE_KERNELS"
 MEASURE_VARIABLE = "SPARSESERVE_MEASURE"
 
 Message = Callable[[str], None]
+
+
+class TimedLayers:
+    """The layers that one engine has timed since it started: of many of a shape, one is enough."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._layers: set[str] = set()
+
+    def __contains__(self, layer: str) -> bool:
+        """Whether ``layer`` was timed."""
+        return layer in self._layers
+
+    def add(self, layer: str) -> None:
+        """Note that ``layer`` was timed and its times are on disk."""
+        self._layers.add(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +84,7 @@ def layer_kernels(
     weight: LoadedWeight,
     tell: Message,
     kernels: Mapping[str, LinearKernel] = KERNELS,
+    timed: TimedLayers | None = None,
 ) -> LayerKernels:
     """Choose the kernels of a layer from times on disk, or measure them now, and pack for them.
 
@@ -79,6 +95,7 @@ def layer_kernels(
         weight: Its weight.
         tell: Hears what a user should know: that kernels are timed, that a cache is of no use.
         kernels: To choose from.
+        timed: What this engine has timed already; None is nothing.
 
     Raises:
         ServingError: ``SPARSESERVE_KERNELS`` names what there is not, or leaves no kernel for a
@@ -91,7 +108,8 @@ def layer_kernels(
         if (reason := kernel.unsupported(spec)) is not None
     }
     able = {name: kernel for name, kernel in kernels.items() if name not in refusals}
-    layer = f"{spec.rows} x {spec.columns} {_name(spec.dtype)} in {_name(weight.storage_dtype())}"
+    stored = dtype_name(weight.storage_dtype())
+    layer = f"{spec.rows} x {spec.columns} {dtype_name(spec.dtype)} in {stored}"
     if not able:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
         raise ServingError(f"{layer}: no kernel runs it: {reasons}")
@@ -102,7 +120,7 @@ def layer_kernels(
     if len(able) == 1 and kernel.largest_batch is None:
         chosen = Choice(dict.fromkeys(BATCHES, first), (kernel.layout,))
     else:
-        times = _times(layer, able, spec, weight, tell)
+        times = _times(layer, able, spec, weight, tell, timed=timed or TimedLayers())
         chosen = choose(times, dense_bytes=spec.rows * spec.columns * spec.dtype.itemsize)
     if set(chosen.by_batch.values()) == {DENSE}:
         return LayerKernels(layer, None, (), refusals, times)
@@ -110,6 +128,9 @@ def layer_kernels(
         layout: next(k for k in able.values() if k.layout == layout).pack(weight, spec)
         for layout in chosen.layouts
     }
+    # An engine's dense kernel keeps one layer only, so its product must not be part of a plan.
+    # choose() never pairs them: dense and the smallest packed form exceed its limit.
+    assert DENSE not in chosen.layouts, f"{layer}: dense beside {chosen.layouts}"
     plan = chosen.plan(
         {name: kernel.layout for name, kernel in able.items()},
         {layout: len(tensors) for layout, tensors in packed.items()},
@@ -156,10 +177,12 @@ def _times(
     spec: LinearSpec,
     weight: LoadedWeight,
     tell: Message,
+    *,
+    timed: TimedLayers,
 ) -> tuple[KernelTimes, ...]:
     cache = TimingCache.of(identity(spec.device))
     known: dict[str, tuple[KernelTimes, ...]] = {}
-    if os.environ.get(MEASURE_VARIABLE) != "1" or layer in _timed_anew(cache.path):
+    if os.environ.get(MEASURE_VARIABLE) != "1" or layer in timed:
         try:
             known = cache.load()
         except ArtifactError as error:
@@ -174,21 +197,11 @@ def _times(
     except ArtifactError as error:
         tell(f"kernel times are not kept: {error}")
     else:
-        _timed_anew(cache.path).add(layer)
+        timed.add(layer)
     return times
-
-
-@functools.cache
-def _timed_anew(path: Path) -> set[str]:
-    """The layers this process has timed: one of each shape is enough, in a model of many."""
-    return set()
 
 
 def _shortened(names: Sequence[str]) -> str:
     """Name the kernels that share a reason; cuSPARSELt alone has dozens."""
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

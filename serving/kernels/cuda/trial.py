@@ -14,6 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
+from sparseserve.errors import first_line
 from sparseserve.serving.kernels.choice.plan import BATCHES
 from sparseserve.serving.kernels.protocol import LinearKernel, LinearSpec, LoadedWeight, RowBlock
 from sparseserve.sparsity import TWO_FOUR
@@ -52,7 +53,7 @@ def trial_refusal(kernel: LinearKernel, spec: LinearSpec) -> str | None:
                     return f"gives wrong products at batch {batch} on {spec.device}"
     # Whatever the library or the compiler raises, the layer has other kernels to run on.
     except Exception as error:
-        return f"fails on {spec.device}: {_first_line(error)}"
+        return f"fails on {spec.device}: {first_line(error)}"
     return None
 
 
@@ -70,7 +71,3 @@ def _same(found: Tensor, exact: Tensor) -> bool:
     """Whether all is right to the rounding of a few partial sums."""
     step = torch.finfo(found.dtype).eps * exact.abs().max()
     return found.shape == exact.shape and bool(((found - exact).abs() <= 2 * step).all())
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from sparseserve.machine import this_machine
 from sparseserve.serving.kernels import BATCHES
 from sparseserve.serving.kernels.cpu.library import missing_library
-from sparseserve.serving.launch.machine import this_machine
 from sparseserve.serving.measure.engine import _worker_environment
 from sparseserve.serving.measure.tuner import TunedLayers, TuningReport
 from tests.serving.command import sparseserve

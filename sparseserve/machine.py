@@ -39,7 +39,7 @@ class Machine:
 
 def this_machine() -> Machine:
     """Look at the machine this runs on."""
-    import torch
+    import torch  # noqa: PLC0415  # takes seconds, and all else here needs none
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     native = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else _cpu_bfloat16()

@@ -1,0 +1,58 @@
+"""Where numbers are computed, and in what: devices, dtypes and their names.
+
+One policy for all commands: a GPU computes in whatever the model is stored in; a CPU does so where
+it has instructions for bfloat16, else it computes in float32, because emulated 16-bit arithmetic
+is slow. vLLM's options follow from the same rule (``serving.launch.policy``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+
+from sparseserve.errors import RecipeError
+from sparseserve.machine import Machine
+
+#: The dtypes a user can choose, by name.
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of ``dtype`` without its module, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def default_device() -> torch.device:
+    """Return the CUDA device if this torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def torch_device(name: str | None) -> torch.device | None:
+    """Read a device name; None stays None.
+
+    Raises:
+        RecipeError: It is not a device, or not one of this machine.
+    """
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"device '{name}' is not known: use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"device '{name}': this torch sees no CUDA device: use --device cpu")
+    return device
+
+
+def computes_natively(machine: Machine) -> bool:
+    """Whether ``machine`` computes in the 16-bit dtypes of a checkpoint without emulating them."""
+    return machine.gpu is not None or machine.native_bfloat16
+
+
+def evaluation_dtype(stored: torch.dtype | None, machine: Machine) -> torch.dtype:
+    """Return what a model stored in ``stored`` (None is unknown) is evaluated in on ``machine``."""
+    return stored if stored is not None and computes_natively(machine) else torch.float32

@@ -1,0 +1,183 @@
+"""Opening a model's files with transformers: the one owner of every ``from_pretrained`` call.
+
+A model's folder may name Python of its own, which transformers would run after a question on the
+terminal. Here it is never run and nothing is asked: such a folder is refused in one line. Nothing
+is downloaded either, and weights are read from safetensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from sparseserve.errors import UnsupportedModelError, first_line
+
+_REFUSED = "Python code of its own, which is never run"
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A tensor whose shape in the file is not the one that config.json asks for."""
+
+    name: str
+    stored: tuple[int, ...]
+    expected: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedWeights:
+    """A model and how its tensors fitted.
+
+    Attributes:
+        model: With the tensors that were found, and random values where none was.
+        missing: Names of the tensors that no file holds, in order.
+        mismatched: Tensors of another shape than the model's.
+    """
+
+    model: PreTrainedModel
+    missing: tuple[str, ...]
+    mismatched: tuple[Mismatch, ...]
+
+
+def open_config(folder: Path) -> PretrainedConfig:
+    """Read the ``config.json`` of ``folder``.
+
+    Raises:
+        UnsupportedModelError: It needs code of its own, or transformers does not understand it.
+    """
+    try:
+        with _only_errors_logged():
+            return AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{folder} needs {_REFUSED}: only architectures that are part of transformers "
+                "can be opened"
+            ) from error
+        raise UnsupportedModelError(
+            f"{folder}/config.json is not understood: {first_line(error)}"
+        ) from error
+
+
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of ``folder``.
+
+    Raises:
+        UnsupportedModelError: It needs code of its own, is missing, or cannot be read.
+    """
+    try:
+        with _only_errors_logged():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        own_code = "trust_remote_code" in str(error)
+        reason = f"it needs {_REFUSED}" if own_code else first_line(error)
+        raise _no_tokenizer(folder, reason) from error
+    # With no tokenizer files at all, transformers may build a tokenizer without any words.
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise _no_tokenizer(folder, "its files are missing")
+    return tokenizer
+
+
+def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeights:
+    """Read a causal language model.
+
+    Args:
+        folder: Holds its configuration and safetensors.
+        dtype: Floating type of the weights; the checkpoint's own when left out.
+
+    Raises:
+        UnsupportedModelError: It cannot be loaded.
+    """
+    try:
+        with _only_errors_logged():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype="auto" if dtype is None else dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # the caller is told, with the tensor's name
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UnsupportedModelError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    return _opened(model, loading)
+
+
+def build_model(
+    config: PretrainedConfig, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> OpenedWeights:
+    """Make the causal language model of ``config`` from tensors in memory.
+
+    Args:
+        config: A dense model's; without a ``quantization_config``.
+        state: Its tensors by name.
+        dtype: Floating type of the weights.
+    """
+    model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    return _opened(model, loading)
+
+
+def _opened(model: PreTrainedModel, loading: Mapping[str, Any]) -> OpenedWeights:
+    return OpenedWeights(
+        model=model,
+        missing=tuple(sorted(loading["missing_keys"])),
+        mismatched=tuple(
+            Mismatch(name, tuple(stored), tuple(expected))
+            for name, stored, expected in loading["mismatched_keys"]
+        ),
+    )
+
+
+def _no_tokenizer(folder: Path, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{folder} has no usable tokenizer ({reason}): copy tokenizer.json and "
+        "tokenizer_config.json from the original model"
+    )
+
+
+@contextmanager
+def _only_errors_logged() -> Iterator[None]:
+    """Keep transformers from logging a table about what is then raised as one line."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
