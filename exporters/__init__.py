@@ -11,7 +11,8 @@ import torch
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.exporters.dense import export_dense
-from sparseserve.exporters.packed24 import export_packed24, load_dense_state
+from sparseserve.exporters.packed24 import export_packed24
+from sparseserve.exporters.stored import load_dense_state
 
 Exporter = Callable[[Artifact, Path, torch.dtype | None], Artifact]
 

@@ -1,24 +1,18 @@
 """``packed24``: 2:4 weights as values and 2-bit indices, 9/16 of the 16-bit size.
 
-The format is specified in docs/format.md.
+``checkpoint.packed24`` owns the format; docs/format.md specifies it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sparseserve.checkpoint import packed24
-from sparseserve.checkpoint.artifact import Artifact, write_manifest
-from sparseserve.checkpoint.formats import require_fit
-from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES, write_checkpoint, write_json
-from sparseserve.errors import ArtifactError
-from sparseserve.exporters.dense import dense_tensors
-from sparseserve.exporters.side_files import copy_side_files, model_config
+from sparseserve.checkpoint.artifact import Artifact
+from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES
+from sparseserve.exporters.stored import export_stored
 
 
 def export_packed24(
@@ -40,35 +34,4 @@ def export_packed24(
         ArtifactError: The pattern is not 2:4, the artifact is damaged, a weight is too large for
             ``dtype``, or the disk is full.
     """
-    require_fit(packed24.FORMAT, artifact.manifest.pattern)
-    artifact.check_hashes()  # the copy gets hashes of its own: they must not vouch for damage
-    write_checkpoint(folder, _packed_tensors(artifact, dtype), shard_bytes=shard_bytes)
-    copy_side_files(artifact.path, folder)
-    config = model_config(artifact.path, dtype)
-    config["quantization_config"] = packed24.quantization_config(artifact.manifest.pruned)
-    write_json(folder / "config.json", config)
-    return write_manifest(folder, replace(artifact.manifest, format=packed24.FORMAT, files={}))
-
-
-def load_dense_state(folder: Path) -> dict[str, Tensor]:
-    """Read a checkpoint of any format as the tensors of the dense one.
-
-    Raises:
-        ArtifactError: The folder is not one of ours, or is damaged.
-    """
-    return dict(dense_tensors(Artifact.open(folder)))
-
-
-def _packed_tensors(artifact: Artifact, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    pruned = set(artifact.manifest.pruned)
-    for name, tensor in dense_tensors(artifact, dtype):
-        module, _, leaf = name.rpartition(".")
-        if module not in pruned or leaf != "weight":
-            yield name, tensor
-            continue
-        try:
-            stored = packed24.stored(tensor.T if module in artifact.manifest.transposed else tensor)
-        except ArtifactError as error:
-            raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
-        for suffix, part in zip(packed24.TENSORS, stored, strict=True):
-            yield f"{module}.{suffix}", part
+    return export_stored(artifact, folder, packed24.FORMAT, dtype, shard_bytes=shard_bytes)

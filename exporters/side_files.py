@@ -16,17 +16,13 @@ import torch
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.tensors import writing
+from sparseserve.checkpoint.weight_files import WEIGHT_KINDS
 from sparseserve.errors import ArtifactError
 
 _NOT_COPIED = {"config.json", MANIFEST_FILE}
 _COPIED_KINDS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _COPIED_FOLDERS = ("additional_chat_templates",)
-#: Files of these kinds hold weights, in whatever form.
-WEIGHT_KINDS = {
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".ggml"),
-    *(".onnx", ".onnx_data", ".npz", ".npy", ".pkl", ".pickle", ".tflite", ".mlmodel", ".engine"),
-}
 # Whose strings may name other files. Vocabularies are long, and full of words that name nothing.
 _NAMES_FILES = ("config.json", "_config.json", "special_tokens_map.json")
 _CLASS = re.compile(r"(?P<module>\w+)\.\w+")

@@ -14,8 +14,9 @@ from sparseserve.checkpoint.artifact import file_sha256
 from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.run_folder import Fingerprint
+from sparseserve.checkpoint.weight_files import WEIGHT_KINDS
 from sparseserve.devices import default_device
-from sparseserve.exporters.side_files import WEIGHT_KINDS, side_files
+from sparseserve.exporters.side_files import side_files
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import ModelStructure
 from sparseserve.recipe.settings import PruneRecipe

@@ -17,13 +17,14 @@ from pathlib import Path
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.folder_lock import LOCK_FILE, locked, refuse_locked
+from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.output_place import STATE_FILE, OutputPlace, leftovers, not_empty
 from sparseserve.checkpoint.tensors import write_json, writing
 from sparseserve.errors import ArtifactError
 
 # What runs of any release leave when they die before or after the file of their state exists.
-_OURS = {LOCK_FILE, f"{STATE_FILE}.tmp", "layers", "hidden", "predictions", "dense", "packed24"}
+_OURS = {LOCK_FILE, f"{STATE_FILE}.tmp", "layers", "hidden", "predictions", *FORMATS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,13 +19,20 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-# What programs look for anywhere in a folder: weights, archives that hold them, code, templates.
-_OPENED_ANYWHERE = _PICKLES | {
-    *(".safetensors", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".npy", ".engine"),
-    *(".py", ".pyc", ".so", ".jinja"),
+#: Files of these kinds hold weights, in whatever form.
+WEIGHT_KINDS = _PICKLES | {
+    *(".safetensors", ".tensors", ".gguf", ".ggml", ".h5", ".msgpack", ".ot", ".npz", ".npy"),
+    *(".onnx", ".onnx_data", ".tflite", ".mlmodel", ".engine"),
 }
+# What programs look for anywhere in a folder, besides weights: code and templates.
+_OPENED_ANYWHERE = WEIGHT_KINDS | {".py", ".pyc", ".so", ".jinja"}
 # What they look for beside the weights: settings, and the vocabularies of tokenizers.
-_OPENED_AT_THE_TOP = frozenset({".json", ".txt", ".model", ".tiktoken", ".spm", ".yaml", ".yml"})
+_OPENED_AT_THE_TOP = frozenset(
+    {
+        *(".json", ".txt", ".yaml", ".yml", ".xml"),
+        *(".model", ".tiktoken", ".spm", ".codes", ".bpe", ".vocab", ".tokenizer"),
+    }
+)
 # Folders of git and of the hub's client, which no reader of models looks into.
 _BOOKKEEPING = frozenset({".git", ".cache"})
 _LONGEST_NAME = 255  # bytes; no Linux file system takes more

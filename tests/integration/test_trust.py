@@ -160,7 +160,7 @@ def test_nothing_damaged_is_exported_whatever_file_it_is_in(
         copy = packed.parent / "copy"
         shutil.copytree(packed, copy)
         damage(copy, name)
-        with pytest.raises(ArtifactError, match=f"{name}: sha256 differs"):
+        with pytest.raises(ArtifactError, match=rf"{name}: (sha256 differs|cannot be read)"):
             export(copy, packed.parent / "exported", export_format)
         assert not (packed.parent / "exported").exists()
         shutil.rmtree(copy)

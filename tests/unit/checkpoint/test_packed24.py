@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseserve.checkpoint import packed24
-from sparseserve.checkpoint.formats import FORMATS, default_format, require_fit
 from sparseserve.checkpoint.packed24 import Packed24, pack24, unpack24
-from sparseserve.checkpoint.storage import storage_of
-from sparseserve.checkpoint.tensors import Checkpoint, write_checkpoint
-from sparseserve.errors import ArtifactError, RecipeError
-from sparseserve.exporters import EXPORTERS
+from sparseserve.errors import ArtifactError
 from sparseserve.sparsity import TWO_FOUR
-
-GROUP_VALUES = st.lists(
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.5, -3.0, 1e-30]), min_size=4, max_size=4
-)
-
-
-@st.composite
-def two_four_weights(draw: st.DrawFn) -> torch.Tensor:
-    """Weights that obey 2:4, with ties, zeros and negative zeros."""
-    rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    values = [draw(GROUP_VALUES) for _ in range(rows * groups)]
-    return TWO_FOUR.project(torch.tensor(values).reshape(rows, groups * 4))
+from tests.unit.two_four import two_four_weights
 
 
 @settings(max_examples=200)
@@ -121,32 +104,3 @@ def test_sizes_after_unpacking_add_up_to_the_dense_weight(weight: torch.Tensor) 
     sizes = [packed24.dense_size(f"layer.{name}", shape) for name, shape in shapes]
     assert sum(sizes) == weight.numel()
     assert packed24.dense_size("layer.bias", (7,)) == 7
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("name", FORMATS)
-def test_each_format_gives_back_what_it_stores(name: str, transposed: bool, tmp_path: Path) -> None:
-    storage = storage_of(name)
-    weight = TWO_FOUR.project(torch.randn(6, 12, generator=torch.Generator().manual_seed(0)))
-    stored = storage.stored(weight, transposed=transposed)
-    names = [f"layer.{suffix}" for suffix in storage.TENSORS]
-    write_checkpoint(tmp_path, zip(names, stored, strict=True))
-    checkpoint = Checkpoint.open(tmp_path)
-    assert storage.read_weight(checkpoint, "layer", transposed=transposed).equal(weight)
-    storage.check_weight(checkpoint, "layer", weight)
-
-
-def test_every_format_has_an_exporter_and_the_default_one_fits_the_pattern() -> None:
-    assert EXPORTERS.keys() == FORMATS.keys()
-    assert default_format("2:4") == "packed24"
-    for pattern in ("2:4", "1:4", "50%"):
-        require_fit(default_format(pattern), pattern)
-
-
-def test_a_format_that_cannot_hold_the_pattern_is_refused_with_one_that_can() -> None:
-    with pytest.raises(
-        ArtifactError, match=r"packed24 holds only 2:4 .* not 50%: use --format dense"
-    ):
-        require_fit("packed24", "50%")
-    with pytest.raises(RecipeError, match="unknown format 'packed42': did you mean 'packed24'"):
-        require_fit("packed42", "2:4")

@@ -189,6 +189,7 @@ OPENED = [
     *("modeling_own.py", "params.json", "adapter_config.json", "chat_template.jinja", "merges.txt"),
     *("tokenizer.model", "tokenizer.model.v3", "vocab.tiktoken", "UPPER.SAFETENSORS", ".x.bin"),
     *("additional_chat_templates/tool.jinja", "original/consolidated.pth", "sub/own.py"),
+    *("bpe.codes", "prophetnet.tokenizer", "model.tensors", "openvino_model.xml"),
 ]
 NOT_OPENED = [
     *("README.md", "LICENSE", "picture.png", ".gitattributes", "notes", "bench/result.json"),

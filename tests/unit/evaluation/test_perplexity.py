@@ -1,4 +1,4 @@
-"""Perplexity, and what may be evaluated on what."""
+"""Perplexity against the models' own losses, of checkpoints of each format."""
 
 from __future__ import annotations
 
@@ -10,57 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from torch import nn
 
-from sparseserve.checkpoint.artifact import Artifact, Manifest, write_manifest
 from sparseserve.cli.evaluate import evaluate_command
-from sparseserve.errors import ArtifactError, CalibrationError, NumericalError, RecipeError
+from sparseserve.errors import ArtifactError, NumericalError, RecipeError
 from sparseserve.evaluation import perplexity as evaluation
-from sparseserve.evaluation.contamination import assert_not_calibration
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate, load_for_evaluation
 from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.exporters import export_packed24
 from sparseserve.report import PerplexityResult
-from sparseserve.sparsity import TWO_FOUR
-from sparseserve.testing import save_tiny_model, tiny_model, tiny_tokenizer
+from sparseserve.testing import save_tiny_model, tiny_model
 from sparseserve.text import read_text
-from sparseserve.text.calibration import CalibrationSpec, load_calibration
+from tests.unit.evaluation.pruned import save_pruned, words
 
 
 def some_windows(count: int = 3, length: int = 33) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, 256, (length,), generator=generator) for _ in range(count)]
-
-
-def save_pruned(family: str, folder: Path, calibration_text: Path) -> Artifact:
-    """A 2:4 checkpoint made by plain projection, with a manifest that names its calibration."""
-    model = tiny_model(family)
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "layers." in name:
-            module.weight.data = TWO_FOUR.project(module.weight.data)
-            names.append(name)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    spec = CalibrationSpec(source=str(calibration_text), samples=2, sequence_length=8)
-    record = load_calibration(spec, tiny_tokenizer(), max_length=None).record
-    manifest = Manifest(
-        format="dense",
-        pattern="2:4",
-        pruned=tuple(names),
-        transposed=(),
-        source=family,
-        recipe={},
-        calibration=asdict(record),
-        report={},
-        files={},
-    )
-    return write_manifest(folder, manifest)
-
-
-def words(path: Path, text: str) -> Path:
-    path.write_text(text * 20)
-    return path
 
 
 def test_perplexity_is_the_exponential_of_the_models_own_mean_loss() -> None:
@@ -110,23 +75,6 @@ def test_a_model_that_is_not_finite_is_refused_with_the_window() -> None:
 def test_a_likelihood_without_a_perplexity_is_refused(total: float) -> None:
     with pytest.raises(NumericalError, match="no perplexity"):
         PerplexityResult.from_negative_log_likelihood(total, 10)
-
-
-def test_calibration_text_is_refused_for_evaluation_under_any_name(tmp_path: Path) -> None:
-    calibration = words(tmp_path / "calibration.txt", "to prune a model ")
-    save_pruned("llama", tmp_path / "model", calibration)
-    copy = tmp_path / "renamed.txt"
-    copy.write_bytes(calibration.read_bytes())
-    with pytest.raises(CalibrationError, match=r"renamed\.txt is the text calibration\.txt"):
-        assert_not_calibration(tmp_path / "model", read_text(copy))
-
-
-def test_other_text_and_models_without_a_manifest_are_evaluated(tmp_path: Path) -> None:
-    calibration = words(tmp_path / "calibration.txt", "to prune a model ")
-    other = words(tmp_path / "other.txt", "to judge a model ")
-    save_pruned("llama", tmp_path / "model", calibration)
-    assert_not_calibration(tmp_path / "model", read_text(other))
-    assert_not_calibration(tmp_path, read_text(calibration))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])

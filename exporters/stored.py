@@ -1,0 +1,117 @@
+"""Writing a checkpoint again in a format that stores its weights in a way of its own.
+
+``checkpoint.formats`` names the module that knows that way; this one knows no format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparseserve.checkpoint.artifact import Artifact, write_manifest
+from sparseserve.checkpoint.formats import require_fit
+from sparseserve.checkpoint.storage import WeightStorage, storage_of
+from sparseserve.checkpoint.tensors import write_checkpoint, write_json
+from sparseserve.devices import dtype_name
+from sparseserve.errors import ArtifactError
+from sparseserve.exporters.side_files import copy_side_files, model_config
+
+
+def export_stored(
+    artifact: Artifact, folder: Path, name: str, dtype: torch.dtype | None, *, shard_bytes: int
+) -> Artifact:
+    """Write ``artifact``, of any format, to the new ``folder`` in the format ``name``.
+
+    The hashes of ``artifact`` are compared first: the copy gets hashes of its own, which must not
+    vouch for damage.
+
+    Args:
+        artifact: What to write.
+        folder: Where.
+        name: The format, a name of ``FORMATS``.
+        dtype: To round all weights to; None keeps theirs.
+        shard_bytes: Largest size of a file.
+
+    Raises:
+        ArtifactError: The format cannot hold the pattern, the artifact is damaged, a weight is too
+            large for ``dtype``, or the disk is full.
+    """
+    require_fit(name, artifact.manifest.pattern)
+    artifact.check_hashes()
+    storage = storage_of(name)
+    tensors = _stored_tensors(artifact, storage, dtype)
+    write_checkpoint(folder, tensors, shard_bytes=shard_bytes)
+    copy_side_files(artifact.path, folder)
+    config = model_config(artifact.path, dtype)
+    config.pop("quantization_config", None)
+    if (said := storage.quantization_config(artifact.manifest.pruned)) is not None:
+        config["quantization_config"] = said
+    write_json(folder / "config.json", config)
+    return write_manifest(folder, replace(artifact.manifest, format=name, files={}))
+
+
+def dense_tensors(
+    artifact: Artifact, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the dense checkpoint by name, in order, unpacking what is packed.
+
+    Raises:
+        ArtifactError: The artifact is damaged, or a weight is too large for ``dtype``.
+    """
+    checkpoint = artifact.checkpoint
+    pruned = set(artifact.manifest.pruned)
+    first, *others = storage_of(artifact.manifest.format).TENSORS
+    for name in sorted(checkpoint.files):
+        module, _, leaf = name.rpartition(".")
+        if module in pruned and leaf == first:
+            weight = artifact.pruned_weight(checkpoint, module)
+            transposed = module in artifact.manifest.transposed
+            dense = f"{module}.weight"
+            yield dense, _rounded(artifact, dense, weight.T if transposed else weight, dtype)
+        elif module not in pruned or leaf not in others:
+            yield name, _rounded(artifact, name, checkpoint.tensor(name), dtype)
+
+
+def load_dense_state(folder: Path) -> dict[str, Tensor]:
+    """Read a checkpoint of any format as the tensors of the dense one.
+
+    Raises:
+        ArtifactError: The folder is not one of ours, or is damaged.
+    """
+    return dict(dense_tensors(Artifact.open(folder)))
+
+
+def _stored_tensors(
+    artifact: Artifact, storage: WeightStorage, dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    pruned = set(artifact.manifest.pruned)
+    for name, tensor in dense_tensors(artifact, dtype):
+        module, _, leaf = name.rpartition(".")
+        if module not in pruned or leaf != "weight":
+            yield name, tensor
+            continue
+        transposed = module in artifact.manifest.transposed
+        try:
+            parts = storage.stored(tensor.T if transposed else tensor, transposed=transposed)
+        except ArtifactError as error:
+            raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
+        for suffix, part in zip(storage.TENSORS, parts, strict=True):
+            yield f"{module}.{suffix}", part
+
+
+def _rounded(artifact: Artifact, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    rounded = tensor.to(dtype)
+    if tensor.isfinite().all() and not rounded.isfinite().all():
+        largest = float(tensor.abs().max())
+        kind = dtype_name(dtype)
+        raise ArtifactError(
+            f"{artifact.path}: {name} holds {largest:g}, more than {kind} can: "
+            "choose another --dtype"
+        )
+    return rounded
