@@ -8,7 +8,11 @@ from pathlib import Path
 import click
 
 
-@click.command("serve", context_settings={"ignore_unknown_options": True})
+@click.command(
+    "serve",
+    short_help="Serve a checkpoint with vLLM.",
+    context_settings={"ignore_unknown_options": True},
+)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--dry-run", is_flag=True, help="Only print the environment and the command.")
