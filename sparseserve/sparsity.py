@@ -104,7 +104,6 @@ class NMPattern(SparsityPattern):
     group: int = 4
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if not 0 < self.keep < self.group:
             raise RecipeError(f"pattern {self}: N must be at least 1 and less than M")
 
@@ -168,7 +167,6 @@ class UnstructuredPattern(SparsityPattern):
     scope: Literal["row", "matrix"] = "matrix"
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if not 0 < self.sparsity < 1:
             raise RecipeError(
                 f"sparsity {self.sparsity * 100:g}% must lie strictly between 0% and 100%"
@@ -248,7 +246,6 @@ class Packed24:
     indices: Tensor
 
     def __post_init__(self) -> None:
-        """Check that the two tensors can belong together."""
         rows, kept = self.values.shape
         expected = (rows, (kept // 2 + 1) // 2)
         if kept % 2 or tuple(self.indices.shape) != expected or self.indices.dtype != torch.uint8:
