@@ -104,7 +104,6 @@ class NMPattern(SparsityPattern):
     group: int = 4
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if not 0 < self.keep < self.group:
             raise RecipeError(f"pattern {self}: N must be at least 1 and less than M")
 
@@ -168,7 +167,6 @@ class UnstructuredPattern(SparsityPattern):
     scope: Literal["row", "matrix"] = "matrix"
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if not 0 < self.sparsity < 1:
             raise RecipeError(
                 f"sparsity {self.sparsity * 100:g}% must lie strictly between 0% and 100%"

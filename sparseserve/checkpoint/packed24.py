@@ -38,7 +38,6 @@ class Packed24:
     indices: Tensor
 
     def __post_init__(self) -> None:
-        """Check that the two tensors can belong together."""
         rows, kept = self.values.shape
         expected = (rows, (kept // 2 + 1) // 2)
         if kept % 2 or tuple(self.indices.shape) != expected or self.indices.dtype != torch.uint8:

@@ -27,7 +27,9 @@ DEFAULT_REQUESTS = 16
 Number = TypeVar("Number", int, float)
 
 
-@click.command("bench")
+@click.command(
+    "bench", short_help="Compare a checkpoint with its dense model: quality, speed, memory."
+)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "--baseline", type=click.Path(path_type=Path), required=True, help="The dense checkpoint."

@@ -10,7 +10,7 @@ import click
 from sparseserve.cli.options import dtype_option, format_option, json_option
 
 
-@click.command("export")
+@click.command("export", short_help="Write a pruned checkpoint again in another format.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
 @format_option("How to store it.", required=True)

@@ -50,7 +50,6 @@ class PruneRecipe:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        """Check the values that are not checked by their own types."""
         ErrorCorrection.named(self.error_correction, self.inter_weight)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise RecipeError(unknown_name("dtype", self.dtype, ("auto", *DTYPES)))

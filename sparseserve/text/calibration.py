@@ -44,7 +44,6 @@ class CalibrationSpec:
     scrambled_layers: int = 4
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if self.samples < 1:
             raise RecipeError(f"--samples {self.samples} must be at least 1")
         if self.sequence_length is not None and self.sequence_length < 2:
