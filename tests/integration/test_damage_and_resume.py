@@ -65,7 +65,7 @@ def test_every_single_changed_byte_is_noticed_and_its_file_named(packed: Path) -
 def test_a_checkpoint_cut_short_is_named(packed: Path) -> None:
     file = packed / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ArtifactError, match=r"model\.safetensors: \d+ bytes instead of \d+"):
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: damaged or cut short"):
         verify(packed)
 
 
