@@ -225,11 +225,14 @@ class _Windows:
 
 
 def _divergence(predict: Callable[[Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
-    """Return the mean over tokens of ``KL(p(target) || p(output))`` in nats."""
+    """Return the mean over tokens of ``KL(p(target) || p(output))`` in nats, at least 0.
+
+    Where the two hardly differ, the sum of rounded terms may fall below zero.
+    """
     with torch.no_grad():
         expected = predict(target).log_softmax(dim=-1)
     found = predict(output).log_softmax(dim=-1)
-    return (expected.exp() * (expected - found)).sum(dim=-1).mean()
+    return (expected.exp() * (expected - found)).sum(dim=-1).mean().clamp_min(0)
 
 
 def _scale(parameter: Tensor) -> float:

@@ -145,9 +145,12 @@ def next_token_logits(model: PreTrainedModel, window: Tensor) -> Tensor:
 
 
 def _divergence(dense: Tensor, own: Tensor) -> Tensor:
-    """Return the mean KL divergence; ``dense`` has one more column, "any other", than ``own``."""
+    """Return the mean KL divergence; ``dense`` has one more column, "any other", than ``own``.
+
+    It is at least 0: where the two hardly differ, the sum of rounded terms may fall below.
+    """
     rest = (1 - own.exp().sum(dim=1, keepdim=True)).clamp(min=_LEAST_REST).log()
     differences = dense - torch.cat((own, rest), dim=1)
     weights = dense.exp()
     # Where the likeliest tokens are the whole vocabulary the rest has no weight, but log 0.
-    return torch.where(weights > 0, weights * differences, 0).sum(dim=1).mean()
+    return torch.where(weights > 0, weights * differences, 0).sum(dim=1).mean().clamp_min(0)
