@@ -25,7 +25,7 @@ from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.retraining.retrain import retrain
-from sparseserve.text import position_limit
+from sparseserve.text import position_limit, vocabulary_size
 from sparseserve.text.calibration import CalibrationSet, load_calibration
 
 
@@ -105,8 +105,9 @@ def prune_and_export(
     model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
     require_space(out, 3 * model_bytes)
     on_stage("reading calibration text")
+    config = loaded.model.config
     calibration = load_calibration(
-        recipe.calibration, loaded.tokenizer, position_limit(loaded.model.config)
+        recipe.calibration, loaded.tokenizer, position_limit(config), vocabulary_size(config)
     )
     fingerprint: dict[str, object] = {
         "recipe": recipe.to_json(),

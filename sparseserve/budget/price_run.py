@@ -21,9 +21,10 @@ from sparseserve.models.loading import load_model
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.steps import Reconstruction
-from sparseserve.text import TextFile, position_limit, read_text
+from sparseserve.text import TextFile, position_limit, read_text, vocabulary_size
 from sparseserve.text.calibration import CalibrationSet, load_calibration
 from sparseserve.text.held_out import held_out_windows
+from sparseserve.text.windows import require_known_tokens
 from sparseserve.workflow import source_fingerprint
 
 # Calibration windows that the units are pruned with when they are pruned alone.
@@ -101,10 +102,14 @@ class SensitivityRun:
         """
         require_free(out)
         loaded = load_model(source, dtype=recipe.torch_dtype)
+        config = loaded.model.config
         calibration = load_calibration(
-            recipe.calibration, loaded.tokenizer, position_limit(loaded.model.config)
+            recipe.calibration, loaded.tokenizer, position_limit(config), vocabulary_size(config)
         )
         texts = _held_out_texts(spec, recipe, calibration, loaded.tokenizer)
+        for text in texts:
+            windows = (*text.sensitivity, *text.validation)
+            require_known_tokens(text.name, windows, vocabulary_size(config))
         fingerprint: dict[str, object] = {
             "recipe": recipe.to_json(),
             "model": source_fingerprint(source, loaded),
@@ -221,7 +226,10 @@ def _held_out_texts(
         for i in range(spec.sensitivity_windows)
     }
     for name in spec.texts or (recipe.calibration.source,):
-        source = read_text(name)
+        # The column is that of the calibration text; validation texts may be plain ones.
+        source = read_text(
+            name, column=recipe.calibration.text_column, prose_has_no_column=name in spec.texts
+        )
         windows = held_out_windows(
             tokenizer,
             source,

@@ -17,6 +17,11 @@ json_option = click.option(
 json_file_option = click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Also write the JSON here."
 )
+text_column_option = click.option(
+    "--text-column",
+    metavar="NAME",
+    help="Column of a table or dataset to read; default: text, or messages for chats.",
+)
 
 
 def dtype_option(meaning: str) -> Callable[[Command], Command]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sparseserve.cli.budget import DialOptions, dial_options, run_dial
-from sparseserve.cli.options import json_option, required_output
+from sparseserve.cli.options import json_option, required_output, text_column_option
 
 if TYPE_CHECKING:
     from sparseserve.checkpoint.artifact import Format
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--reconstruct", type=int, help="Epochs of training each layer; 0: none.")
 @click.option("--retrain", type=int, help="Epochs of training the whole model; 0 for none.")
 @click.option("--calibration", help="Text file, folder or dataset name; default: packaged text.")
+@text_column_option
 @click.option("--samples", type=int, help="Calibration windows.")
 @click.option("--sequence-length", type=int, help="Tokens per calibration window.")
 @click.option("--seed", type=int, help="Draws the calibration windows.")
@@ -61,6 +62,7 @@ def prune_command(
     reconstruct: int | None,
     retrain: int | None,
     calibration: str | None,
+    text_column: str | None,
     samples: int | None,
     sequence_length: int | None,
     seed: int | None,
@@ -93,6 +95,7 @@ def prune_command(
         },
         calibration={
             "source": calibration,
+            "text_column": text_column,
             "samples": samples,
             "sequence_length": sequence_length,
             "seed": seed,

@@ -29,7 +29,9 @@ from sparseserve.text import (
     fit_sequence_length,
     position_limit,
     read_text,
+    vocabulary_size,
 )
+from sparseserve.text.windows import require_known_tokens
 
 Backend = Literal["transformers", "vllm"]
 OnWindow = Callable[[int, int], None]
@@ -49,6 +51,7 @@ class EvaluationSpec:
         dtype: Floating type to compute in; None is that of the checkpoint where the machine
             computes in it, else float32, so that both backends compute in the same.
         device: Where transformers runs the model; None is a CUDA device if there is one.
+        text_column: Column of the text's tables; None is ``text``, or ``messages`` for chats.
     """
 
     text: str | None = None
@@ -57,6 +60,7 @@ class EvaluationSpec:
     backend: Backend = "transformers"
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    text_column: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +94,7 @@ def evaluate(
             calibration, or the likelihood is not finite.
     """
     folder = find_model_folder(source)
-    text = read_text(spec.text, packaged="evaluation")
+    text = read_text(spec.text, column=spec.text_column, packaged="evaluation")
     assert_not_calibration(folder, text)
     _check_folder(folder)
     config = open_config(folder)
@@ -99,6 +103,7 @@ def evaluate(
     )
     tokenizer = open_tokenizer(folder)
     windows = evaluation_windows(tokenizer, text, sequence_length=length, samples=spec.samples)
+    require_known_tokens(text.name, windows, vocabulary_size(config))
     dtype = spec.dtype or evaluation_dtype(config.dtype, this_machine())
     start = time.perf_counter()
     result = _measure(folder, windows, spec, dtype, on_window)

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from sparseserve.errors import UnsupportedModelError, first_line
 from sparseserve.models.opening import open_config
+from sparseserve.paths import local_path, shown
 
 # Top level of the repository only; "consolidated" files repeat the weights in another layout.
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -24,7 +25,7 @@ def find_model_folder(source: str | Path) -> Path:
     Raises:
         UnsupportedModelError: ``source`` is neither a folder nor a model the hub gives out.
     """
-    path = Path(source).expanduser()
+    path = local_path(source, "model", UnsupportedModelError)
     if path.is_dir():
         return path
     if path.exists():
@@ -40,7 +41,7 @@ def find_model_folder(source: str | Path) -> Path:
         )
     except (OSError, HFValidationError) as error:
         raise UnsupportedModelError(
-            f"no such model '{source}': there is no folder of that name, and the hub gives "
+            f"no such model {shown(source)}: there is no folder of that name, and the hub gives "
             f"none ({first_line(error)}): give a model's folder, or OWNER/NAME as the hub has it, "
             "after 'hf auth login' if it is private or gated"
         ) from error
