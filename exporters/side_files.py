@@ -1,35 +1,62 @@
-"""What goes with the weights: configuration, tokenizer, chat template, licence."""
+"""What goes with the weights: configuration, tokenizer, chat template, licence.
+
+A file that we do not change is copied byte for byte, and whatever the configuration or the
+tokenizer names comes along. Code is copied too where they name it; it is never run.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.tensors import read_json, writing
-from sparseserve.devices import dtype_name
+from sparseserve.errors import ArtifactError
 
 _NOT_COPIED = {"config.json", MANIFEST_FILE}
 _COPIED_KINDS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+_COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+_COPIED_FOLDERS = ("additional_chat_templates",)
+#: Files of these kinds hold weights, in whatever form.
+WEIGHT_KINDS = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".gguf", ".ggml"),
+    *(".onnx", ".onnx_data", ".npz", ".npy", ".pkl", ".pickle", ".tflite", ".mlmodel", ".engine"),
+}
+# Whose strings may name other files. Vocabularies are long, and full of words that name nothing.
+_NAMES_FILES = ("config.json", "_config.json", "special_tokens_map.json")
+_CLASS = re.compile(r"(?P<module>\w+)\.\w+")
+
+
+def side_files(source: Path) -> list[str]:
+    """Return the paths in ``source`` of all files that come along, ``config.json`` left out.
+
+    Raises:
+        ArtifactError: The configuration or the tokenizer names a file that is not there.
+    """
+    found = {path.name for path in source.iterdir() if path.is_file() and _is_wanted(path.name)}
+    for folder in _COPIED_FOLDERS:
+        inside = (source / folder).rglob("*") if (source / folder).is_dir() else ()
+        found |= {str(path.relative_to(source)) for path in inside if path.is_file()}
+    for path in sorted(source.glob("*.json")):
+        if path.name.endswith(_NAMES_FILES) and path.is_file():
+            found |= set(_named_files(source, path))
+    return sorted(found - _NOT_COPIED)
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation settings and licence, byte for byte.
+    """Copy tokenizer, chat template, generation settings, licence and what they name.
 
     Raises:
-        ArtifactError: The disk is full.
+        ArtifactError: The disk is full, or a file that is named is not there.
     """
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in _COPIED_KINDS or path.name.upper().startswith("LICENSE")
-        if path.is_file() and wanted and not _is_weight_index(path.name):
-            with writing(folder / path.name):
-                shutil.copyfile(path, folder / path.name)
-
-
-def _is_weight_index(name: str) -> bool:
-    return name in _NOT_COPIED or name.endswith(".index.json")
+    for name in side_files(source):
+        with writing(folder / name):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
 
 
 def model_config(source: Path, dtype: torch.dtype | None = None) -> dict[str, object]:
@@ -42,10 +69,49 @@ def model_config(source: Path, dtype: torch.dtype | None = None) -> dict[str, ob
     """
     config = read_json(source / "config.json")
     if dtype is not None:
-        name = dtype_name(dtype)
+        name = str(dtype).removeprefix("torch.")
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-            # Older releases of transformers wrote it under the second name.
-            if part is config or {"dtype", "torch_dtype"} & set(part):
-                part.pop("torch_dtype", None)
-                part["dtype"] = name
+            # Older releases of transformers write and read it under the second name only.
+            keys = [key for key in ("dtype", "torch_dtype") if key in part]
+            part.update(dict.fromkeys(keys or ["dtype"] * (part is config), name))
     return config
+
+
+def _is_wanted(name: str) -> bool:
+    kind = PurePosixPath(name).suffix
+    wanted = kind in _COPIED_KINDS or name.upper().startswith(_COPIED_NAMES)
+    return wanted and not name.endswith(".index.json") and kind not in WEIGHT_KINDS
+
+
+def _named_files(source: Path, where: Path) -> Iterator[str]:
+    """Yield the files of ``source`` that the strings in the JSON file ``where`` name."""
+    settings = read_json(where)
+    for text in _strings(settings):
+        if _is_file_of(source, text) and PurePosixPath(text).suffix not in WEIGHT_KINDS:
+            yield str(PurePosixPath(text))
+    classes = [match["module"] for text in _strings(settings) if (match := _CLASS.fullmatch(text))]
+    # A module of the model's own may import any other that lies beside it.
+    if any((source / f"{module}.py").is_file() for module in classes):
+        yield from (path.name for path in source.glob("*.py") if path.is_file())
+    for text in _strings(settings.get("auto_map")):
+        match = _CLASS.fullmatch(text)  # others, OWNER/NAME--MODULE.CLASS, lie elsewhere
+        if match and not (source / f"{match['module']}.py").is_file():
+            raise ArtifactError(
+                f"{where}: auto_map names {text}, but there is no {match['module']}.py beside it: "
+                "download that file too, or take the entry out of auto_map"
+            )
+
+
+def _is_file_of(source: Path, text: str) -> bool:
+    path = PurePosixPath(text)
+    if not text or len(text) > 255 or "\0" in text or path.is_absolute() or ".." in path.parts:
+        return False
+    return (source / text).is_file()
+
+
+def _strings(data: object) -> Iterator[str]:
+    if isinstance(data, str):
+        yield data
+    elif isinstance(data, dict | list):
+        for item in data.values() if isinstance(data, dict) else data:
+            yield from _strings(item)

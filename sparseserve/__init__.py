@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparseserve.budget.price_run import HeldOutSpec
     from sparseserve.budget.report import KeepDenseFraction, MaxPerplexityIncrease
-    from sparseserve.budget.within_budget import dial_and_export
+    from sparseserve.budget.within_budget import prune_within_budget
     from sparseserve.checkpoint.artifact import Artifact, verify
     from sparseserve.checkpoint.inspection import inspect_checkpoint
     from sparseserve.errors import SparseServeError
     from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-    from sparseserve.recipe.settings import PruneRecipe, load_recipe
+    from sparseserve.recipe.settings import PruneRecipe
+    from sparseserve.recipe.toml import load_recipe
     from sparseserve.serving.launch.command import server_command
     from sparseserve.serving.measure.comparison import compare
     from sparseserve.serving.measure.latency import LatencyPlan
@@ -38,13 +39,13 @@ __all__ = [
     "SparsityPattern",
     "__version__",
     "compare",
-    "dial_and_export",
     "evaluate",
     "export",
     "inspect_checkpoint",
     "load_recipe",
     "plan",
     "prune_and_export",
+    "prune_within_budget",
     "server_command",
     "tune",
     "verify",
@@ -64,11 +65,11 @@ _HOMES = {
     "SparseServeError": "errors",
     "SparsityPattern": "sparsity",
     "compare": "serving.measure.comparison",
-    "dial_and_export": "budget.within_budget",
+    "prune_within_budget": "budget.within_budget",
     "evaluate": "evaluation.evaluate",
     "export": "workflow",
     "inspect_checkpoint": "checkpoint.inspection",
-    "load_recipe": "recipe.settings",
+    "load_recipe": "recipe.toml",
     "plan": "workflow",
     "prune_and_export": "workflow",
     "server_command": "serving.launch.command",

@@ -23,6 +23,8 @@ class OperatorReport:
         gram_products: Products with the Gram matrix that the pruner spent.
         seconds: Wall time of the pruner, without the statistics.
         transposed: Whether the model stores the dense weight ``[in, out]``.
+        converged: Whether the pruner's iteration met its own tolerance; None if it has none.
+        residual: What was left of it, relative; None likewise.
     """
 
     name: str
@@ -32,6 +34,8 @@ class OperatorReport:
     gram_products: int
     seconds: float
     transposed: bool
+    converged: bool | None = None
+    residual: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,24 +10,27 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from sparseserve.checkpoint.artifact import Artifact, Format, Manifest, write_manifest
-from sparseserve.checkpoint.tensors import Checkpoint, require_space, writing
-from sparseserve.devices import default_device
-from sparseserve.errors import UnsupportedModelError
+from sparseserve.checkpoint.artifact import Artifact, Format, Manifest, verify, write_manifest
+from sparseserve.checkpoint.output_place import not_empty
+from sparseserve.checkpoint.run_folder import (
+    Fingerprint,
+    RunFolder,
+    check_output,
+    refuse_other_run,
+)
+from sparseserve.checkpoint.tensors import require_space
 from sparseserve.exporters import EXPORTERS
-from sparseserve.exporters.packed24 import require_two_four
-from sparseserve.exporters.side_files import copy_side_files
 from sparseserve.layerwise.layer import PruneProgress, Silence, planned_operators
-from sparseserve.layerwise.pipeline import LayerStore, check_plan, ignored_modules, prune_model
-from sparseserve.layerwise.run_folder import RunFolder, require_free
-from sparseserve.models.loading import LoadedModel, load_model
-from sparseserve.models.structure import trace_structure
+from sparseserve.layerwise.layer_folder import LayerFolder
+from sparseserve.layerwise.pipeline import LayerStore, ignored_modules, prune_model
+from sparseserve.models.saving import save_weights
 from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.rehearsal import write_model
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.retraining.retrain import retrain
-from sparseserve.text import position_limit, vocabulary_size
-from sparseserve.text.calibration import CalibrationSet, load_calibration
+from sparseserve.runs import Opening, open_run
+from sparseserve.text.calibration import CalibrationSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +50,42 @@ class PrunePlan:
     total_parameters: int
 
 
-def plan(source: str, recipe: PruneRecipe) -> PrunePlan:
-    """Find out what ``recipe`` would prune in the model ``source``, pruning nothing.
+def plan(
+    source: str,
+    recipe: PruneRecipe,
+    *,
+    out: Path | None = None,
+    export_format: Format | None = None,
+    device: torch.device | None = None,
+) -> PrunePlan:
+    """Find out what ``recipe`` would prune in the model ``source``; rehearse it, prune nothing.
+
+    Args:
+        source: A folder, or a name on the Hugging Face hub.
+        recipe: What would be done.
+        out: Where the result would go; None asks nothing of the disk.
+        export_format: How it would be stored; None asks nothing of the format.
+        device: Where it would be pruned; None is a CUDA device if there is one.
 
     Raises:
-        UnsupportedModelError: The model cannot be loaded or its structure found.
-        RecipeError: An operator does not fit the pattern.
+        SparseServeError: Whatever would stop the run, at its beginning or at its end.
     """
-    loaded = load_model(source, dtype=recipe.torch_dtype)
-    structure = trace_structure(loaded.model, _probe())
-    check_plan(structure, recipe)
+    place = None if out is None else check_output(out)
+    opening = open_run(source, recipe, place=place, export_format=export_format, device=device)
+    if place is not None:
+        refuse_other_run(place, opening.fingerprint)
+    structure = opening.structure
     operators = tuple(
         (f"{layer.name}.{item.name}", (item.out_features, item.in_features))
         for layer in structure.layers
         for item in planned_operators(layer, recipe)
     )
+    parameters = opening.loaded.model.parameters()
     return PrunePlan(
         operators=operators,
         dense_modules=ignored_modules(structure, recipe),
         pruned_parameters=sum(rows * columns for _, (rows, columns) in operators),
-        total_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        total_parameters=sum(parameter.numel() for parameter in parameters),
     )
 
 
@@ -97,47 +117,64 @@ def prune_and_export(
     Raises:
         SparseServeError: Any of its kinds; nothing is left at ``out``.
     """
-    require_free(out)
-    if export_format == "packed24":
-        require_two_four(str(recipe.pattern))
-    on_stage(f"loading {source}")
-    loaded = load_model(source, dtype=recipe.torch_dtype)
-    model_bytes = sum(parameter.nbytes for parameter in loaded.model.parameters())
-    require_space(out, 3 * model_bytes)
-    on_stage("reading calibration text")
-    config = loaded.model.config
-    calibration = load_calibration(
-        recipe.calibration, loaded.tokenizer, position_limit(config), vocabulary_size(config)
-    )
-    fingerprint: dict[str, object] = {
-        "recipe": recipe.to_json(),
-        "model": source_fingerprint(source, loaded),
-        "calibration": calibration.record.digest,
-    }
-    run = RunFolder.open(out, fingerprint)
-    device = device or default_device()
+    with RunFolder.claim(out) as run:
+        opening = open_run(
+            source,
+            recipe,
+            place=run.place,
+            export_format=export_format,
+            device=device,
+            on_stage=on_stage,
+        )
+        if run.begin(opening.fingerprint):
+            return _finished(out, export_format)
+        layers = store or LayerFolder(run.path / "layers", run.path, on_stage)
+        report = _prune(opening, recipe, run, layers, progress=progress, on_stage=on_stage)
+        on_stage("writing the checkpoint")
+        artifact = _write_dense(run.fresh("dense"), opening, recipe, report)
+        if export_format != "dense":
+            on_stage(f"packing as {export_format}")
+            artifact = EXPORTERS[export_format](artifact, run.fresh(export_format), None)
+        run.publish(artifact.path)
+    return replace(artifact, path=out)
+
+
+def _finished(out: Path, export_format: str) -> Artifact:
+    """Return the result of a run that had died while it moved it to ``out``.
+
+    Raises:
+        ArtifactError: It is damaged, or in another format than this time.
+    """
+    artifact = verify(out)
+    if artifact.manifest.format != export_format:
+        raise not_empty(out)
+    return artifact
+
+
+def _prune(
+    opening: Opening,
+    recipe: PruneRecipe,
+    run: RunFolder,
+    layers: LayerStore,
+    *,
+    progress: PruneProgress | None,
+    on_stage: Callable[[str], None],
+) -> PruneReport:
+    """Prune the model in place, and retrain it if the recipe says so."""
+    model, calibration, device = opening.loaded.model, opening.calibration, opening.device
     dense = _dense_predictions(
-        loaded.model, recipe, calibration, run=run, device=device, on_stage=on_stage
+        model, recipe, calibration, run=run, device=device, on_stage=on_stage
     )
     on_stage("finding the model's structure")
     report = prune_model(
-        loaded.model,
+        model,
         recipe,
         calibration,
-        store=store or run,
+        store=layers,
         progress=progress or Silence(),
         device=device,
     )
-    report = _retrained(
-        loaded.model, recipe, calibration, report, dense, device=device, on_stage=on_stage
-    )
-    on_stage("writing the checkpoint")
-    artifact = _write_dense(run.fresh("dense"), loaded, recipe, calibration, report)
-    if export_format != "dense":
-        on_stage(f"packing as {export_format}")
-        artifact = EXPORTERS[export_format](artifact, run.fresh(export_format), None)
-    run.publish(artifact.path)
-    return replace(artifact, path=out)
+    return _retrained(model, recipe, calibration, report, dense, device=device, on_stage=on_stage)
 
 
 def _dense_predictions(
@@ -193,36 +230,12 @@ def _retrained(
     return replace(report, retraining=found, seconds=report.seconds + found.seconds)
 
 
-def source_fingerprint(source: str, loaded: LoadedModel) -> str:
-    """Identify the weights of ``source`` without reading them all.
-
-    A local file is known by name, size and time of change, a hub model by its snapshot's name.
-    """
-    if not Path(source).is_dir():
-        return f"{source}@{loaded.folder.name}"
-    stats = [(path.name, path.stat()) for path in sorted(loaded.folder.glob("*.safetensors"))]
-    return "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
-
-
 def _write_dense(
-    folder: Path,
-    loaded: LoadedModel,
-    recipe: PruneRecipe,
-    calibration: CalibrationSet,
-    report: PruneReport,
+    folder: Path, opening: Opening, recipe: PruneRecipe, report: PruneReport
 ) -> Artifact:
-    with writing(folder):
-        loaded.model.save_pretrained(folder, max_shard_size="5GB")
-        for shard in folder.glob("*.safetensors"):
-            shard.chmod((folder / "config.json").stat().st_mode)  # else only the owner may read
-    copy_side_files(loaded.folder, folder)
+    loaded = opening.loaded
+    write_model(loaded, folder, recipe.torch_dtype, save_weights)
     names = [operator.name for operator in report.operators]
-    checkpoint = Checkpoint.open(folder)
-    for name in names:
-        if f"{name}.weight" not in checkpoint:
-            raise UnsupportedModelError(
-                f"{name}: its weight is saved under another name, so it cannot be exported"
-            )
     manifest = Manifest(
         format="dense",
         pattern=str(recipe.pattern),
@@ -230,16 +243,11 @@ def _write_dense(
         transposed=tuple(operator.name for operator in report.operators if operator.transposed),
         source=str(loaded.source),
         recipe=recipe.to_json(),
-        calibration=asdict(calibration.record),
+        calibration=asdict(opening.calibration.record),
         report=report.to_json(),
         files={},
     )
     return write_manifest(folder, manifest)
-
-
-def _probe() -> torch.Tensor:
-    """Return a short token window ``[1, 8]`` to trace with; structure depends on no token."""
-    return torch.arange(8)[None]
 
 
 def export(
@@ -258,9 +266,14 @@ def export(
             not empty, or the disk is full.
     """
     source = Artifact.open(checkpoint)
-    run = RunFolder.open(
-        out, {"export": export_format, "dtype": str(dtype), "of": asdict(source.manifest)}
+    manifest = json.dumps(source.manifest.to_json(), sort_keys=True)
+    fingerprint = Fingerprint(
+        {"format": export_format, "dtype": str(dtype), "checkpoint": manifest}
     )
-    artifact = EXPORTERS[export_format](source, run.fresh(export_format), dtype)
-    run.publish(artifact.path)
+    with RunFolder.claim(out) as run:
+        require_space(run.path, source.checkpoint.weight_bytes)
+        if run.begin(fingerprint):
+            return _finished(out, export_format)
+        artifact = EXPORTERS[export_format](source, run.fresh(export_format), dtype)
+        run.publish(artifact.path)
     return replace(artifact, path=out)

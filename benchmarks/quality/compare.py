@@ -32,16 +32,16 @@ import click
 
 from benchmarks.harness.evaluation_texts import text_option
 from benchmarks.harness.machine import Machine
+from benchmarks.harness.results import RESULTS, stored, write_result
 from sparseserve.checkpoint.artifact import Artifact
-from sparseserve.checkpoint.tensors import write_json
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-from sparseserve.recipe.settings import PRESETS, PruneRecipe, recipe_from_mapping
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.recipe.toml import PRESETS, recipe_from_mapping
 from sparseserve.report import PruneReport
 from sparseserve.text.calibration import CalibrationSpec
 from sparseserve.workflow import prune_and_export
 
-RESULTS = Path(__file__).parents[1] / "results"
 UNFINISHED = Path("demo/unfinished")
 VARIANTS = (
     "magnitude:none",
@@ -72,6 +72,7 @@ class Setting:
             samples=self.samples,
             sequence_length=self.sequence_length,
             seed=seed,
+            scrambled=0,
         )
 
 
@@ -106,6 +107,7 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
         "pattern": setting.pattern,
         "method": {"name": method, **usual.get(method, {}), **chosen},
         "error_correction": correction or "none",
+        "reconstruction": {"epochs": 0},
         "calibration": asdict(
             replace(setting.calibration_spec(seed), scrambled=int("scramble" in arguments))
         ),
@@ -208,7 +210,7 @@ def main(
     )
     chosen = ["magnitude:none"] if smoke else list(only or VARIANTS)
     path = RESULTS / result
-    runs = [Run(**run) for run in _stored(path, setting)]
+    runs = [Run(**run) for run in stored(path, setting)]
     if not any(run.variant == "dense" for run in runs):
         runs.append(_dense(setting))
     first, *others = (int(seed) for seed in seeds.split(","))
@@ -221,14 +223,7 @@ def main(
                 continue
             click.echo(f"{variant}, seed {seed}", err=True)
             runs.append(measure(setting, variant, seed, UNFINISHED / path.stem))
-            write_json(
-                path,
-                {
-                    "setting": asdict(setting),
-                    "machine": asdict(Machine.here()),
-                    "runs": [asdict(run) for run in runs],
-                },
-            )
+            write_result(path, setting, runs=runs)
             click.echo(json.dumps(asdict(runs[-1])), err=True)
 
 
@@ -243,16 +238,6 @@ def _dense(setting: Setting) -> Run:
         gram_products=0,
         commit=Machine.here().commit,
     )
-
-
-def _stored(path: Path, setting: Setting) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["setting"] != asdict(setting):
-        raise click.UsageError(f"{path} was measured with another setting: choose another --result")
-    runs: list[dict[str, Any]] = stored["runs"]
-    return runs
 
 
 if __name__ == "__main__":

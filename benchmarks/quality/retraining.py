@@ -27,10 +27,10 @@ import click
 from torch import Tensor
 
 from benchmarks.harness.evaluation_texts import text_option
-from benchmarks.harness.machine import Machine
+from benchmarks.harness.markdown import head, line
+from benchmarks.harness.results import RESULTS, Result, stored, write_result
 from benchmarks.quality.tables import calibration_text
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
-from sparseserve.checkpoint.tensors import write_json
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.models.loading import load_model
@@ -39,7 +39,8 @@ from sparseserve.pruners.magnitude import Magnitude
 from sparseserve.pruners.refit import Refit
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
-from sparseserve.recipe.settings import PRESETS, PruneRecipe
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.recipe.toml import PRESETS, UNTRAINED
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, dense_predictions
 from sparseserve.retraining.retrain import Retraining, retrain
@@ -47,16 +48,15 @@ from sparseserve.text import evaluation_windows, read_text
 from sparseserve.text.calibration import CalibrationSpec, load_calibration
 from sparseserve.workflow import prune_and_export
 
-RESULTS = Path(__file__).parents[1] / "results"
 PRUNERS = {
-    "wanda": PruneRecipe(pruner=Wanda(), error_correction="none"),
-    "wanda, DSnoT": PruneRecipe(pruner=Dsnot("wanda"), error_correction="none"),
-    "wanda, DSnoT, refit": PruneRecipe(pruner=Refit("dsnot"), error_correction="none"),
-    "sparsegpt": PruneRecipe(pruner=SparseGPT(), error_correction="none"),
-    "sparsegpt, DSnoT": PruneRecipe(pruner=Dsnot("sparsegpt"), error_correction="none"),
+    "wanda": replace(UNTRAINED, pruner=Wanda(), error_correction="none"),
+    "wanda, DSnoT": replace(UNTRAINED, pruner=Dsnot("wanda"), error_correction="none"),
+    "wanda, DSnoT, refit": replace(UNTRAINED, pruner=Refit("dsnot"), error_correction="none"),
+    "sparsegpt": replace(UNTRAINED, pruner=SparseGPT(), error_correction="none"),
+    "sparsegpt, DSnoT": replace(UNTRAINED, pruner=Dsnot("sparsegpt"), error_correction="none"),
     "default": PRESETS["default"],
 }
-SMOKE_PRUNERS = {"magnitude": PruneRecipe(pruner=Magnitude(), error_correction="none")}
+SMOKE_PRUNERS = {"magnitude": replace(UNTRAINED, pruner=Magnitude(), error_correction="none")}
 AS_PRUNED, PERP, DISTILLED = "none", "PERP", "distillation"
 # Both losses where it matters most; PERP, the question asked, everywhere.
 KINDS = {"default": (AS_PRUNED, PERP, DISTILLED), "magnitude": (AS_PRUNED, PERP, DISTILLED)}
@@ -208,14 +208,19 @@ def main(
     setting = Setting(
         model=model,
         calibration=asdict(
-            CalibrationSpec(source=calibration, samples=samples, sequence_length=sequence_length)
+            CalibrationSpec(
+                source=calibration,
+                samples=samples,
+                sequence_length=sequence_length,
+                scrambled=0,
+            )
         ),
         retraining=chosen,
         evaluation_windows=windows,
         texts=texts,
     )
     path = RESULTS / result
-    runs = _stored(path, setting)
+    runs = [Run(**run) for run in stored(path, setting)]
     recipes = SMOKE_PRUNERS if smoke else {name: PRUNERS[name] for name in only or PRUNERS}
     todo = missing(runs, recipes)
     if not todo:
@@ -229,26 +234,22 @@ def main(
             for kind in kinds:
                 runs.append(measure(artifact, pruner, kind, setting, have))
                 click.echo(f"\n{json.dumps(asdict(runs[-1]))}", err=True)
-                _write(path, setting, runs)
+                write_result(path, setting, runs=runs)
 
 
-def retraining_table(result: dict[str, Any]) -> str:
+def retraining_table(result: Result) -> str:
     """Perplexity and seconds of every pruner, as pruned and retrained."""
     setting, machine = result["setting"], result["machine"]
     texts = list(setting["texts"])
-    lines = [
-        f"| pruner | retraining | {' | '.join(f'perplexity, {text}' for text in texts)} "
-        "| held-out cross-entropy | seconds |",
-        "|---|---|" + "---|" * (len(texts) + 2),
-    ]
+    perplexities = [f"perplexity, {text}" for text in texts]
+    lines = [head("pruner", "retraining", *perplexities, "held-out cross-entropy", "seconds")]
     for run in sorted(result["runs"], key=lambda run: _row(run["pruner"])):
         cells = [f"{run['perplexity'][text]:.2f}" for text in texts]
         held_out = ""
         if run["held_out_before"] is not None:
             held_out = f"{run['held_out_before']:.3f} to {run['held_out_after']:.3f}"
         lines.append(
-            f"| {run['pruner']} | {run['retraining']} | {' | '.join(cells)} | {held_out} "
-            f"| {run['seconds']:.0f} |"
+            line(run["pruner"], run["retraining"], *cells, held_out, f"{run['seconds']:.0f}")
         )
     calibration, knobs = setting["calibration"], setting["retraining"]
     lines.append(
@@ -267,26 +268,6 @@ def retraining_table(result: dict[str, Any]) -> str:
 def _row(pruner: str) -> int:
     """Return the place of a pruner in the table, the dense model first."""
     return list(PRUNERS).index(pruner) if pruner in PRUNERS else -1
-
-
-def _write(path: Path, setting: Setting, runs: Sequence[Run]) -> None:
-    write_json(
-        path,
-        {
-            "setting": asdict(setting),
-            "machine": asdict(Machine.here()),
-            "runs": [asdict(run) for run in runs],
-        },
-    )
-
-
-def _stored(path: Path, setting: Setting) -> list[Run]:
-    if not path.exists():
-        return []
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["setting"] != asdict(setting):
-        raise click.UsageError(f"{path} was measured with another setting: choose another --result")
-    return [Run(**run) for run in stored["runs"]]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -11,11 +10,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.compare import RESULTS, default_variant
+from benchmarks.harness.markdown import head, line
+from benchmarks.harness.results import RESULTS, Result, read_result
+from benchmarks.quality.compare import default_variant
 from sparseserve.sparsity import SparsityPattern
 
 DENSE = "dense"
-Result = dict[str, Any]
 Run = dict[str, Any]
 Settings = dict[str, Any]
 
@@ -25,7 +25,7 @@ def quality_table(result: Result) -> str:
     setting, groups = result["setting"], by_variant(result["runs"])
     lines = _head([], setting)
     for variant, runs in groups.items():
-        lines.append(f"| {' | '.join(_method(variant))} | {perplexities(runs, setting['texts'])} |")
+        lines.append(line(*_method(variant), perplexities(runs, setting["texts"])))
     seeds = max(len(runs) for runs in groups.values())
     drawn = f"{seeds} calibration seeds (mean, lowest to highest; one where one figure stands)"
     lines.append(
@@ -68,9 +68,7 @@ def _across(
                 continue
             shown.append({**each, "runs": first[variant]})
             cells = [_amount(amount) if variant != DENSE else "", *_method(variant)]
-            lines.append(
-                f"| {' | '.join(cells)} | {perplexities(first[variant], setting['texts'])} |"
-            )
+            lines.append(line(*cells, perplexities(first[variant], setting["texts"])))
     same = setting["pattern"] if key != "pattern" else f"{tokens(setting):,} calibration tokens"
     lines.append(
         f"\n`{Path(setting['model']).name}`, {same}, calibrated on "
@@ -89,8 +87,7 @@ def _kept(setting: Settings) -> float:
 
 
 def _stored() -> list[Result]:
-    paths = sorted(RESULTS.glob("quality-*.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [read_result(path) for path in sorted(RESULTS.glob("quality-*.json"))]
 
 
 def _but(key: str, result: Result) -> Settings:
@@ -98,9 +95,8 @@ def _but(key: str, result: Result) -> Settings:
 
 
 def _head(before: list[str], setting: Settings) -> list[str]:
-    heads = [*before, "method", "error correction"]
-    heads += [f"perplexity, {text}" for text in setting["texts"]]
-    return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    texts = [f"perplexity, {text}" for text in setting["texts"]]
+    return [head(*before, "method", "error correction", *texts)]
 
 
 def tokens(setting: Settings) -> int:
@@ -166,3 +162,15 @@ def _spread(values: list[float]) -> str:
     if len(values) == 1 or math.isclose(min(values), max(values)):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+QUALITY_TABLES: dict[str, Callable[[Result], str]] = {
+    "quality-smollm2-2of4": quality_table,
+    "quality-smollm2-mixed": quality_table,
+    "quality-gemma3-mixed": quality_table,
+    "quality-smollm2-steps": quality_table,
+    "quality-smollm2-50percent-mixed": patterns_table,
+    "quality-smollm2-corrections-50percent": patterns_table,
+    "quality-smollm2-samples-8": sizes_table,
+    "quality-gemma3-256": sizes_table,
+}

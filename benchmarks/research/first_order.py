@@ -20,18 +20,18 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.harness.results import RESEARCH, write_result
 from benchmarks.research.operator_data import (
     MODEL,
     OperatorData,
     model_operators,
     small_operator,
-    write_result,
 )
 from sparseserve.pruners.wanda import Wanda
 from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.fista import fista, kkt_residual, soft_threshold
 from sparseserve.solvers.linalg import largest_eigenvalue
-from sparseserve.solvers.problem import LayerProblem, layer_problem
+from sparseserve.solvers.problem import OperatorProblem, operator_problem
 from sparseserve.solvers.statistics import relative_output_error
 from sparseserve.sparsity import TWO_FOUR
 
@@ -84,7 +84,7 @@ class Task:
     operator: OperatorData
     coordinates: str
     penalty: float
-    problem: LayerProblem
+    problem: OperatorProblem
     scale: Tensor
     l1: float
     start: Tensor
@@ -112,7 +112,7 @@ class Task:
         return first, second
 
 
-def objective(problem: LayerProblem, weight: Tensor, l1: float) -> float:
+def objective(problem: OperatorProblem, weight: Tensor, l1: float) -> float:
     """Return the l1 problem's value in double precision, less a constant."""
     exact = _double(problem)
     return float(exact.loss_rows(weight.double()).sum() + l1 * weight.double().abs().sum())
@@ -120,7 +120,7 @@ def objective(problem: LayerProblem, weight: Tensor, l1: float) -> float:
 
 def task(operator: OperatorData, coordinates: str, penalty: float, iterations: int) -> Task:
     """Build a problem and minimise it by a long run of FISTA in double precision."""
-    problem = layer_problem(operator.weight, operator.seen, DAMPING)
+    problem = operator_problem(operator.weight, operator.seen, DAMPING)
     scale = torch.ones(len(problem.gram))
     if coordinates == "scaled":
         problem, scale = problem.column_scaled()
@@ -266,8 +266,8 @@ def _judged(
     )
 
 
-def _double(problem: LayerProblem) -> LayerProblem:
-    return LayerProblem(
+def _double(problem: OperatorProblem) -> OperatorProblem:
+    return OperatorProblem(
         problem.reference.double(),
         problem.gram.double(),
         problem.target.double(),
@@ -293,7 +293,7 @@ def main(model: str, names: tuple[str, ...], coordinates: tuple[str, ...], smoke
         rows += list(compare(problem, budgets))
         click.echo(f"{operator.name} {kind} {penalty}: {rows[-1]}", err=True)
         if not smoke:
-            write_result("first-order.json", setting, rows)
+            write_result(RESEARCH / "first-order.json", setting, rows=rows)
 
 
 if __name__ == "__main__":

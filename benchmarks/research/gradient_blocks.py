@@ -21,20 +21,26 @@ import click
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.results import RESEARCH, write_result
 from benchmarks.research.operator_data import (
     MODEL,
     LayerWindows,
     Windows,
     decoder_layers,
-    write_result,
 )
-from sparseserve.models import copy_layer, group_input, layer_weight, run_layer, set_layer_weight
 from sparseserve.models.hooks import hidden_output
+from sparseserve.models.layers import (
+    copy_layer,
+    group_input,
+    layer_weight,
+    run_layer,
+    set_layer_weight,
+)
 from sparseserve.models.structure import Operator
 from sparseserve.pruners import PRUNERS
 from sparseserve.solvers.conjugate_gradient import refit
-from sparseserve.solvers.problem import layer_problem
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.problem import operator_problem
+from sparseserve.solvers.statistics import InputStatistics, StatisticsSum
 from sparseserve.sparsity import TWO_FOUR
 
 LAYERS = (4, 12)
@@ -46,7 +52,7 @@ MASKED_RATE = 3e-4
 LAYER_WISE = ("wanda", "sparsegpt", "admm", "fista")
 
 Weights = Mapping[str, Tensor]
-Solve = Callable[[Operator, LayerStatistics], Tensor]
+Solve = Callable[[Operator, InputStatistics], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,16 +130,15 @@ def operator_by_operator(block: Block, start: Weights, solve: Solve) -> Weights:
     for number, group in enumerate(layer.structure.groups):
         student = block.student(found)
         corrected = number > 0 or bool(start)
-        statistics = LayerStatistics.empty(
-            group.in_features, corrected=corrected, device=torch.device("cpu")
-        )
+        total = StatisticsSum(group.in_features, corrected=corrected, device=torch.device("cpu"))
         for window in layer.seen:
             dense = group_input(layer.module, window, layer.call, group)
             if corrected:
                 seen = group_input(student, window, layer.call, group)
-                statistics = statistics.updated(seen, dense)
+                total.add(seen, dense)
             else:
-                statistics = statistics.updated(dense)
+                total.add(dense)
+        statistics = total.finish()
         for operator in group.operators:
             found[operator.name] = solve(operator, statistics)
     return found
@@ -144,7 +149,7 @@ def layer_wise(block: Block, method: str) -> tuple[Weights, float]:
     clock = time.process_time()
     pruner = PRUNERS[method]()
 
-    def solve(operator: Operator, statistics: LayerStatistics) -> Tensor:
+    def solve(operator: Operator, statistics: InputStatistics) -> Tensor:
         dense = layer_weight(block.layer.module, operator)
         return pruner.prune(dense, statistics, TWO_FOUR).weight
 
@@ -203,8 +208,8 @@ def rounded(block: Block, weights: Weights) -> Weights:
 def refitted(block: Block, weights: Weights) -> Weights:
     """Fit every operator's values on its mask."""
 
-    def solve(operator: Operator, statistics: LayerStatistics) -> Tensor:
-        problem = layer_problem(layer_weight(block.layer.module, operator), statistics, 0.01)
+    def solve(operator: Operator, statistics: InputStatistics) -> Tensor:
+        problem = operator_problem(layer_weight(block.layer.module, operator), statistics, 0.01)
         start = weights[operator.name]
         return refit(problem, start != 0, start, iterations=40).weight
 
@@ -279,7 +284,9 @@ def main(model: str, numbers: tuple[int, ...], smoke: bool) -> None:
         grid = [(tuned.rate, tuned.penalty)]
         if not smoke:
             tokens = WINDOWS.samples * WINDOWS.length
-            write_result("gradient-blocks.json", {"model": model, "tokens": tokens}, rows)
+            write_result(
+                RESEARCH / "gradient-blocks.json", {"model": model, "tokens": tokens}, rows=rows
+            )
 
 
 if __name__ == "__main__":

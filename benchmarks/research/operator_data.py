@@ -1,4 +1,4 @@
-"""What experiments on single operators and decoder layers measure on, and where results go.
+"""What experiments on single operators and decoder layers measure on.
 
 Operators are named ``LAYER.NAME`` such as ``15.self_attn.o_proj``. Their inputs are those of the
 dense model on windows of the packaged calibration text; the held-out windows are drawn together
@@ -7,8 +7,8 @@ with them, so that no two overlap.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -16,21 +16,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from benchmarks.harness.machine import Machine
-from sparseserve.checkpoint.tensors import write_json
-from sparseserve.models import (
-    LayerCall,
-    LayerStructure,
-    OperatorGroup,
+from sparseserve.models.layer_call import LayerCall
+from sparseserve.models.layers import (
     capture_layer_calls,
     entering_states,
     layer_inputs,
     layer_weight,
-    load_model,
     run_layer,
-    trace_structure,
 )
-from sparseserve.solvers.statistics import LayerStatistics, relative_output_error
+from sparseserve.models.loading import load_model
+from sparseserve.models.structure import LayerStructure, OperatorGroup, trace_structure
+from sparseserve.solvers.statistics import InputStatistics, StatisticsSum, relative_output_error
 from sparseserve.text import calibration_windows, read_text
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +72,8 @@ class OperatorData:
 
     name: str
     weight: Tensor
-    seen: LayerStatistics
-    other: LayerStatistics
+    seen: InputStatistics
+    other: InputStatistics
     inputs: Tensor
 
     def rows(self, count: int) -> OperatorData:
@@ -117,8 +113,8 @@ def fixture_operator() -> OperatorData:
     return OperatorData(
         "15.self_attn.o_proj",
         tensors["weight"],
-        LayerStatistics(seen, seen, seen, 0),
-        LayerStatistics(other, other, other, 0),
+        InputStatistics(seen, seen, seen, 0),
+        InputStatistics(other, other, other, 0),
         torch.linalg.cholesky(seen + ridge, upper=True).float(),
     )
 
@@ -130,8 +126,8 @@ def small_operator() -> OperatorData:
     return OperatorData(
         whole.name,
         whole.weight[:16, :columns],
-        LayerStatistics(seen, seen, seen, 0),
-        LayerStatistics(other, other, other, 0),
+        InputStatistics(seen, seen, seen, 0),
+        InputStatistics(other, other, other, 0),
         whole.inputs[:, :columns],
     )
 
@@ -193,27 +189,13 @@ def model_operators(
     return tuple(found[name] for name in names)
 
 
-def write_result(name: str, setting: Mapping[str, object], rows: Sequence[object]) -> None:
-    """Write ``rows``, dataclasses, to ``benchmarks/results`` with where they were measured."""
-    write_json(
-        ROOT / "benchmarks" / "results" / name,
-        {
-            "machine": asdict(Machine.here()),
-            "setting": dict(setting),
-            "rows": [asdict(row) for row in rows],  # type: ignore[call-overload]  # dataclasses
-        },
-    )
-
-
 def _statistics(
     layer: LayerWindows, group: OperatorGroup, hidden: Sequence[Tensor]
-) -> tuple[LayerStatistics, Tensor]:
-    collected = LayerStatistics.empty(
-        group.in_features, corrected=False, device=torch.device("cpu")
-    )
+) -> tuple[InputStatistics, Tensor]:
+    total = StatisticsSum(group.in_features, corrected=False, device=torch.device("cpu"))
     kept = []
     for window in hidden:
         inputs, _ = layer_inputs(layer.module, window, layer.call, [group])
-        collected = collected.updated(inputs[0])
+        total.add(inputs[0])
         kept.append(inputs[0])
-    return collected, torch.cat(kept)
+    return total.finish(), torch.cat(kept)

@@ -10,23 +10,22 @@ tokens and on others; the cost is counted in products with the Gram matrix::
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import click
 import torch
 from torch import Tensor
 
-from benchmarks.harness.machine import Machine
-from benchmarks.research.operator_data import ROOT, OperatorData, fixture_operator
-from sparseserve.checkpoint.tensors import write_json
+from benchmarks.harness.results import RESEARCH, write_result
+from benchmarks.research.operator_data import OperatorData, fixture_operator
 from sparseserve.pruners import PRUNERS, PrunedWeight, Pruner
 from sparseserve.pruners.fista import Fista
 from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.fista import soft_threshold
 from sparseserve.solvers.linalg import largest_eigenvalue
-from sparseserve.solvers.problem import layer_problem
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.problem import operator_problem
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern, UnstructuredPattern
 
 PATTERNS: tuple[SparsityPattern, ...] = (TWO_FOUR, UnstructuredPattern(0.5))
@@ -48,9 +47,9 @@ class RisingPenalty:
     rows_are_independent: ClassVar[bool] = False
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
-        problem, scale = layer_problem(dense_weight, statistics, 0.01).column_scaled()
+        problem, scale = operator_problem(dense_weight, statistics, 0.01).column_scaled()
         lipschitz = largest_eigenvalue(problem.gram)
         unit = float(problem.target.abs().mean()) / lipschitz
         weight = point = problem.reference
@@ -120,8 +119,8 @@ def main(result: str, smoke: bool) -> None:
             rows.append({"method": name, **measure(pruner, pattern, operator)})
             click.echo(rows[-1], err=True)
     if not smoke:
-        path = ROOT / "benchmarks" / "results" / result
-        write_json(path, {"machine": asdict(Machine.here()), "rows": rows})
+        setting = {"operator": operator.name, "patterns": list(map(str, PATTERNS))}
+        write_result(RESEARCH / result, setting, rows=rows)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import click
 import torch
@@ -28,12 +27,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.harness.evaluation_texts import text_option
 from benchmarks.harness.machine import Machine
+from benchmarks.harness.results import RESEARCH, stored, write_result
 from benchmarks.research.gradient_blocks import Block, Weights, operator_by_operator
 from benchmarks.research.operator_data import LayerWindows, Windows, decoder_layers
-from sparseserve.checkpoint.tensors import write_json
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.evaluation.perplexity import perplexity
-from sparseserve.models import layer_weight, load_model, set_layer_weight
+from sparseserve.models.layers import layer_weight, set_layer_weight
+from sparseserve.models.loading import load_model
 from sparseserve.models.structure import Operator
 from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista import Fista
@@ -41,13 +41,13 @@ from sparseserve.pruners.fista_paper import PaperFista
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.pruners.refit import refitted
 from sparseserve.pruners.sparsegpt import SparseGPT
-from sparseserve.recipe.settings import PRESETS
-from sparseserve.solvers.problem import layer_problem
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.recipe.toml import PRESETS
+from sparseserve.solvers.problem import operator_problem
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 from sparseserve.text import evaluation_windows, read_text
 
-RESULT = Path(__file__).parents[1] / "results" / "paper-ablation.json"
+RESULT = RESEARCH / "paper-ablation.json"
 LAYERS = (6, 18)
 DAMPING = 0.01
 
@@ -56,7 +56,7 @@ class Method(Protocol):
     """What a pruner does, and the variants below."""
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight: ...
 
 
@@ -69,9 +69,9 @@ class RelativeLambda:
     upper: float = 10.0
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
-        unit = float(layer_problem(dense_weight, statistics, damping=0.0).target.abs().mean())
+        unit = float(operator_problem(dense_weight, statistics, damping=0.0).target.abs().mean())
         own = replace(self.paper, first_lambda=self.first * unit, upper_lambda=self.upper * unit)
         return own.prune(dense_weight, statistics, pattern)
 
@@ -84,10 +84,10 @@ class ThenRefit:
     iterations: int = 40
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         start = self.method.prune(dense_weight, statistics, pattern)
-        problem = layer_problem(dense_weight, statistics, DAMPING)
+        problem = operator_problem(dense_weight, statistics, DAMPING)
         return refitted(start, problem, self.iterations)
 
 
@@ -98,7 +98,7 @@ class ScaledColumns:
     method: Method
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         energy = statistics.gram.diagonal()
         scale = energy.clamp(min=1e-6 * float(energy.mean())).sqrt()
@@ -115,7 +115,7 @@ class Damped:
     method: Method
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         ridge = DAMPING * statistics.gram.diagonal().mean() * torch.eye(len(statistics.gram))
         damped = _changed(statistics, lambda moment: moment + ridge)
@@ -129,15 +129,15 @@ class Uncorrected:
     method: Method
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         dense = statistics.dense_gram
-        own = LayerStatistics(dense, dense, dense, statistics.tokens)
+        own = InputStatistics(dense, dense, dense, statistics.tokens)
         return self.method.prune(dense_weight, own, pattern)
 
 
-def _changed(statistics: LayerStatistics, change: Callable[[Tensor], Tensor]) -> LayerStatistics:
-    return LayerStatistics(
+def _changed(statistics: InputStatistics, change: Callable[[Tensor], Tensor]) -> InputStatistics:
+    return InputStatistics(
         change(statistics.gram),
         change(statistics.cross),
         change(statistics.dense_gram),
@@ -204,7 +204,7 @@ def pruned_layer(layer: LayerWindows, method: Method) -> tuple[Weights, int]:
     """Prune the operators of a layer in the order of the data; return them and the products."""
     products = []
 
-    def solve(operator: Operator, statistics: LayerStatistics) -> Tensor:
+    def solve(operator: Operator, statistics: InputStatistics) -> Tensor:
         dense = layer_weight(layer.module, operator)
         found = method.prune(dense, statistics, TWO_FOUR)
         products.append(found.gram_products)
@@ -254,7 +254,7 @@ def main(
         "texts": dict(texts),
         "evaluation_windows": windows,
     }
-    runs = [] if smoke else _stored(setting)
+    runs = [] if smoke else [Run(**row) for row in stored(RESULT, setting, "rows")]
     layers = list(decoder_layers(model, numbers, drawn))
     tokenizer = AutoTokenizer.from_pretrained(model)
     evaluation = Evaluation(
@@ -279,19 +279,7 @@ def main(
         runs.append(measure(name, layers, evaluation))
         click.echo(json.dumps(asdict(runs[-1])), err=True)
         if not smoke:
-            rows = [asdict(run) for run in runs]
-            write_json(
-                RESULT, {"setting": setting, "machine": asdict(Machine.here()), "rows": rows}
-            )
-
-
-def _stored(setting: dict[str, Any]) -> list[Run]:
-    if not RESULT.exists():
-        return []
-    found = json.loads(RESULT.read_text(encoding="utf-8"))
-    if found["setting"] != setting:
-        raise click.ClickException(f"{RESULT.name} holds runs of another setting: move it away")
-    return [Run(**row) for row in found["rows"]]
+            write_result(RESULT, setting, rows=runs)
 
 
 if __name__ == "__main__":

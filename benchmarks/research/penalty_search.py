@@ -7,7 +7,7 @@ relative one. The grid spends half of its trials on a geometric grid over the wh
 half between the neighbours of the best point. Optuna's TPE runs with its Hyperband pruner (BOHB:
 a poor trial ends early and its products are saved) and without::
 
-    pip install -e '.[dev]'
+    pip install -e '.[research]'
     OMP_NUM_THREADS=1 python -m benchmarks.research.penalty_search
 """
 
@@ -22,18 +22,18 @@ import optuna
 import torch
 from torch import Tensor
 
+from benchmarks.harness.results import RESEARCH, write_result
 from benchmarks.research.operator_data import (
     MODEL,
     OperatorData,
     model_operators,
     small_operator,
-    write_result,
 )
 from sparseserve.pruners.one_shot import ONE_SHOT
 from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.fista import fista
 from sparseserve.solvers.linalg import largest_eigenvalue
-from sparseserve.solvers.problem import layer_problem
+from sparseserve.solvers.problem import operator_problem
 from sparseserve.solvers.statistics import relative_output_error
 from sparseserve.sparsity import TWO_FOUR
 
@@ -88,7 +88,7 @@ def evaluator(operator: OperatorData, start: str) -> tuple[Evaluate, float]:
     0 steps judge the start. The paper's columns are not scaled, so its lambda is that of a column
     of mean scale here.
     """
-    plain = layer_problem(operator.weight, operator.seen, 0.01)
+    plain = operator_problem(operator.weight, operator.seen, 0.01)
     problem, scale = plain.column_scaled()
     warm = ONE_SHOT[start].prune(operator.weight, operator.seen, TWO_FOUR).weight * scale
     lipschitz = largest_eigenvalue(problem.gram)
@@ -234,7 +234,7 @@ def main(model: str, names: tuple[str, ...], smoke: bool) -> None:
             rows += list(compare(part, start, (3,) if smoke else TRIALS))
             click.echo(f"{operator.name} {start}: {rows[-1]}", err=True)
             if not smoke:
-                write_result("penalty-search.json", setting, rows)
+                write_result(RESEARCH / "penalty-search.json", setting, rows=rows)
 
 
 if __name__ == "__main__":

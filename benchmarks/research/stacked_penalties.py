@@ -19,19 +19,19 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.harness.results import RESEARCH, write_result
 from benchmarks.research.operator_data import (
     MODEL,
     OPERATORS,
     OperatorData,
     model_operators,
     small_operator,
-    write_result,
 )
 from sparseserve.pruners import PRUNERS
 from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.fista import fista
 from sparseserve.solvers.linalg import largest_eigenvalue
-from sparseserve.solvers.problem import LayerProblem, better_rows, layer_problem
+from sparseserve.solvers.problem import OperatorProblem, better_rows, operator_problem
 from sparseserve.sparsity import TWO_FOUR
 
 # In units of the mean absolute target.
@@ -68,9 +68,9 @@ class Cost:
     calibration_error: float
 
 
-def stacked(problem: LayerProblem, count: int) -> LayerProblem:
+def stacked(problem: OperatorProblem, count: int) -> OperatorProblem:
     """Return ``count`` copies of ``problem``, one above the other."""
-    return LayerProblem(
+    return OperatorProblem(
         problem.reference.repeat(count, 1),
         problem.gram,
         problem.target.repeat(count, 1),
@@ -79,7 +79,7 @@ def stacked(problem: LayerProblem, count: int) -> LayerProblem:
 
 
 def compare(operator: OperatorData) -> Row:
-    plain = layer_problem(operator.weight, operator.seen, 0.01)
+    plain = operator_problem(operator.weight, operator.seen, 0.01)
     problem, scale = plain.column_scaled()
     warm = PRUNERS["sparsegpt"]().prune(operator.weight, operator.seen, TWO_FOUR).weight * scale
     lipschitz = largest_eigenvalue(problem.gram)
@@ -87,7 +87,7 @@ def compare(operator: OperatorData) -> Row:
     tall = stacked(problem, len(PENALTIES))
     each = torch.tensor(PENALTIES).repeat_interleave(len(warm))[:, None] * unit
 
-    def run(problem: LayerProblem, start: Tensor, l1: Tensor | float) -> Tensor:
+    def run(problem: OperatorProblem, start: Tensor, l1: Tensor | float) -> Tensor:
         return fista(
             problem, start, l1=l1, lipschitz=lipschitz, iterations=ITERATIONS, restart=True
         ).weight
@@ -132,11 +132,11 @@ def costs(operator: OperatorData) -> Iterator[Cost]:
         )
 
 
-def _rounded(problem: LayerProblem, relaxed: Tensor) -> Tensor:
+def _rounded(problem: OperatorProblem, relaxed: Tensor) -> Tensor:
     return _refitted(problem, TWO_FOUR.project(relaxed))
 
 
-def _refitted(problem: LayerProblem, weight: Tensor) -> Tensor:
+def _refitted(problem: OperatorProblem, weight: Tensor) -> Tensor:
     return refit(problem, weight != 0, weight, iterations=REFIT).weight
 
 
@@ -166,8 +166,8 @@ def main(model: str, names: tuple[str, ...], smoke: bool) -> None:
             click.echo(cost, err=True)
         if not smoke:
             setting = {"penalties": PENALTIES, "iterations": ITERATIONS}
-            write_result("stacked-penalties.json", setting, rows)
-            write_result("operator-costs.json", {"pattern": "2:4"}, spent)
+            write_result(RESEARCH / "stacked-penalties.json", setting, rows=rows)
+            write_result(RESEARCH / "operator-costs.json", {"pattern": "2:4"}, rows=spent)
 
 
 if __name__ == "__main__":

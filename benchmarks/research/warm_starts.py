@@ -17,19 +17,19 @@ from dataclasses import dataclass
 import click
 from torch import Tensor
 
+from benchmarks.harness.results import RESEARCH, write_result
 from benchmarks.research.operator_data import (
     MODEL,
     OPERATORS,
     OperatorData,
     model_operators,
     small_operator,
-    write_result,
 )
 from sparseserve.pruners import PRUNERS
 from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.fista import fista
 from sparseserve.solvers.linalg import largest_eigenvalue
-from sparseserve.solvers.problem import LayerProblem, better_candidate, layer_problem
+from sparseserve.solvers.problem import OperatorProblem, better_candidate, operator_problem
 from sparseserve.sparsity import SparsityPattern
 
 STARTS = ("dense", "magnitude", "wanda", "ria", "dsnot", "sparsegpt", "admm-gradual", "admm")
@@ -56,7 +56,7 @@ class Row:
 
 
 def treated(
-    problem: LayerProblem, pattern: SparsityPattern, start: Tensor, origin: Tensor | None
+    problem: OperatorProblem, pattern: SparsityPattern, start: Tensor, origin: Tensor | None
 ) -> Iterator[tuple[str, Tensor, int]]:
     """Yield treatment, weight and products, in scaled columns; ``origin`` replaces FISTA's start.
 
@@ -88,7 +88,7 @@ def treated(
 
 def measure(operator: OperatorData, pattern: SparsityPattern, start: str) -> Iterator[Row]:
     """Yield the rows of one start."""
-    plain = layer_problem(operator.weight, operator.seen, DAMPING)
+    plain = operator_problem(operator.weight, operator.seen, DAMPING)
     problem, scale = plain.column_scaled()
     kind = PRUNERS["wanda" if start == "dense" else start]
     clock = time.process_time()
@@ -112,7 +112,7 @@ def measure(operator: OperatorData, pattern: SparsityPattern, start: str) -> Ite
         clock = time.process_time()
 
 
-def _refitted(problem: LayerProblem, weight: Tensor, iterations: int) -> Tensor:
+def _refitted(problem: OperatorProblem, weight: Tensor, iterations: int) -> Tensor:
     if not iterations:
         return weight
     return refit(problem, weight != 0, weight, iterations=iterations).weight
@@ -132,7 +132,7 @@ def main(model: str, names: tuple[str, ...], smoke: bool) -> None:
                 rows += list(measure(operator, pattern, start))
                 click.echo(f"{operator.name} {rows[-1]}", err=True)
         if not smoke:
-            write_result("warm-starts.json", setting, rows)
+            write_result(RESEARCH / "warm-starts.json", setting, rows=rows)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.research.operator_data import write_result
+from benchmarks.harness.results import RESULTS, write_result
 from sparseserve.serving.kernels import KERNELS, LinearKernel, LinearSpec, LoadedWeight, RowBlock
 from sparseserve.serving.kernels.choice.plan import batches_of
 from sparseserve.sparsity import TWO_FOUR, pack24
@@ -152,7 +152,7 @@ def main(result: str, cold_mib: int, smoke: bool) -> None:
         found += measure_in_processes(rows, columns, BATCHES, cold_mib * 2**20)
         click.echo(f"{rows} x {columns}", err=True)
     setting = {"cold_bytes": cold_mib * 2**20, "repeats": _REPEATS, "processes": _PROCESSES}
-    write_result(result, setting, found)
+    write_result(RESULTS / result, setting, rows=found)
 
 
 if __name__ == "__main__":

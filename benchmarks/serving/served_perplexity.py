@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks.research.operator_data import write_result
+from benchmarks.harness.results import RESULTS, write_result
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.devices import dtype_name
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
@@ -101,7 +101,7 @@ def main(checkpoint: Path, samples: int, sequence_length: int, result: str) -> N
         click.echo(str(row), err=True)
         found.append(row)
     setting = {"checkpoint": checkpoint.name, "samples": samples, "length": sequence_length}
-    write_result(result, setting, found)
+    write_result(RESULTS / result, setting, rows=found)
 
 
 if __name__ == "__main__":

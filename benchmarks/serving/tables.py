@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.markdown import (
+    commit_and_date,
+    engine_software,
+    head,
+    line,
+    processor_and_software,
+)
+from benchmarks.harness.results import Result
 
-def bench_table(result: dict[str, Any]) -> str:
+
+def bench_table(result: Result) -> str:
     """Dense against 2:4 through vLLM."""
     own, base = result["model"], result["baseline"]
     lines = [
-        "| | dense | 2:4 packed | ratio |",
-        "|---|---|---|---|",
+        head("", "dense", "2:4 packed", "ratio"),
         _ratio("weights on disk, MiB", base["weight_bytes"] / 2**20, own["weight_bytes"] / 2**20),
         *(
             _ratio(f"{what}, MiB", base["memory"][key] / 2**20, own["memory"][key] / 2**20)
@@ -26,13 +35,12 @@ def bench_table(result: dict[str, Any]) -> str:
         lines += _latency_lines(other, found, len(result["plan"]["input_lengths"]) > 1)
     for row in result.get("http", {}).get("rows", ()):
         lines += _load_lines(row)
-    plan, machine, versions = result["plan"], result["machine"], result["versions"]
+    plan, machine = result["plan"], result["machine"]
     lengths = ", ".join(map(str, plan["input_lengths"]))
-    software = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines.append(
         f"\n{lengths} tokens in, {plan['output_length']} out, medians of "
         f"{plan['repeats']} runs in turns; {machine['cpu']}, {machine['cores']} cores; "
-        f"{software}; {result['date'][:10]}."
+        f"{engine_software(result)}"
     )
     return "\n".join(lines)
 
@@ -66,16 +74,13 @@ def _load_lines(row: dict[str, Any]) -> list[str]:
 
 
 def _ratio(name: str, base: float, own: float) -> str:
-    return f"| {name} | {base:,.2f} | {own:,.2f} | {own / base:.3f} |"
+    return line(name, f"{base:,.2f}", f"{own:,.2f}", f"{own / base:.3f}")
 
 
-def cpu_kernels_table(result: dict[str, Any]) -> str:
+def cpu_kernels_table(result: Result) -> str:
     """Each batch size's fastest 2:4 kernel against torch's products and our own dense one."""
-    lines = [
-        "| shape | batch | fastest 2:4 kernel | ms | torch, float32 or bfloat16, ms | gain "
-        "| gain over our dense kernel |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    times_of = ("fastest 2:4 kernel", "ms", "torch, float32 or bfloat16, ms")
+    lines = [head("shape", "batch", *times_of, "gain", "gain over our dense kernel")]
     for row in result["rows"]:
         times = row["milliseconds"]
         sparse = {name: times[name] for name in times if name.startswith("cpu_")}
@@ -91,41 +96,35 @@ def cpu_kernels_table(result: dict[str, Any]) -> str:
         f"\nWeights of bfloat16 values, medians of {result['setting']['repeats']} turns in each of "
         f"{result['setting']['processes']} processes; "
         f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}, "
-        f"commit {machine['commit']}, {machine['date']}."
+        f"{commit_and_date(machine)}"
     )
     return "\n".join(lines)
 
 
-def tune_table(result: dict[str, Any]) -> str:
+def tune_table(result: Result) -> str:
     """How many times as fast as vLLM's dense product the chosen kernels are, by batch size."""
     batches = list(result["speedup"])
-    lines = [
-        f"| layer | how many | {' | '.join(batches)} |",
-        "|---|---|" + "---|" * len(batches),
-    ]
+    lines = [head("layer", "how many", *batches)]
     for layers in result["layers"]:
         gains = [layers["dense_seconds"][b] / layers["seconds"][b] for b in batches]
-        cells = " | ".join(f"{gain:.2f}" for gain in gains)
-        lines.append(f"| {layers['layer']} | {len(layers['names'])} | {cells} |")
+        cells = [f"{gain:.2f}" for gain in gains]
+        lines.append(line(layers["layer"], str(len(layers["names"])), *cells))
     total = sum(len(layers["names"]) for layers in result["layers"])
-    cells = " | ".join(f"{gain:.2f}" for gain in result["speedup"].values())
-    lines.append(f"| together | {total} | {cells} |")
-    machine, versions = result["machine"], result["versions"]
-    software = ", ".join(f"{name} {version}" for name, version in versions.items())
+    cells = [f"{gain:.2f}" for gain in result["speedup"].values()]
+    lines.append(line("together", str(total), *cells))
+    machine = result["machine"]
     lines.append(
         f"\n`{Path(result['path']).name}`, columns are tokens at once; {machine['cpu']}, "
-        f"{machine['cores']} cores, of which vLLM leaves one free; {software}; "
-        f"{result['date'][:10]}."
+        f"{machine['cores']} cores, of which vLLM leaves one free; "
+        f"{engine_software(result)}"
     )
     return "\n".join(lines)
 
 
-def served_perplexity_table(result: dict[str, Any]) -> str:
+def served_perplexity_table(result: Result) -> str:
     """Perplexity under vLLM, and how far it is from that of transformers."""
-    lines = [
-        "| program | weights stored in | computed in | tokens at once | perplexity | difference |",
-        "|---|---|---|---|---|---|",
-    ]
+    ways = ("program", "weights stored in", "computed in", "tokens at once")
+    lines = [head(*ways, "perplexity", "difference")]
     rows, setting, machine = result["rows"], result["setting"], result["machine"]
     for row in rows:
         at_once = row["tokens_at_once"] or setting["length"]
@@ -135,13 +134,12 @@ def served_perplexity_table(result: dict[str, Any]) -> str:
         )
     lines.append(
         f"\n`{setting['checkpoint']}`, {setting['samples']} windows of {setting['length']} tokens "
-        f"of the packaged evaluation text; {machine['cpu']}, torch {machine['torch']}, commit "
-        f"{machine['commit']}, {machine['date']}."
+        f"of the packaged evaluation text; {processor_and_software(machine)}"
     )
     return "\n".join(lines)
 
 
-SERVING_TABLES = {
+SERVING_TABLES: dict[str, Callable[[Result], str]] = {
     "bench-smollm2-2of4": bench_table,
     "bench-smollm2-2of4-bf16": bench_table,
     "bench-smollm2-2of4-bf16-avx2": bench_table,

@@ -15,21 +15,11 @@ from typing import NoReturn
 
 from sparseserve.errors import ServingError
 from sparseserve.machine import Machine, installed_versions, this_machine
+from sparseserve.serving.launch.child import SAFE_PATH, python_module
+from sparseserve.serving.launch.policy import runs_eagerly, server_cache, vllm_dtype
 from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.launch.served_model import ServedModel
-
-GIB = 2**30
-# What vLLM, torch and the libraries under them take on a CPU before any weight is loaded.
-_PROCESS_BYTES = 2 * GIB
-# While weights are loaded, a layer exists as read and as laid out for the product, and some
-# models' embeddings stay twice.
-_LOADING_FACTOR = 1.25
-_LARGEST_CACHE = 4 * GIB
-_CACHE_SHARE = 0.5
-_BLOCK_TOKENS = 128
-# A request of the longest kind must leave room for others.
-_CONCURRENT_LONGEST = 2
-_FULL_HOUSE = 64
+from sparseserve.serving.plugin.method import LORA_REFUSED, METHOD_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +43,14 @@ def server_command(folder: Path, options: Sequence[str]) -> ServerCommand:
     """
     require_vllm("serving")
     model = ServedModel.open(folder)
+    _refuse_lora(model, options)
     defaults = default_options(model, this_machine(), options, os.environ)
     return ServerCommand(
-        arguments=(
-            sys.executable,
-            "-m",
-            *_server_program(),
-            str(folder),
-            *defaults,
-            *options,
-        ),
-        environment={"VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1")},
+        arguments=(*_server_program(), str(folder), *defaults, *options),
+        environment={
+            "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+            **SAFE_PATH,
+        },
     )
 
 
@@ -79,8 +66,7 @@ def default_options(
 ) -> list[str]:
     """Return the options to put before the user's.
 
-    On a GPU, or with a configuration file (``--config``), there are none: vLLM's own are good. On a
-    CPU, vLLM would compile for minutes, compute in an emulated dtype and claim almost all memory.
+    On a GPU, or with a configuration file (``--config``), there are none.
 
     Raises:
         ServingError: The weights alone need more memory than is free.
@@ -88,10 +74,10 @@ def default_options(
     if machine.gpu or _given(options, "--config"):
         return []
     defaults: list[str] = []
-    if not _given(options, "--dtype") and not machine.native_bfloat16:
-        defaults += ["--dtype", "float32"]
+    if not _given(options, "--dtype") and (dtype := vllm_dtype(machine)) != "auto":
+        defaults += ["--dtype", dtype]
     compilation = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O")
-    if not any(_given(options, flag) for flag in compilation):
+    if runs_eagerly(machine) and not any(_given(options, flag) for flag in compilation):
         defaults += ["--enforce-eager"]
     cache_is_given = _given(options, "--kv-cache-memory-bytes") or environment.get(
         "VLLM_CPU_KVCACHE_SPACE"
@@ -102,42 +88,29 @@ def default_options(
 
 
 def _server_program() -> tuple[str, ...]:
-    """Return the module that is ``vllm serve``, up to the model."""
+    """Return the command line that is ``vllm serve``, up to the model."""
     if "vllm" in installed_versions():
-        return ("vllm.entrypoints.cli.main", "serve")
+        return (*python_module("vllm.entrypoints.cli.main"), "serve")
     # The command of vllm-cpu 0.32 fails before it starts: it asks for the version of a package
     # called vllm. The server it would start does not.
-    return ("vllm.entrypoints.launchers.api_server.entry", "--model")
+    return (*python_module("vllm.entrypoints.launchers.api_server.entry"), "--model")
 
 
 def _cache_options(
     model: ServedModel, machine: Machine, options: Sequence[str], width: int
 ) -> list[str]:
-    """Size the cache of keys and values, and the longest sequence, to the memory that is free.
-
-    Raises:
-        ServingError: The weights alone need more memory than is free.
-    """
-    weights = int(model.dense_parameters * width * _LOADING_FACTOR)
-    rest = machine.free_bytes - weights - _PROCESS_BYTES
-    block = model.cache_numbers_per_token * width * _BLOCK_TOKENS
-    # Of a small model, more than a full house of its longest sequences would lie idle.
-    useful = _LARGEST_CACHE
-    if model.max_positions is not None:
-        useful = block * -(-model.max_positions // _BLOCK_TOKENS) * _FULL_HOUSE
-    cache = int(min(_LARGEST_CACHE, useful, rest * _CACHE_SHARE)) // block * block
-    if cache < _CONCURRENT_LONGEST * block:
-        raise ServingError(
-            f"{model.folder}: needs {(weights + _PROCESS_BYTES) / GIB:.1f} GiB and a cache in "
-            f"memory, {machine.free_bytes / GIB:.1f} GiB are free: free some, or give --dtype "
-            "bfloat16 or --kv-cache-memory-bytes after --"
-        )
-    sized = ["--kv-cache-memory-bytes", str(cache)]
-    longest = cache // block // _CONCURRENT_LONGEST * _BLOCK_TOKENS
-    too_long = model.max_positions is not None and model.max_positions > longest
+    cache = server_cache(model, machine, width)
+    sized = ["--kv-cache-memory-bytes", str(cache.size)]
+    too_long = model.max_positions is not None and model.max_positions > cache.longest
     if too_long and not _given(options, "--max-model-len"):
-        sized += ["--max-model-len", str(longest)]
+        sized += ["--max-model-len", str(cache.longest)]
     return sized
+
+
+def _refuse_lora(model: ServedModel, options: Sequence[str]) -> None:
+    values = {option.rpartition("=")[2] for option in options}
+    if (model.packed or METHOD_NAME in values) and _given(options, "--enable-lora"):
+        raise ServingError(f"{model.folder}: {LORA_REFUSED}")
 
 
 def _bytes_per_number(options: Sequence[str], defaults: Sequence[str]) -> int:

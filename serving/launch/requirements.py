@@ -9,11 +9,11 @@ from importlib import metadata
 
 from sparseserve.errors import MissingExtraError, ServingError, first_line
 from sparseserve.machine import has_nvidia_gpu
+from sparseserve.serving.plugin.method import METHOD_NAME
 
 # transformers imports these when they are installed; one built for another torch breaks it.
 _TORCH_EXTENSIONS = ("torchvision", "torchaudio", "torchcodec")
 _PLUGIN_GROUP = "vllm.general_plugins"
-_PLUGIN_NAME = "sparseserve"
 
 
 def require_vllm(purpose: str) -> None:
@@ -45,11 +45,11 @@ def _require_importable(package: str) -> None:
 
 def _require_plugin() -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
-    if allowed is not None and _PLUGIN_NAME not in allowed.split(","):
+    if allowed is not None and METHOD_NAME not in allowed.split(","):
         raise ServingError(
-            f"VLLM_PLUGINS={allowed} keeps vLLM from loading {_PLUGIN_NAME}: add it, or unset it"
+            f"VLLM_PLUGINS={allowed} keeps vLLM from loading {METHOD_NAME}: add it, or unset it"
         )
-    if not any(entry.name == _PLUGIN_NAME for entry in metadata.entry_points(group=_PLUGIN_GROUP)):
+    if not any(entry.name == METHOD_NAME for entry in metadata.entry_points(group=_PLUGIN_GROUP)):
         raise ServingError(
             "vLLM cannot find the sparseserve plugin because sparseserve is not installed in this "
             "environment: pip install sparseserve"

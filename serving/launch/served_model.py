@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 
 from sparseserve.checkpoint.tensors import Checkpoint
+from sparseserve.checkpoint.written_tensors import require_written_tensors
 from sparseserve.errors import ArtifactError, ServingError, UnsupportedModelError
 from sparseserve.text import position_limit
 
@@ -52,6 +53,7 @@ class ServedModel:
         if not (folder / "config.json").is_file():
             raise ServingError(f"{folder}: holds no config.json, so it is not a checkpoint")
         try:
+            require_written_tensors(folder)
             checkpoint = Checkpoint.open(folder)
         except ArtifactError as error:
             raise ServingError(str(error)) from error

@@ -10,9 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -22,21 +19,19 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import ServingError
-from sparseserve.machine import Machine, this_machine
+from sparseserve.machine import this_machine
 from sparseserve.serving.kernels.choice.choose import MEASURE_VARIABLE
+from sparseserve.serving.launch.child import Child, python_module
+from sparseserve.serving.launch.policy import cache_bytes_for, runs_eagerly, vllm_dtype
 from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.measure.layer_choice import LayerChoice
 from sparseserve.serving.measure.memory import EngineMemory
-from sparseserve.serving.measure.process_log import last_words
 
 if TYPE_CHECKING:
     from sparseserve.serving.launch.served_model import ServedModel
 
 _WORKER = "sparseserve.serving.measure.worker"
 _STOP_SECONDS = 10
-# vLLM hands out cache in blocks, and keeps some for itself.
-_BLOCK_TOKENS = 128
-_SPARE_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,29 +106,19 @@ def engine_options(
             threads to cores, and leaves one core free, as in its server.
     """
     machine = this_machine()
-    in_batch = max_num_seqs * _blocks(batch_model_len or max_model_len)
-    blocks = max(_blocks(max_model_len), in_batch) + _SPARE_BLOCKS
-    # Four bytes a number: room for every dtype.
-    cache_bytes = 4 * model.cache_numbers_per_token * _BLOCK_TOKENS * blocks
     return EngineOptions(
         model=str(model.folder),
-        dtype=str(dtype).removeprefix("torch.") if dtype else _machine_dtype(machine),
+        dtype=vllm_dtype(machine, dtype),
         quantization=quantization,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(prompt_tokens, max_num_seqs),
-        kv_cache_memory_bytes=cache_bytes,
-        enforce_eager=machine.gpu is None,
+        kv_cache_memory_bytes=cache_bytes_for(
+            model, max_num_seqs, batch_model_len or max_model_len, longest=max_model_len
+        ),
+        enforce_eager=runs_eagerly(machine),
         distributed_executor_backend="mp" if threads_of_server and machine.gpu is None else None,
     )
-
-
-def _blocks(tokens: int) -> int:
-    return -(-tokens // _BLOCK_TOKENS)
-
-
-def _machine_dtype(machine: Machine) -> str:
-    return "auto" if machine.gpu or machine.native_bfloat16 else "float32"
 
 
 class Engine:
@@ -157,9 +142,8 @@ class Engine:
         """
         require_vllm("measuring through vLLM")
         self.options = options
-        self._log = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115  # closed with the engine
-        self._process, self._requests, self._replies = _start_worker(
-            self._log, _worker_environment(measure_kernels=measure_kernels)
+        self._worker, self._requests, self._replies = _start_worker(
+            _worker_environment(measure_kernels=measure_kernels)
         )
         try:
             self.memory = EngineMemory.from_json(self._ask(asdict(options)))
@@ -185,12 +169,8 @@ class Engine:
         for pipe in (self._requests, self._replies):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
+        self._worker.wait(_STOP_SECONDS)
+        self._worker.stop()
 
     def negative_log_likelihoods(self, windows: Sequence[Tensor]) -> list[float]:
         """Return the negative log-likelihood of each of ``windows``, in nats.
@@ -238,7 +218,7 @@ class Engine:
         if not line:
             raise ServingError(
                 f"{self.options.model}: the vLLM worker died with exit code "
-                f"{self._process.wait()}; its last words: {last_words(self._log)}"
+                f"{self._worker.wait()}; its last words: {self._worker.last_words()}"
             )
         reply: dict[str, object] = json.loads(line)
         if "error" in reply:
@@ -246,27 +226,16 @@ class Engine:
         return reply
 
 
-def _start_worker(
-    log: IO[str], environment: dict[str, str]
-) -> tuple[subprocess.Popen[bytes], IO[str], IO[str]]:
+def _start_worker(environment: dict[str, str]) -> tuple[Child, IO[str], IO[str]]:
     with _pipe() as (request_end, requests), _pipe() as (replies, reply_end):
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "sparseserve.serving.measure.worker",
-                str(request_end),
-                str(reply_end),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=(request_end, reply_end),
-            env={**os.environ, **environment},
+        worker = Child(
+            (*python_module(_WORKER), str(request_end), str(reply_end)),
+            environment=environment,
+            descriptors=(request_end, reply_end),
         )
         os.close(request_end)
         os.close(reply_end)
-        return process, os.fdopen(requests, "w"), os.fdopen(replies)
+        return worker, os.fdopen(requests, "w"), os.fdopen(replies)
 
 
 @contextlib.contextmanager

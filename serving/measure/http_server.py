@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import socket
-import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -17,8 +13,8 @@ from types import TracebackType
 from typing import Self
 
 from sparseserve.errors import ServingError
+from sparseserve.serving.launch.child import Child
 from sparseserve.serving.launch.command import server_command
-from sparseserve.serving.measure.process_log import first_error
 
 HOST = "127.0.0.1"
 _START_SECONDS = 1800
@@ -49,15 +45,11 @@ class HttpServer:
         self.port = _free_port()
         address = ("--host", HOST, "--port", str(self.port))
         command = server_command(folder, (*address, *options))
-        self._log = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115  # closed with the server
-        self._process = subprocess.Popen(
+        self._process = Child(
             command.arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **command.environment},
-            # Its own group: Ctrl-C reaches this process alone, which then ends all of the server's.
-            start_new_session=True,
+            environment=command.environment,
+            # vLLM's server ends its engine when it is asked to leave.
+            orphaned=signal.SIGTERM,
         )
 
     def __enter__(self) -> Self:
@@ -84,13 +76,7 @@ class HttpServer:
 
     def close(self) -> None:
         """Ask the server to leave; then end whatever of it is left."""
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._log.close()
+        self._process.stop(_STOP_SECONDS)
 
     def require_running(self) -> None:
         """Refuse to go on with a server that has ended.
@@ -98,10 +84,10 @@ class HttpServer:
         Raises:
             ServingError: Carries the server's reason.
         """
-        if self._process.poll() is not None:
+        if (code := self._process.exit_code) is not None:
             raise ServingError(
-                f"{self.folder}: the vLLM server ended with exit code {self._process.returncode}: "
-                f"{first_error(self._log)}"
+                f"{self.folder}: the vLLM server ended with exit code {code}: "
+                f"{self._process.first_error()}"
             )
 
     def _wait_until_ready(self) -> None:
@@ -111,7 +97,7 @@ class HttpServer:
             if time.monotonic() > deadline:
                 raise ServingError(
                     f"{self.folder}: the vLLM server was not ready after {_START_SECONDS} s; "
-                    f"its log says: {first_error(self._log)}"
+                    f"its log says: {self._process.first_error()}"
                 )
             time.sleep(_POLL_SECONDS)
 

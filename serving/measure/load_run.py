@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import IO
 
 import torch
 
 from sparseserve.errors import ServingError
+from sparseserve.serving.launch.child import Child, python_module
+from sparseserve.serving.launch.policy import GPU_FRACTION_OF_TWO
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import engine_options
 from sparseserve.serving.measure.http_server import HOST, HttpServer
 from sparseserve.serving.measure.load import Load, LoadLevel, LoadPlan, LoadRow
 from sparseserve.serving.measure.load_client import DONE
-from sparseserve.serving.measure.process_log import last_words
 
-# Of a GPU's memory, so that a second server beside this one passes vLLM's own check.
-_GPU_SHARE = 0.45
+_CLIENT = "sparseserve.serving.measure.load_client"
 _WARMUPS = 2
 # A tokenizer may add tokens to the prompts.
 _SPARE_TOKENS = 16
@@ -89,7 +86,7 @@ def _server(
             *("--max-model-len", str(options.max_model_len)),
             *("--max-num-seqs", str(options.max_num_seqs)),
             *("--kv-cache-memory-bytes", str(options.kv_cache_memory_bytes)),
-            *("--gpu-memory-utilization", str(_GPU_SHARE)),
+            *("--gpu-memory-utilization", str(GPU_FRACTION_OF_TWO)),
             # The client warms up with the first of its prompts.
             *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
         ),
@@ -159,13 +156,12 @@ def client_options(run: _Run, tokenizer: Path, plan: LoadPlan, result: Path) -> 
 def _run_client(
     jobs: Sequence[Sequence[str]], runs: Sequence[_Run], on_run: Callable[[], None]
 ) -> None:
-    with tempfile.TemporaryFile(mode="w+", errors="replace") as log, _client(jobs, log) as client:
-        assert client.stdout is not None
+    with _client(jobs) as client:
         for server, length, level in runs:
-            answer = client.stdout.readline().strip()
+            answer = client.answer()
             if answer != DONE:
                 server.require_running()
-                answer = answer or f"it died; its last words: {last_words(log)}"
+                answer = answer or f"it died; its last words: {client.last_words()}"
                 raise ServingError(
                     f"{server.folder}: vLLM's benchmark client failed at {level}, "
                     f"{length} tokens in: {answer}"
@@ -174,19 +170,9 @@ def _run_client(
 
 
 @contextlib.contextmanager
-def _client(jobs: Sequence[Sequence[str]], log: IO[str]) -> Iterator[subprocess.Popen[str]]:
+def _client(jobs: Sequence[Sequence[str]]) -> Iterator[Child]:
     with tempfile.NamedTemporaryFile(mode="w", suffix=".json") as file:
         json.dump(jobs, file)
         file.flush()
-        with subprocess.Popen(
-            [sys.executable, "-m", "sparseserve.serving.measure.load_client", file.name],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        ) as client:
-            try:
-                yield client
-            except BaseException:
-                client.kill()
-                raise
+        with Child((*python_module(_CLIENT), file.name), answers=True) as client:
+            yield client

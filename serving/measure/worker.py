@@ -14,13 +14,12 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING
 
+from sparseserve.errors import first_line
+from sparseserve.serving.launch.policy import GPU_FRACTION_OF_TWO
 from sparseserve.serving.measure.memory import EngineMemory
 
 if TYPE_CHECKING:
     from vllm import LLM
-
-# Of a GPU's memory, so that a second engine beside this one passes vLLM's own check.
-_GPU_SHARE = 0.45
 
 
 def main(arguments: list[str]) -> int:
@@ -55,7 +54,7 @@ def start(options: dict[str, object]) -> LLM:
         **options,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
-        gpu_memory_utilization=_GPU_SHARE,
+        gpu_memory_utilization=GPU_FRACTION_OF_TWO,
         disable_log_stats=True,
     )
 
@@ -159,7 +158,7 @@ def _reason(error: Exception) -> str:
     """Return the first line of the error that started it all."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return first_line(error)
 
 
 def _send(replies: IO[str], answer: dict[str, object]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-METHOD_NAME = "sparseserve"
+from sparseserve.serving.plugin.method import METHOD_NAME
 
 
 def register() -> None:

@@ -9,20 +9,23 @@ else every linear must.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
+from sparseserve.checkpoint.written_tensors import require_written_tensors
 from sparseserve.errors import ServingError
-from sparseserve.serving.plugin import METHOD_NAME
+from sparseserve.serving.plugin.method import LORA_REFUSED, METHOD_NAME
 from sparseserve.sparsity import TWO_FOUR
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.models.utils import WeightsMapper
 
+    from sparseserve.serving.kernels.choice.choose import TimedLayers
     from sparseserve.serving.plugin.linear import CheckpointModule
 
 FORMAT_VERSION = 1
@@ -61,6 +64,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         self.is_packed = packed is not None
         self.packed = packed or frozenset()
         self.dense: frozenset[str] | None = None
+        self._timed: TimedLayers | None = None
 
     def get_name(self) -> str:
         """Return the name vLLM knows this method by."""
@@ -108,13 +112,16 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
     def maybe_update_config(
         self, model_name: str, hf_config: object = None, revision: str | None = None
     ) -> None:
-        """Learn from a dense checkpoint's manifest which modules were pruned.
+        """Compare the tensors with those that were written, and learn which modules were pruned.
 
         Raises:
+            ArtifactError: A tensor is missing or was added; says which.
             ServingError: The manifest says that the weights are not 2:4.
         """
         from vllm.transformers_utils.repo_utils import file_or_path_exists, get_hf_file_to_dict
 
+        if Path(model_name).is_dir():
+            require_written_tensors(Path(model_name))
         if self.is_packed or not file_or_path_exists(model_name, MANIFEST_FILE, revision):
             return
         manifest = get_hf_file_to_dict(MANIFEST_FILE, model_name, revision) or {}
@@ -129,14 +136,20 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         """Return how the layer ``prefix`` is loaded and run; None leaves it to vLLM.
 
         Raises:
-            ServingError: The checkpoint packs a module that vLLM does not run as a linear.
+            ServingError: The checkpoint packs a module that vLLM does not run as a linear, or
+                LoRA is asked for.
         """
+        from vllm.config import get_current_vllm_config_or_none
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+        from sparseserve.serving.kernels.choice.choose import TimedLayers
         from sparseserve.serving.plugin.embedding import PanelEmbeddingMethod
         from sparseserve.serving.plugin.linear import Dense24LinearMethod, Packed24LinearMethod
 
+        engine = get_current_vllm_config_or_none()
+        if engine is not None and engine.lora_config is not None:
+            raise ServingError(LORA_REFUSED)
         if not isinstance(layer, LinearBase):
             self._refuse_packed(layer, prefix)
             return (
@@ -145,8 +158,9 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         modules = self.checkpoint_modules(prefix)
         if not any(module.sparse for module in modules):
             return UnquantizedLinearMethod()
+        self._timed = self._timed or TimedLayers()
         method = Packed24LinearMethod if self.is_packed else Dense24LinearMethod
-        return method(prefix, modules)
+        return method(prefix, modules, self._timed)
 
     def checkpoint_modules(self, prefix: str) -> tuple[CheckpointModule, ...]:
         """Return the modules of the checkpoint that vLLM merges into its layer ``prefix``."""

@@ -15,10 +15,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
+from sparseserve.errors import ServingError
 from sparseserve.serving.kernels import LinearSpec, LoadedWeight, RowBlock, two_four_linear
 from sparseserve.serving.kernels.choice.choose import allowed_kernels
 from sparseserve.serving.kernels.choice.plan import KernelPlan, PlanStep
 from sparseserve.serving.kernels.cpu.layout import dense_panel_rows
+from sparseserve.serving.plugin.linear import NOT_LOADED
 
 logger = init_logger("vllm.sparseserve")
 
@@ -37,8 +39,9 @@ class PanelEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is
         self._spec: LinearSpec | None = None
 
     def create_weights(self, layer: nn.Module, *sizes: object, **attributes: object) -> None:
-        """Register the weight as vLLM does: it is loaded as any other."""
+        """Register the weight as vLLM does, filled with what no checkpoint can hold."""
         self._dense.create_weights(layer, *sizes, **attributes)
+        layer.get_parameter("weight").data.fill_(torch.nan)
 
     def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
         """Let the embedding be the output head: two modules would keep two copies in panels.
@@ -47,13 +50,22 @@ class PanelEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is
         """
         on_cpu = embed_tokens.get_parameter("weight").device.type == "cpu"
         if on_cpu and getattr(layer, "bias", None) is None:
+            # vLLM's Transformers backend asks its output head for one.
+            embed_tokens.register_parameter("bias", None)
             return embed_tokens
         own: nn.Module = self._dense.tie_weights(layer, embed_tokens)
         return own
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Keep the weight in panels alone, where that is less."""
+        """Keep the weight in panels alone, where that is less.
+
+        Raises:
+            ServingError: No file held the weight.
+        """
         dense = layer.get_parameter("weight").data
+        if bool(dense.isnan().any()):
+            name = f"{self.prefix}.weight" if self.prefix else "the weight of the embedding"
+            raise ServingError(f"{name} {NOT_LOADED}")
         rows, columns = dense.shape
         weight = LoadedWeight((RowBlock(self.prefix, dense),))
         spec = LinearSpec(rows, columns, dense.dtype, dense.device, two_four=False)
@@ -68,7 +80,9 @@ class PanelEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is
             return
         self._spec = spec
         (panels,) = kernel.pack(weight, spec)
-        del layer.weight
+        # Some models ask for its dtype, such as Gemma in vLLM's Transformers backend.
+        empty = torch.empty(0, dtype=dense.dtype, device=dense.device)
+        layer.register_parameter("weight", Parameter(empty, requires_grad=False))
         layer.register_parameter("panels", Parameter(panels, requires_grad=False))
         logger.info_once("embedding %d x %d in %s: %s", rows, columns, panels.dtype, KERNEL)
 

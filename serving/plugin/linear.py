@@ -34,6 +34,7 @@ from sparseserve.serving.kernels import (
     two_four_linear,
     with_dense,
 )
+from sparseserve.serving.kernels.choice.choose import TimedLayers
 from sparseserve.serving.plugin.engine_dense import EngineDense
 from sparseserve.sparsity import TWO_FOUR, Packed24
 
@@ -91,9 +92,15 @@ def shards_of(
 class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is checked as Any
     """What both kinds of checkpoint share: the shards, and the kernels they are given to."""
 
-    def __init__(self, prefix: str, modules: tuple[CheckpointModule, ...]) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        modules: tuple[CheckpointModule, ...],
+        timed: TimedLayers | None = None,
+    ) -> None:
         self.prefix = prefix
         self.modules = modules
+        self._timed = timed
         self.shards: tuple[Shard, ...] = ()
         # vLLM settles its product from the configuration of the moment.
         self._dense = UnquantizedLinearMethod()
@@ -119,7 +126,7 @@ class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is c
             ServingError: No kernel can run the layer, or the packed form is damaged.
         """
         kernels = with_dense(EngineDense(self._dense))
-        chosen = layer_kernels(self._spec, weight, logger.info, kernels)
+        chosen = layer_kernels(self._spec, weight, logger.info, kernels, self._timed)
         logger.info_once("2:4 layers: %s", chosen.describe())
         self.kernels = replace(chosen, packed=())  # the layer owns the tensors
         if chosen.plan is None:

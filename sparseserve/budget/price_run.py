@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,21 +12,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sparseserve.budget.prices import UnitSensitivity, measure_sensitivities
-from sparseserve.checkpoint.tensors import read_json, write_json
-from sparseserve.devices import default_device
+from sparseserve.checkpoint.output_place import not_empty
+from sparseserve.checkpoint.run_folder import RunFolder
+from sparseserve.checkpoint.sealed import read_sealed, write_sealed
 from sparseserve.errors import RecipeError
 from sparseserve.layerwise.layer import PrunedLayer, PruneProgress
+from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.layerwise.pipeline import prune_model
-from sparseserve.layerwise.run_folder import RunFolder, require_free
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.recipe.steps import Reconstruction
-from sparseserve.text import TextFile, position_limit, read_text, vocabulary_size
-from sparseserve.text.calibration import CalibrationSet, load_calibration
-from sparseserve.text.held_out import held_out_windows
+from sparseserve.recipe.toml import UNTRAINED
+from sparseserve.runs import Opening, open_run, with_part
+from sparseserve.text import TextFile, read_text, vocabulary_size
+from sparseserve.text.calibration import CalibrationSet
+from sparseserve.text.held_out import held_out_windows, spread_places
 from sparseserve.text.windows import require_known_tokens
-from sparseserve.workflow import source_fingerprint
 
 # Calibration windows that the units are pruned with when they are pruned alone.
 _WINDOWS_ALONE = 16
@@ -87,6 +89,7 @@ class SensitivityRun:
     dense_bytes: int
 
     @classmethod
+    @contextmanager
     def open(
         cls,
         source: str,
@@ -94,35 +97,58 @@ class SensitivityRun:
         recipe: PruneRecipe,
         spec: HeldOutSpec,
         device: torch.device | None,
-    ) -> SensitivityRun:
+        *,
+        export_format: str | None = None,
+        on_stage: Callable[[str], None] = lambda stage: None,
+    ) -> Iterator[SensitivityRun]:
         """Start a run that will end in the new folder ``out``, or go on with an unfinished one.
 
+        The folder of the run is this process's while the block runs.
+
         Raises:
-            SparseServeError: The model or a text cannot be used, or ``out`` is not empty.
+            SparseServeError: The model or a text cannot be used, the run could not end well, or
+                ``out`` is not empty.
         """
-        require_free(out)
-        loaded = load_model(source, dtype=recipe.torch_dtype)
-        config = loaded.model.config
-        calibration = load_calibration(
-            recipe.calibration, loaded.tokenizer, position_limit(config), vocabulary_size(config)
-        )
+        with RunFolder.claim(out) as folder:
+            yield cls._opened(
+                folder,
+                open_run(
+                    source,
+                    recipe,
+                    place=folder.place,
+                    export_format=export_format,
+                    device=device,
+                    on_stage=on_stage,
+                ),
+                source,
+                recipe,
+                spec,
+            )
+
+    @classmethod
+    def _opened(
+        cls,
+        folder: RunFolder,
+        opening: Opening,
+        source: str,
+        recipe: PruneRecipe,
+        spec: HeldOutSpec,
+    ) -> SensitivityRun:
+        loaded, calibration = opening.loaded, opening.calibration
         texts = _held_out_texts(spec, recipe, calibration, loaded.tokenizer)
         for text in texts:
             windows = (*text.sensitivity, *text.validation)
-            require_known_tokens(text.name, windows, vocabulary_size(config))
-        fingerprint: dict[str, object] = {
-            "recipe": recipe.to_json(),
-            "model": source_fingerprint(source, loaded),
-            "calibration": calibration.record.digest,
-            "held out": [asdict(spec), [asdict(file) for text in texts for file in text.files]],
-        }
+            require_known_tokens(text.name, windows, vocabulary_size(loaded.model.config))
+        held_out = [asdict(spec), [asdict(file) for text in texts for file in text.files]]
+        if folder.begin(with_part(opening.fingerprint, "held-out text", held_out)):
+            raise not_empty(folder.out)  # with which goal it was made is not known
         return cls(
             source=source,
             recipe=recipe,
-            folder=RunFolder.open(out, fingerprint),
+            folder=folder,
             calibration=calibration,
             texts=texts,
-            device=device or default_device(),
+            device=opening.device,
             dense_bytes=sum(parameter.nbytes for parameter in loaded.model.parameters()),
         )
 
@@ -143,10 +169,10 @@ class SensitivityRun:
             SparseServeError: The model cannot be pruned or run.
         """
         stored = self.folder.path / "sensitivities.json"
-        if not stored.exists():
+        units = _read_units(stored)
+        if units is None:
             folder = self.folder.path / "alone"
-            (folder / "layers").mkdir(parents=True, exist_ok=True)
-            store = _AloneFolder(RunFolder(folder, self.folder.out))
+            store = _AloneFolder(LayerFolder(folder / "layers", folder, on_stage))
             on_stage("pruning every operator alone")
             self._prune_alone(store.layers, progress)
             on_stage("measuring what each costs")
@@ -155,15 +181,15 @@ class SensitivityRun:
             units = measure_sensitivities(
                 model, self.recipe, windows, store, on_layer=progress.layer_started
             )
-            write_json(stored, {"units": [asdict(unit) for unit in units]})
-        return _read_units(stored)
+            write_sealed(stored, [asdict(unit) for unit in units])
+        return units
 
-    def _prune_alone(self, store: RunFolder, progress: PruneProgress) -> None:
-        recipe = PruneRecipe(
+    def _prune_alone(self, store: LayerFolder, progress: PruneProgress) -> None:
+        recipe = replace(
+            UNTRAINED,
             pattern=self.recipe.pattern,
             pruner=SparseGPT(),
             error_correction="none",
-            reconstruction=Reconstruction(epochs=0),
             calibration=self.recipe.calibration,
             ignore=self.recipe.ignore,
             dtype=self.recipe.dtype,
@@ -184,7 +210,7 @@ class SensitivityRun:
 class _AloneFolder:
     """The operators pruned alone, and beside each layer's what was measured of it."""
 
-    layers: RunFolder
+    layers: LayerFolder
 
     def pruned(self, layer: str) -> PrunedLayer:
         """Return a pruned layer."""
@@ -195,20 +221,21 @@ class _AloneFolder:
 
     def load(self, layer: str) -> tuple[UnitSensitivity, ...] | None:
         """Return the units of a layer that was measured before, or None."""
-        stored = self._path(layer)
-        return _read_units(stored) if stored.exists() else None
+        return _read_units(self._path(layer))
 
     def save(self, layer: str, units: tuple[UnitSensitivity, ...]) -> None:
         """Keep the units of a layer."""
-        write_json(self._path(layer), {"units": [asdict(unit) for unit in units]})
+        write_sealed(self._path(layer), [asdict(unit) for unit in units])
 
     def _path(self, layer: str) -> Path:
-        return self.layers.path / f"{layer}.json"
+        return self.layers.scratch / f"{layer}.json"
 
 
-def _read_units(path: Path) -> tuple[UnitSensitivity, ...]:
-    units = read_json(path)["units"]
-    assert isinstance(units, list)
+def _read_units(path: Path) -> tuple[UnitSensitivity, ...] | None:
+    """Return what was stored; None if that is not there, or not as it was stored."""
+    units = read_sealed(path)
+    if not isinstance(units, list):
+        return None
     return tuple(UnitSensitivity.from_json(unit) for unit in units)
 
 
@@ -221,10 +248,7 @@ def _held_out_texts(
     """Cut the windows; those for sensitivities lie spread between those for validation."""
     texts = []
     count = spec.sensitivity_windows + spec.validation_windows
-    chosen = {
-        (2 * i + 1) * count // (2 * spec.sensitivity_windows)
-        for i in range(spec.sensitivity_windows)
-    }
+    chosen = spread_places(spec.sensitivity_windows, count)
     for name in spec.texts or (recipe.calibration.source,):
         # The column is that of the calibration text; validation texts may be plain ones.
         source = read_text(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,22 +44,29 @@ def measure_and_report(
         SparseServeError: The model cannot be pruned or run, or ``out`` is not empty.
     """
     require_plotly()
-    on_stage(f"loading {source}")
-    run = SensitivityRun.open(source, out, recipe, held_out or HeldOutSpec(), device)
-    units = run.sensitivities(progress or Silence(), on_stage)
+    spec = held_out or HeldOutSpec()
+    with SensitivityRun.open(source, out, recipe, spec, device, on_stage=on_stage) as run:
+        units = run.sensitivities(progress or Silence(), on_stage)
+        _publish(run, units)
+    return units
+
+
+def _publish(run: SensitivityRun, units: Sequence[UnitSensitivity]) -> None:
+    """Write the list and the plot and move them to the output."""
     folder = run.folder.fresh("report")
     with writing(folder):
         folder.mkdir()
     data = {
-        "model": source,
-        "recipe": recipe.to_json(),
+        "model": run.source,
+        "recipe": run.recipe.to_json(),
         "texts": [text.name for text in run.texts],
         "windows_a_text": len(run.texts[0].sensitivity),
         "sequence_length": run.calibration.record.sequence_length,
         "units": [asdict(unit) for unit in units],
     }
     write_json(folder / "sensitivity.json", data)
-    title = f"{Path(source).name}, {recipe.pattern}: what pruning each group of operators costs"
+    title = (
+        f"{Path(run.source).name}, {run.recipe.pattern}: what pruning each group of operators costs"
+    )
     write_sensitivity_plot(folder / "sensitivity.html", units, title)
     run.folder.publish(folder)
-    return units

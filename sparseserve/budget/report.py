@@ -1,4 +1,4 @@
-"""What the quality dial is asked for and what it says it did."""
+"""What is asked of a search within a budget, and what it says it did."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DialReport:
-    """What the manifest says under ``report.dial``.
+class BudgetReport:
+    """What the manifest says under ``report.budget``.
 
     Attributes:
         goal: What was asked for.

@@ -1,10 +1,11 @@
-"""One round of the quality dial: prune with some units left dense, and measure."""
+"""One round of the search within a budget: prune with some units left dense, and measure."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,20 +16,21 @@ from sparseserve.budget.knapsack import Allocation
 from sparseserve.budget.price_run import SensitivityRun
 from sparseserve.budget.prices import UnitSensitivity
 from sparseserve.budget.report import Round, TextIncrease
-from sparseserve.checkpoint.artifact import Artifact, Format
-from sparseserve.checkpoint.tensors import read_json, write_json
+from sparseserve.checkpoint.artifact import Artifact, Format, verify
+from sparseserve.checkpoint.run_folder import RunFolder
+from sparseserve.checkpoint.sealed import read_sealed, write_sealed
+from sparseserve.errors import ArtifactError
 from sparseserve.evaluation.evaluate import load_for_evaluation
 from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.layerwise.layer import PrunedLayer, PruneProgress
-from sparseserve.layerwise.run_folder import RunFolder
+from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.models.model_folder import find_model_folder
 from sparseserve.models.opening import open_config
-from sparseserve.recipe.steps import CHAINED
 from sparseserve.workflow import prune_and_export
 
 
 @dataclass(frozen=True, slots=True)
-class DialWork:
+class BudgetWork:
     """All that a round needs.
 
     Attributes:
@@ -61,8 +63,9 @@ class DialWork:
         )
         share = allocation.weights / self.prunable
         stored = self.run.folder.path / f"{_key(dense)}.json"
-        if stored.exists():
-            return Round.from_json(read_json(stored))
+        measured = read_sealed(stored)
+        if isinstance(measured, dict):
+            return Round.from_json(measured)
         dense_losses = _dense_losses(self.run, self.on_stage)
         self.on_stage(f"pruning {share:.1%} of the weights, predicted {allocation.price:.4f} nats")
         artifact = self.artifact(dense)
@@ -76,7 +79,7 @@ class DialWork:
                 for text, *pair in zip(self.run.texts, dense_losses, losses, strict=True)
             ),
         )
-        write_json(stored, asdict(found))
+        write_sealed(stored, asdict(found))
         self.on_stage(
             f"measured {max(item.increase for item in found.measured):.4f} nats, "
             f"at most {found.bound:.4f}"
@@ -91,7 +94,11 @@ class DialWork:
         """Prune the model with ``dense`` left as it is, unless that was done before."""
         folder = self.folder(dense)
         if folder.exists():
-            return Artifact.open(folder)
+            try:
+                return verify(folder)
+            except ArtifactError as error:
+                self.on_stage(f"{error}: pruning that model again")
+                shutil.rmtree(folder)
         exact = tuple(f"^{re.escape(name)}$" for name in dense)
         recipe = replace(self.run.recipe, ignore=(*self.run.recipe.ignore, *exact))
         return prune_and_export(
@@ -101,7 +108,7 @@ class DialWork:
             export_format=self.export_format,
             device=self.run.device,
             store=_RoundLayers(
-                self.run.folder, tuple(dense), recipe.error_correction not in CHAINED
+                self.run.folder, self.on_stage, tuple(dense), not recipe.correction.chained
             ),
             progress=self.progress,
             on_stage=self.on_stage,
@@ -116,6 +123,7 @@ class _RoundLayers:
     """
 
     run: RunFolder
+    on_stage: Callable[[str], None]
     dense: tuple[str, ...]
     independent: bool
 
@@ -125,29 +133,28 @@ class _RoundLayers:
 
     def save(self, layer: str, pruned: PrunedLayer) -> None:
         """Keep a finished layer."""
-        folder = self._folder(layer)
-        (folder.path / "layers").mkdir(parents=True, exist_ok=True)
-        folder.save(layer, pruned)
+        self._folder(layer).save(layer, pruned)
 
     def fresh(self, name: str) -> Path:
         """Return the path of a folder, not there yet, for what need not outlive the round."""
         return self.run.fresh(name)
 
-    def _folder(self, layer: str) -> RunFolder:
+    def _folder(self, layer: str) -> LayerFolder:
         own = [name for name in self.dense if name.startswith(f"{layer}.")]
         key = _key(own if self.independent else self.dense)
-        return RunFolder(self.run.path / "rounds" / key, self.run.out)
+        return LayerFolder(self.run.path / "rounds" / key, self.run.path, self.on_stage)
 
 
 def _dense_losses(run: SensitivityRun, on_stage: Callable[[str], None]) -> list[list[float]]:
     """Return the dense model's losses, measured once."""
     stored = run.folder.path / "dense-losses.json"
-    if not stored.exists():
-        on_stage("measuring the dense model")
-        write_json(stored, {"losses": _losses(run, find_model_folder(run.source), on_stage)})
-    losses = read_json(stored)["losses"]
-    assert isinstance(losses, list)
-    return losses
+    losses = read_sealed(stored)
+    if isinstance(losses, list):
+        return losses
+    on_stage("measuring the dense model")
+    measured = _losses(run, find_model_folder(run.source), on_stage)
+    write_sealed(stored, measured)
+    return measured
 
 
 def _losses(

@@ -1,9 +1,9 @@
-"""The quality dial: pruning as much as a budget of loss allows.
+"""Pruning as much of a model as a budget of loss allows.
 
-Each unit is pruned alone and its price measured (``sensitivity.py``). An exact knapsack over these
-prices (``allocation.py``) names the units to prune for any predicted loss. The model is pruned so,
+Each unit is pruned alone and its price measured (``prices.py``). An exact knapsack over these
+prices (``knapsack.py``) names the units to prune for any predicted loss. The model is pruned so,
 and measured on windows that neither pruning nor the prices saw; since prices do not simply add up,
-the prediction is corrected by what was measured, a few times (``dial_search.py``). Of the models
+the prediction is corrected by what was measured, a few times (``search.py``). Of the models
 within the budget the one with the most pruned weights is published.
 """
 
@@ -19,12 +19,11 @@ import torch
 
 from sparseserve.budget.knapsack import Frontier, Unit
 from sparseserve.budget.price_run import HeldOutSpec, SensitivityRun
-from sparseserve.budget.report import DialReport, Goal, MaxPerplexityIncrease, Round
-from sparseserve.budget.rounds import DialWork
+from sparseserve.budget.report import BudgetReport, Goal, MaxPerplexityIncrease, Round
+from sparseserve.budget.rounds import BudgetWork
 from sparseserve.budget.search import Trial, next_prediction
 from sparseserve.checkpoint.artifact import Artifact, Format, write_manifest
 from sparseserve.errors import RecipeError
-from sparseserve.exporters.packed24 import require_two_four
 from sparseserve.layerwise.layer import PruneProgress, Silence
 from sparseserve.recipe.settings import PruneRecipe
 
@@ -32,7 +31,7 @@ from sparseserve.recipe.settings import PruneRecipe
 WORTH_A_ROUND = 0.005
 
 
-def dial_and_export(
+def prune_within_budget(
     source: str,
     out: Path,
     recipe: PruneRecipe,
@@ -44,7 +43,7 @@ def dial_and_export(
     device: torch.device | None = None,
     progress: PruneProgress | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
-) -> tuple[Artifact, DialReport]:
+) -> tuple[Artifact, BudgetReport]:
     """Prune ``source`` into ``out``, with some operators left dense as ``goal`` demands.
 
     A run that is killed leaves ``OUT.partial``; the same call, also with another goal, goes on.
@@ -65,26 +64,26 @@ def dial_and_export(
         RecipeError: Only the dense model is within the budget, or nothing better was found.
         SparseServeError: Of another kind, from pruning; nothing is left at ``out``.
     """
-    if export_format == "packed24":
-        require_two_four(str(recipe.pattern))
-    on_stage(f"loading {source}")
-    run = SensitivityRun.open(source, out, recipe, held_out or HeldOutSpec(), device)
-    progress = progress or Silence()
-    units = run.sensitivities(progress, on_stage)
-    work = DialWork(run, units, export_format, progress, on_stage)
-    frontier = Frontier.of([Unit(unit.weights, unit.divergence) for unit in units])
-    if isinstance(goal, MaxPerplexityIncrease):
-        tried = _search(work, frontier, goal, rounds)
-        chosen = _best(tried, math.log1p(goal.share))
-        assert chosen is not None
-    else:
-        chosen = work.round(frontier.with_weights((1 - goal.fraction) * work.prunable))
-        tried = (chosen,)
-    return _publish(work, goal, chosen, tried)
+    spec = held_out or HeldOutSpec()
+    with SensitivityRun.open(
+        source, out, recipe, spec, device, export_format=export_format, on_stage=on_stage
+    ) as run:
+        progress = progress or Silence()
+        units = run.sensitivities(progress, on_stage)
+        work = BudgetWork(run, units, export_format, progress, on_stage)
+        frontier = Frontier.of([Unit(unit.weights, unit.divergence) for unit in units])
+        if isinstance(goal, MaxPerplexityIncrease):
+            tried = _search(work, frontier, goal, rounds)
+            chosen = _best(tried, math.log1p(goal.share))
+            assert chosen is not None
+        else:
+            chosen = work.round(frontier.with_weights((1 - goal.fraction) * work.prunable))
+            tried = (chosen,)
+        return _publish(work, goal, chosen, tried)
 
 
 def _search(
-    work: DialWork, frontier: Frontier, goal: MaxPerplexityIncrease, rounds: int
+    work: BudgetWork, frontier: Frontier, goal: MaxPerplexityIncrease, rounds: int
 ) -> tuple[Round, ...]:
     """Return the rounds it took, at least one of them within the budget.
 
@@ -118,14 +117,14 @@ def _best(tried: Sequence[Round], budget: float) -> Round | None:
     return max(within, key=lambda item: item.sparse_share, default=None)
 
 
-def _keep_only(work: DialWork, tried: Sequence[Round], best: Round | None) -> None:
+def _keep_only(work: BudgetWork, tried: Sequence[Round], best: Round | None) -> None:
     """Remove the checkpoints of all rounds but the ``best``."""
     for item in tried:
         if item != best:
             shutil.rmtree(work.folder(item.dense_operators), ignore_errors=True)
 
 
-def _nothing_within(work: DialWork, goal: MaxPerplexityIncrease, tried: Sequence[Round]) -> str:
+def _nothing_within(work: BudgetWork, goal: MaxPerplexityIncrease, tried: Sequence[Round]) -> str:
     asked = f"--max-perplexity-increase {goal.share:.4g}"
     if not tried:
         cheapest = min(work.units, key=lambda unit: unit.divergence)
@@ -142,11 +141,11 @@ def _nothing_within(work: DialWork, goal: MaxPerplexityIncrease, tried: Sequence
 
 
 def _publish(
-    work: DialWork, goal: Goal, chosen: Round, tried: tuple[Round, ...]
-) -> tuple[Artifact, DialReport]:
+    work: BudgetWork, goal: Goal, chosen: Round, tried: tuple[Round, ...]
+) -> tuple[Artifact, BudgetReport]:
     """Write what was found into the manifest and move the checkpoint to the output."""
     artifact = work.artifact(chosen.dense_operators)
-    report = DialReport(
+    report = BudgetReport(
         goal=goal,
         chosen=chosen,
         rounds=tried,
@@ -162,7 +161,7 @@ def _publish(
         sources |= {file.sha256: asdict(file) for file in text.files}
     complete = replace(
         manifest,
-        report={**manifest.report, "dial": asdict(report)},
+        report={**manifest.report, "budget": asdict(report)},
         calibration={**manifest.calibration, "sources": list(sources.values())},
         files={},
     )

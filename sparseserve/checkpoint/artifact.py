@@ -48,6 +48,7 @@ class Manifest:
         calibration: Which text was used, by name and hash, as JSON data.
         report: What happened, as JSON data.
         files: Every other file of the folder.
+        tensors: Names of all tensors in the files; empty in manifests of releases before this key.
     """
 
     format: Format
@@ -60,6 +61,7 @@ class Manifest:
     report: dict[str, Any]
     files: dict[str, FileEntry]
     version: int = MANIFEST_VERSION
+    tensors: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return JSON data with a digest of itself, so that no byte can change unnoticed."""
@@ -155,7 +157,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> Artifact:
         name: FileEntry(file_sha256(folder / name), (folder / name).stat().st_size)
         for name in names
     }
-    write_json(folder / MANIFEST_FILE, replace(manifest, files=files).to_json())
+    tensors = tuple(sorted(Checkpoint.open(folder).files))
+    counted = replace(manifest, files=files, tensors=tensors)
+    write_json(folder / MANIFEST_FILE, counted.to_json())
     return Artifact.open(folder)
 
 

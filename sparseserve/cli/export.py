@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from sparseserve.cli.options import dtype_option, json_option
+from sparseserve.cli.options import dtype_option, format_option, json_option
+
+if TYPE_CHECKING:
+    from sparseserve.checkpoint.artifact import Format
 
 
 @click.command("export")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
-@click.option("--format", "export_format", type=click.Choice(["packed24", "dense"]), required=True)
+@format_option("packed24 or dense.", required=True)
 @dtype_option("Round all weights to it; auto keeps theirs.")
 @json_option
 def export_command(
-    *, checkpoint: Path, output: Path, export_format: str, dtype: str, as_json: bool
+    *, checkpoint: Path, output: Path, export_format: Format, dtype: str, as_json: bool
 ) -> None:
     """Write a pruned CHECKPOINT again in another format."""
     from sparseserve.devices import DTYPES
     from sparseserve.workflow import export
 
-    artifact = export(
-        checkpoint,
-        output,
-        "dense" if export_format == "dense" else "packed24",
-        DTYPES.get(dtype),
-    )
+    artifact = export(checkpoint, output, export_format, DTYPES.get(dtype))
     size = artifact.checkpoint.weight_bytes
     if as_json:
         facts = {"output": str(output), "format": export_format, "weight_bytes": size}

@@ -14,6 +14,7 @@ from sparseserve.cli.evaluate import evaluate_command
 from sparseserve.cli.export import export_command
 from sparseserve.cli.inspect import inspect_command
 from sparseserve.cli.prune import prune_command
+from sparseserve.cli.sensitivity import sensitivity_command
 from sparseserve.cli.serve import serve_command
 from sparseserve.cli.tune import tune_command
 from sparseserve.cli.verify import verify_command
@@ -29,6 +30,7 @@ def cli(debug: bool) -> None:
 
 for _command in (
     prune_command,
+    sensitivity_command,
     evaluate_command,
     bench_command,
     tune_command,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-Command = TypeVar("Command", bound=Callable[..., object])
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Command = Callable[..., None]
+AnyCommand = TypeVar("AnyCommand", bound=Callable[..., object])
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
@@ -22,9 +28,55 @@ text_column_option = click.option(
     metavar="NAME",
     help="Column of a table or dataset to read; default: text, or messages for chats.",
 )
+device_option = click.option(
+    "--device", help="Where to run: cpu or cuda; default: cuda if there is one."
+)
 
 
-def dtype_option(meaning: str) -> Callable[[Command], Command]:
+def collected(
+    command: Command,
+    kind: type[DataclassInstance],
+    keyword: str,
+    options: Sequence[Callable[[Command], Command]],
+) -> Command:
+    """Add ``options`` to ``command``, which receives their values as one ``kind``.
+
+    Args:
+        command: What to add them to.
+        kind: A dataclass with a field for every option.
+        keyword: The name under which the command takes it.
+        options: Click's decorators, in the order in which ``--help`` lists them.
+    """
+
+    @functools.wraps(command)
+    def with_one_value(**values: Any) -> None:
+        own = {item.name: values.pop(item.name) for item in fields(kind) if item.name in values}
+        command(**{keyword: kind(**own)}, **values)
+
+    added: Command = with_one_value
+    for option in reversed(options):
+        added = option(added)
+    return added
+
+
+def _known_format(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Return ``value``, or say which exporters there are; importing them waits for an option."""
+    from sparseserve.errors import unknown_name
+    from sparseserve.exporters import EXPORTERS
+
+    if value is not None and value not in EXPORTERS:
+        raise click.BadParameter(unknown_name("format", value, EXPORTERS), ctx, param)
+    return value
+
+
+def format_option(meaning: str, *, required: bool = False) -> Callable[[AnyCommand], AnyCommand]:
+    """Return ``--format``, which takes any format that has an exporter."""
+    return click.option(
+        "--format", "export_format", callback=_known_format, required=required, help=meaning
+    )
+
+
+def dtype_option(meaning: str) -> Callable[[AnyCommand], AnyCommand]:
     """Return ``--dtype``; ``meaning`` says what is computed in it, and what auto stands for."""
     return click.option(
         "--dtype",

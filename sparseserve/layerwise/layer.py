@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sparseserve.errors import NumericalError, SparseServeError
-from sparseserve.layerwise.error_correction import group_statistics
-from sparseserve.layerwise.reconstruction import reconstruct
-from sparseserve.layerwise.streams import LayerRun
+from sparseserve.layerwise.group_statistics import GroupStatistics
+from sparseserve.layerwise.reconstruction import OutputError, reconstruct
+from sparseserve.layerwise.streams import LayerContext
 from sparseserve.models.layers import copy_layer, layer_weight, set_layer_weight
 from sparseserve.models.structure import LayerStructure, Operator
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import LayerReport, OperatorReport
-from sparseserve.solvers.statistics import LayerStatistics, relative_output_error
+from sparseserve.solvers.statistics import InputStatistics, relative_output_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,41 +78,55 @@ def planned_operators(layer: LayerStructure, recipe: PruneRecipe) -> list[Operat
     ]
 
 
-def prune_layer(run: LayerRun, recipe: PruneRecipe, progress: PruneProgress) -> PrunedLayer:
+def prune_layer(
+    context: LayerContext,
+    recipe: PruneRecipe,
+    progress: PruneProgress,
+    output_error: OutputError | None,
+) -> PrunedLayer:
     """Prune every planned operator of the layer, in the order in which data reaches them.
+
+    Args:
+        context: The layer, and what enters it.
+        recipe: How to prune.
+        progress: Told of every operator.
+        output_error: What the whole layer is trained to lower afterwards; None for no training.
 
     Raises:
         NumericalError: Names the operator.
     """
     started = time.perf_counter()
-    planned = planned_operators(run.layer, recipe)
+    planned = planned_operators(context.layer, recipe)
     groups = [
         group
-        for group in run.layer.groups
+        for group in context.layer.groups
         if any(operator in planned for operator in group.operators)
     ]
-    pruned = copy_layer(run.dense)
+    pruned = copy_layer(context.module)
+    statistics = GroupStatistics(context, pruned, groups, recipe.correction)
     reports: list[OperatorReport] = []
-    found = group_statistics(run, pruned, groups, recipe.error_correction, recipe.inter_weight)
-    for group, statistics in zip(groups, found, strict=True):
+    for group in groups:
         operators = [operator for operator in group.operators if operator in planned]
-        for share in _shares(operators, recipe):
-            for operator, weight, report in _prune_together(run, share, statistics, recipe):
+        found = statistics.of(group)
+        for stack in _stacks(operators, recipe):
+            for operator, weight, report in _prune_together(context, stack, found, recipe):
                 set_layer_weight(pruned, operator, weight)
                 reports.append(report)
                 progress.operator_pruned(report)
     reconstruction = None
-    if planned and recipe.reconstruction.epochs:
+    if planned and output_error is not None:
         masked = [f"{operator.name}.weight" for operator in planned]
-        pruned, reconstruction = reconstruct(run, pruned, masked, recipe.reconstruction)
+        pruned, reconstruction = reconstruct(
+            context, pruned, masked, recipe.reconstruction, output_error
+        )
     seconds = time.perf_counter() - started
     return PrunedLayer(
-        _changed(run, pruned, planned, recipe),
-        LayerReport(run.layer.name, tuple(reports), seconds, reconstruction),
+        _changed(context, pruned, planned, recipe),
+        LayerReport(context.layer.name, tuple(reports), seconds, reconstruction),
     )
 
 
-def _shares(operators: Sequence[Operator], recipe: PruneRecipe) -> list[list[Operator]]:
+def _stacks(operators: Sequence[Operator], recipe: PruneRecipe) -> list[list[Operator]]:
     """Return the operators of one input that are pruned as one matrix: all, or each alone.
 
     Where no row knows of another, the rows of several operators may be stacked: what depends on
@@ -124,15 +138,15 @@ def _shares(operators: Sequence[Operator], recipe: PruneRecipe) -> list[list[Ope
 
 
 def _prune_together(
-    run: LayerRun,
+    context: LayerContext,
     operators: Sequence[Operator],
-    statistics: LayerStatistics,
+    statistics: InputStatistics,
     recipe: PruneRecipe,
 ) -> list[tuple[Operator, Tensor, OperatorReport]]:
     """Prune ``operators``, stacked, and return each with its weight and report."""
     started = time.perf_counter()
-    names = [run.layer.full_name(operator) for operator in operators]
-    dense = [layer_weight(run.dense, operator) for operator in operators]
+    names = [context.layer.full_name(operator) for operator in operators]
+    dense = [layer_weight(context.module, operator) for operator in operators]
     try:
         result = recipe.pruner.prune(torch.cat(dense), statistics, recipe.pattern)
     except SparseServeError as error:
@@ -140,7 +154,7 @@ def _prune_together(
     seconds = time.perf_counter() - started
     rows = [operator.out_features for operator in operators]
     weights = [
-        _stored(run, operator.name, weight)
+        _stored(context, operator.name, weight)
         for operator, weight in zip(operators, torch.split(result.weight, rows), strict=True)
     ]
     return [
@@ -155,6 +169,8 @@ def _prune_together(
                 gram_products=result.gram_products,
                 seconds=seconds * len(weight) / sum(rows),
                 transposed=operator.transposed,
+                converged=result.status.converged if result.status else None,
+                residual=result.status.residual if result.status else None,
             ),
         )
         for operator, name, dense_weight, weight in zip(
@@ -163,24 +179,24 @@ def _prune_together(
     ]
 
 
-def _stored(run: LayerRun, name: str, tensor: Tensor) -> Tensor:
+def _stored(context: LayerContext, name: str, tensor: Tensor) -> Tensor:
     """Return ``tensor`` as the model stores it: in its dtype, finite, without -0.0.
 
     Raises:
         NumericalError: It is not finite in that dtype.
     """
     # Adding zero turns the -0.0 that a kept weight may have become into 0.0.
-    stored = tensor.to(run.storage_dtype) + 0.0
+    stored = tensor.to(context.storage_dtype) + 0.0
     if not bool(torch.isfinite(stored).all()):
         raise NumericalError(
-            f"{run.layer.name}.{name}: the pruned weight is not finite in {stored.dtype}: "
+            f"{context.layer.name}.{name}: the pruned weight is not finite in {stored.dtype}: "
             "choose --dtype bfloat16 or float32"
         )
     return stored
 
 
 def _changed(
-    run: LayerRun, pruned: nn.Module, planned: Sequence[Operator], recipe: PruneRecipe
+    context: LayerContext, pruned: nn.Module, planned: Sequence[Operator], recipe: PruneRecipe
 ) -> dict[str, Tensor]:
     """Return the parameters that differ from the dense ones, as the model stores them.
 
@@ -190,13 +206,13 @@ def _changed(
     weights = {f"{operator.name}.weight" for operator in planned}
     changed = {}
     for name, parameter in pruned.named_parameters():
-        if name not in weights and torch.equal(parameter, run.dense.get_parameter(name)):
+        if name not in weights and torch.equal(parameter, context.module.get_parameter(name)):
             continue
-        changed[name] = _stored(run, name.removesuffix(".weight"), parameter.detach()).cpu()
+        changed[name] = _stored(context, name.removesuffix(".weight"), parameter.detach()).cpu()
     for operator in planned:
         stored = changed[f"{operator.name}.weight"]
         violation = recipe.pattern.first_violation(stored.T if operator.transposed else stored)
         if violation:
-            name = run.layer.full_name(operator)
+            name = context.layer.full_name(operator)
             raise AssertionError(f"{name}: pattern {recipe.pattern} is broken at {violation}")
     return changed

@@ -23,7 +23,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -32,13 +32,13 @@ from torch import Tensor, nn
 
 from sparseserve.errors import RecipeError
 from sparseserve.layerwise.layer import PrunedLayer, PruneProgress, planned_operators, prune_layer
+from sparseserve.layerwise.reconstruction import OutputError, PredictionError, RelativeError
 from sparseserve.layerwise.streams import HiddenStreams
 from sparseserve.models.layers import capture_layer_calls, entering_states
 from sparseserve.models.prediction import prediction_head
 from sparseserve.models.reading import reading_weights
 from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.recipe.steps import CHAINED
 from sparseserve.report import Environment, PruneReport
 from sparseserve.text.calibration import CalibrationSet
 
@@ -92,35 +92,31 @@ def prune_model(
         store.fresh("hidden"),
         entering_states(model, structure, (*calibration.scrambled, *calibration.windows)),
         dense=recipe.compares_with_dense,
-        chained=recipe.error_correction in CHAINED,
+        chained=recipe.correction.chained,
         # A GPU runs a layer again sooner than a disk gives its inputs back; a CPU does not.
-        keep_inputs=recipe.error_correction != "sequential" and device.type == "cpu",
+        keep_inputs=recipe.correction.needs_dense and device.type == "cpu",
         scrambled=len(calibration.scrambled),
     )
-    reading: tuple[Tensor | None, ...] = (None,) * len(calls)
+    errors = None
     if recipe.reconstruction.epochs:
-        # Gains are those of norms, which hardly depend on the text; the whole model runs for them.
-        reading = reading_weights(model, structure, calibration.windows[0][:512])
+        errors = _OutputErrors.of(model, structure, calibration.windows[0], device)
     reports = []
     earlier = 0.0
-    layers = zip(structure.layers, calls, reading, strict=True)
-    for number, (layer, call, weights) in enumerate(layers, start=1):
+    for number, (layer, call) in enumerate(zip(structure.layers, calls, strict=True), start=1):
         progress.layer_started(layer.name, number, len(structure.layers))
         module = model.get_submodule(layer.name)
         if number > calibration.scrambled_layers:
             streams = streams.without_scrambled()
-        run = replace(streams.enter(module, layer, call, device), reading_weights=weights)
+        context = streams.enter(module, layer, call, device)
         pruned = store.load(layer.name)
         if pruned is None:
-            if recipe.reconstruction.epochs and number == len(calls):
-                head = prediction_head(model, structure, calibration.windows[0][:8], device)
-                run = replace(run, predict=head)
-            pruned = prune_layer(run, recipe, progress)
+            error = errors.of_layer(number) if errors else None
+            pruned = prune_layer(context, recipe, progress, error)
             store.save(layer.name, pruned)
         else:
             earlier += pruned.report.seconds
         pruned.write_to(module)
-        streams = streams.leave(run, module)
+        streams = streams.leave(context, module)
         reports.append(pruned.report)
         progress.layer_finished(pruned.report)
     return PruneReport(
@@ -130,6 +126,39 @@ def prune_model(
         peak_memory_bytes=_peak_memory(device),
         environment=Environment.here(),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _OutputErrors:
+    """What training each layer should lower; ``reading`` weighs the features of its output."""
+
+    model: nn.Module
+    structure: ModelStructure
+    window: Tensor
+    device: torch.device
+    reading: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        structure: ModelStructure,
+        window: Tensor,
+        device: torch.device,
+    ) -> _OutputErrors:
+        """Look at ``model`` while it is dense."""
+        # Gains are those of norms, which hardly depend on the text; the whole model runs for them.
+        reading = reading_weights(model, structure, window[:512])
+        return cls(model, structure, window, device, reading)
+
+    def of_layer(self, number: int) -> OutputError:
+        """Return the error of a layer, numbered from 1; only predictions follow the last one."""
+        if number == len(self.structure.layers):
+            head = prediction_head(self.model, self.structure, self.window[:8], self.device)
+            if head is not None:
+                return PredictionError(head)
+        weights = self.reading[number - 1]
+        return RelativeError(None if weights is None else weights.to(self.device))
 
 
 def check_plan(structure: ModelStructure, recipe: PruneRecipe) -> None:

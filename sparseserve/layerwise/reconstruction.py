@@ -30,29 +30,70 @@ from torch import Tensor, nn
 
 from sparseserve.checkpoint.tensor_file import HiddenStates
 from sparseserve.errors import NumericalError, RecipeError
-from sparseserve.layerwise.streams import LayerRun
+from sparseserve.layerwise.streams import LayerContext
 from sparseserve.models.hooks import hidden_output
 from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.layer_list import linear_modules
 from sparseserve.models.layers import copy_layer
 from sparseserve.recipe.steps import Reconstruction
 from sparseserve.report import ReconstructionReport
+from sparseserve.retraining.losses import mean_divergence
+from sparseserve.text.held_out import held_out_count
 
 # Tokens of a window that the last layer's predictions are compared at: more would cost logits.
 _PREDICTED = 128
 
 
+@dataclass(frozen=True, slots=True)
+class RelativeError:
+    """``mean ||s (f - f0)||^2 / ||f0||^2``; ``weights`` is ``s^2``, ``[hidden]``, None for 1."""
+
+    weights: Tensor | None
+
+    def of(self, output: Tensor, target: Tensor, turn: int) -> Tensor:
+        """Return the error of ``output``, a scalar; both are ``[1, tokens, hidden]``."""
+        energy = target.square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        error = (output - target).square()
+        if self.weights is not None:
+            error = error * self.weights
+        return (error.sum(dim=-1) / energy).mean()
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionError:
+    """``KL(dense || pruned)`` of what ``predict`` turns a layer's output into, in nats a token."""
+
+    predict: Callable[[Tensor], Tensor]
+
+    def of(self, output: Tensor, target: Tensor, turn: int) -> Tensor:
+        """Return the divergence, a scalar, at some tokens: others each ``turn``."""
+        stride = -(-target.shape[1] // _PREDICTED)
+        chosen = slice(turn % stride, None, stride)
+        with torch.no_grad():
+            expected = self.predict(target[:, chosen]).log_softmax(dim=-1)
+        found = self.predict(output[:, chosen]).log_softmax(dim=-1)
+        return mean_divergence(expected, found)
+
+
+OutputError = RelativeError | PredictionError
+
+
 def reconstruct(
-    run: LayerRun, pruned: nn.Module, masked: Sequence[str], knobs: Reconstruction
+    context: LayerContext,
+    pruned: nn.Module,
+    masked: Sequence[str],
+    knobs: Reconstruction,
+    output_error: OutputError,
 ) -> tuple[nn.Module, ReconstructionReport]:
     """Train the pruned layer towards the dense one; return it, or what it was if that is worse.
 
     Args:
-        run: The dense layer, what enters the two and what leaves the dense one.
+        context: The dense layer, what enters the two and what leaves the dense one.
         pruned: The pruned layer; left untouched.
         masked: Names in the layer of the weights that were pruned. Their zeros stay zero; the
             other matrices stay as they are, biases and norms are trained.
         knobs: How; at least one epoch.
+        output_error: What to lower.
 
     Returns:
         The layer in float32, and what training did to the root of the objective.
@@ -63,10 +104,12 @@ def reconstruct(
     """
     student = copy_layer(pruned, dtype=torch.float32)
     trained = _Trained.of(student, masked)
-    windows = _Windows.of(run, knobs)
+    windows = _Windows.of(context, knobs, output_error)
     start = lowest = windows.held_out_error(student)
     if not math.isfinite(start):
-        raise NumericalError(f"{run.layer.name}: its output error is {start} before reconstruction")
+        raise NumericalError(
+            f"{context.layer.name}: its output error is {start} before reconstruction"
+        )
     best, best_epoch = trained.snapshot(), 0
     rate = knobs.learning_rate
     training = _Training(student, trained, windows, rate, knobs.epochs)
@@ -82,6 +125,21 @@ def reconstruct(
             training = _Training(student, trained, windows, rate, knobs.epochs - epoch)
     trained.restore(best)
     return student.requires_grad_(False), ReconstructionReport(best_epoch, rate, start, lowest)
+
+
+def windows_held_out(text: int, knobs: Reconstruction) -> int:
+    """Return how many of ``text`` calibration windows are not trained on.
+
+    Raises:
+        RecipeError: None would be left to train on.
+    """
+    held_out = held_out_count(knobs.held_out, text)
+    if held_out >= text:
+        raise RecipeError(
+            f"reconstruction holds {held_out} of {text} calibration windows out, which leaves "
+            "none to train on: raise --samples"
+        )
+    return held_out
 
 
 @contextmanager
@@ -166,32 +224,23 @@ class _Windows:
     entering: HiddenStates
     leaving: HiddenStates
     call: LayerCall
-    weights: Tensor | None
-    predict: Callable[[Tensor], Tensor] | None
+    output_error: OutputError
     device: torch.device
     training: int
     batch: int
 
     @classmethod
-    def of(cls, run: LayerRun, knobs: Reconstruction) -> _Windows:
-        count = len(run.entering)
-        text = count - run.scrambled
-        held_out = max(1, round(knobs.held_out * text))
-        if held_out >= text:
-            raise RecipeError(
-                f"reconstruction holds {held_out} of {text} calibration windows out, which leaves "
-                "none to train on: raise --samples"
-            )
-        call = run.call.to(run.device, torch.float32)
-        assert run.dense_output is not None, "PruneRecipe.compares_with_dense asks for it"
-        weights = None if run.reading_weights is None else run.reading_weights.to(run.device)
+    def of(
+        cls, context: LayerContext, knobs: Reconstruction, output_error: OutputError
+    ) -> _Windows:
+        count = len(context.entering)
+        held_out = windows_held_out(count - context.scrambled, knobs)
         return cls(
-            entering=run.entering,
-            leaving=run.dense_output,
-            call=call,
-            weights=weights,
-            predict=run.predict,
-            device=run.device,
+            entering=context.entering,
+            leaving=context.required_dense.leaving,
+            call=context.call.to(context.device, torch.float32),
+            output_error=output_error,
+            device=context.device,
             training=count - held_out,
             batch=knobs.batch,
         )
@@ -207,32 +256,13 @@ class _Windows:
         entering = self.entering[index].to(self.device, torch.float32)
         output = hidden_output(self.call.apply(student, entering))
         assert output is not None
-        if self.predict is not None:
-            stride = -(-target.shape[1] // _PREDICTED)
-            chosen = slice((index + epoch) % stride, None, stride)
-            return _divergence(self.predict, output[:, chosen], target[:, chosen])
-        energy = target.square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        error = (output - target).square()
-        if self.weights is not None:
-            error = error * self.weights
-        return (error.sum(dim=-1) / energy).mean()
+        return self.output_error.of(output, target, index + epoch)
 
     @torch.no_grad()
     def held_out_error(self, student: nn.Module) -> float:
         """Return the root of the mean over the windows held out."""
         held_out = range(self.training, len(self.entering))
         return math.sqrt(math.fsum(float(self.error(student, i)) for i in held_out) / len(held_out))
-
-
-def _divergence(predict: Callable[[Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
-    """Return the mean over tokens of ``KL(p(target) || p(output))`` in nats, at least 0.
-
-    Where the two hardly differ, the sum of rounded terms may fall below zero.
-    """
-    with torch.no_grad():
-        expected = predict(target).log_softmax(dim=-1)
-    found = predict(output).log_softmax(dim=-1)
-    return (expected.exp() * (expected - found)).sum(dim=-1).mean().clamp_min(0)
 
 
 def _scale(parameter: Tensor) -> float:

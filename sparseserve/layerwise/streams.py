@@ -7,7 +7,7 @@ with the number of calibration windows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,68 +22,72 @@ from sparseserve.models.structure import LayerStructure, OperatorGroup
 
 
 @dataclass(frozen=True, slots=True)
-class LayerRun:
-    """A decoder layer about to be pruned.
+class DensePart:
+    """What happens in the dense model at one decoder layer, window by window.
+
+    Attributes:
+        entering: What enters the layer, ``[1, tokens, hidden]`` a window.
+        leaving: What leaves it, likewise.
+        inputs: What each of the layer's groups reads, ``[tokens, in_features]`` a window; empty
+            where running the layer again costs less than keeping it.
+    """
+
+    entering: HiddenStates
+    leaving: HiddenStates
+    inputs: tuple[HiddenStates, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerContext:
+    """All that pruning one decoder layer needs to know.
 
     Attributes:
         layer: Its structure.
-        dense: A dense copy on ``device`` in ``dtype``.
+        module: A dense copy on ``device`` in ``dtype``.
         call: Its other arguments, likewise.
-        dense_hidden: What enters it in the dense model, ``[1, tokens, hidden]`` a window; None
-            where nothing is compared with the dense model.
-        dense_output: What leaves it there, likewise.
-        dense_inputs: What each of the layer's groups reads there, window by window; empty where
-            running the layer again costs less than keeping it.
-        pruned_hidden: What enters it in the model pruned so far, window by window; None where
-            layers are pruned independently of each other and both are one.
+        dense: What happens in the dense model; None where nothing is compared with it.
+        entering: What enters the pruned layer, ``[1, tokens, hidden]`` a window. Where layers are
+            pruned independently of each other, it is what enters the dense one.
         device: Where it runs.
         dtype: What it computes in.
         storage_dtype: What its weights are stored in.
         scrambled: How many of the windows, the first ones, are scrambled text.
-        reading_weights: How much a squared error of each feature of its output counts, ``[hidden]``
-            on the CPU; None is alike.
-        predict: What turns its output into logits, on ``device``; None for all layers but the last.
     """
 
     layer: LayerStructure
-    dense: nn.Module
+    module: nn.Module
     call: LayerCall
-    dense_hidden: HiddenStates | None
-    dense_output: HiddenStates | None
-    dense_inputs: tuple[HiddenStates, ...]
-    pruned_hidden: HiddenStates | None
+    dense: DensePart | None
+    entering: HiddenStates
     device: torch.device
     dtype: torch.dtype
     storage_dtype: torch.dtype
-    scrambled: int = 0
-    reading_weights: Tensor | None = None
-    predict: Callable[[Tensor], Tensor] | None = None
+    scrambled: int
 
     @property
-    def entering(self) -> HiddenStates:
-        """What enters the pruned layer, window by window."""
-        entering = self.dense_hidden if self.pruned_hidden is None else self.pruned_hidden
-        assert entering is not None
-        return entering
+    def required_dense(self) -> DensePart:
+        """The dense part, for what only works with one.
 
-    def dense_windows(self) -> Iterator[Tensor]:
-        """Yield what enters the dense layer, one window at a time on the device."""
-        assert self.dense_hidden is not None
-        for window in self.dense_hidden:
-            yield window.to(self.device, self.dtype)
+        Raises:
+            ValueError: There is none: the streams were begun without ``dense``.
+        """
+        if self.dense is None:
+            raise ValueError(f"{self.layer.name}: nothing of the dense model was kept")
+        return self.dense
 
-    def pruned_windows(self) -> Iterator[Tensor]:
-        """Yield what enters the pruned layer, one window at a time on the device."""
-        for window in self.entering:
+    def on_device(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield ``windows`` one at a time as the layer can take them."""
+        for window in windows:
             yield window.to(self.device, self.dtype)
 
     def dense_group_inputs(self, group: OperatorGroup) -> Iterator[Tensor]:
         """Yield what ``group`` reads in the dense layer, ``[tokens, in_features]`` a window."""
-        if self.dense_inputs:
-            yield from self.dense_inputs[self.layer.groups.index(group)]
+        dense = self.required_dense
+        if dense.inputs:
+            yield from dense.inputs[self.layer.groups.index(group)]
             return
-        for window in self.dense_windows():
-            yield group_input(self.dense, window, self.call, group)
+        for window in self.on_device(dense.entering):
+            yield group_input(self.module, window, self.call, group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class HiddenStreams:
         dense: In the dense model; None where nothing is compared with it.
         pruned: In the model pruned so far; None where layers are pruned independently.
         keep_inputs: Whether what each group of operators reads in the dense layer is kept, too.
-        scrambled: How many of the windows, the first ones, are scrambled text.
+        scrambled: As in ``LayerContext``.
     """
 
     folder: Path
@@ -123,7 +127,7 @@ class HiddenStreams:
             dense: Whether there is a dense stream.
             chained: Whether there is a pruned stream; one of the two there must be.
             keep_inputs: Whether what the groups of the dense layers read is kept.
-            scrambled: How many of the windows, the first ones, are scrambled text.
+            scrambled: As in ``LayerContext``.
 
         Raises:
             ArtifactError: The disk is full or cannot be written.
@@ -146,7 +150,7 @@ class HiddenStreams:
 
     def enter(
         self, module: nn.Module, layer: LayerStructure, call: LayerCall, device: torch.device
-    ) -> LayerRun:
+    ) -> LayerContext:
         """Copy the dense ``module`` to ``device`` and run it, where there is a dense stream.
 
         Raises:
@@ -156,36 +160,45 @@ class HiddenStreams:
         storage = next(module.parameters()).dtype
         # The 16-bit arithmetic of CPUs is slow where it is exact and inexact where it is not.
         dtype = torch.float32 if device.type == "cpu" else storage
-        run = LayerRun(
+        copied, call = copy_layer(module, device, dtype), call.to(device, dtype)
+        dense = None
+        if self.dense is not None:
+            windows = (window.to(device, dtype) for window in self.dense)
+            dense = self._dense_part(self.dense, copied, windows, layer, call)
+        entering = self.dense if self.pruned is None else self.pruned
+        if entering is None:
+            raise ValueError("the streams were begun without a dense and without a pruned one")
+        return LayerContext(
             layer=layer,
-            dense=copy_layer(module, device, dtype),
-            call=call.to(device, dtype),
-            dense_hidden=self.dense,
-            dense_output=None,
-            dense_inputs=(),
-            pruned_hidden=self.pruned,
+            module=copied,
+            call=call,
+            dense=dense,
+            entering=entering,
             device=device,
             dtype=dtype,
             storage_dtype=storage,
             scrambled=self.scrambled,
         )
-        return run if self.dense is None else self._with_dense_outputs(run)
 
-    def _with_dense_outputs(self, run: LayerRun) -> LayerRun:
-        groups = run.layer.groups if self.keep_inputs else ()
-        output, *inputs = HiddenStates.write_several(
+    def _dense_part(
+        self,
+        entering: HiddenStates,
+        module: nn.Module,
+        windows: Iterable[Tensor],
+        layer: LayerStructure,
+        call: LayerCall,
+    ) -> DensePart:
+        groups = layer.groups if self.keep_inputs else ()
+        leaving, *inputs = HiddenStates.write_several(
             [
-                self.folder / f"dense-{run.layer.name}",
+                self.folder / f"dense-{layer.name}",
                 *(self.folder / f"inputs-{number}" for number in range(len(groups))),
             ],
-            (
-                _output_and_inputs(run.dense, window, run.call, groups)
-                for window in run.dense_windows()
-            ),
+            (_output_and_inputs(module, window, call, groups) for window in windows),
         )
-        return replace(run, dense_output=output, dense_inputs=tuple(inputs))
+        return DensePart(entering, leaving, tuple(inputs))
 
-    def leave(self, run: LayerRun, module: nn.Module) -> HiddenStreams:
+    def leave(self, context: LayerContext, module: nn.Module) -> HiddenStreams:
         """Run the pruned ``module``, where there is a pruned stream, and forget what entered it.
 
         Raises:
@@ -194,15 +207,19 @@ class HiddenStreams:
         """
         pruned = None
         if self.pruned is not None:
-            copied = copy_layer(module, run.device, run.dtype)
+            copied = copy_layer(module, context.device, context.dtype)
             pruned = HiddenStates.write(
-                self.folder / f"pruned-{run.layer.name}",
-                (run_layer(copied, window, run.call) for window in run.pruned_windows()),
+                self.folder / f"pruned-{context.layer.name}",
+                (
+                    run_layer(copied, window, context.call)
+                    for window in context.on_device(self.pruned)
+                ),
             )
-        done = (self.dense, self.pruned, *run.dense_inputs)
+        dense = context.dense
+        done = (self.dense, self.pruned, *(dense.inputs if dense else ()))
         for path in {stream.path for stream in done if stream is not None}:
             path.unlink()
-        return replace(self, dense=run.dense_output, pruned=pruned)
+        return replace(self, dense=dense.leaving if dense else None, pruned=pruned)
 
 
 def _output_and_inputs(

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sparseserve.errors import RecipeError
 from sparseserve.pruners.one_shot import ONE_SHOT
-from sparseserve.pruners.protocol import PrunedWeight
+from sparseserve.pruners.protocol import PrunedWeight, SolverStatus
 from sparseserve.solvers.admm import admm
 from sparseserve.solvers.conjugate_gradient import refit
-from sparseserve.solvers.problem import better_candidate, layer_problem
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.problem import better_candidate, operator_problem
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
 
@@ -68,14 +68,14 @@ class Admm:
             )
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Return the better of ADMM and the refitted warm start, row by row.
 
         Where the pattern binds rows together (unstructured over the matrix) they are compared as
         wholes.
         """
-        problem = layer_problem(dense_weight, statistics, self.damping)
+        problem = operator_problem(dense_weight, statistics, self.damping)
         scaled, scale = problem.column_scaled()
         found = admm(
             scaled,
@@ -96,4 +96,5 @@ class Admm:
         best = better_candidate(problem, pattern, *candidates)
         final = refit(problem, best != 0, best, iterations=self.final_refit)
         # Two products went into the comparison.
-        return PrunedWeight(final.weight, products + 2 + final.iterations)
+        status = SolverStatus(found.settled, found.primal_residual)
+        return PrunedWeight(final.weight, products + 2 + final.iterations, status)

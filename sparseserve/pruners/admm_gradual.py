@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
-from sparseserve.pruners.protocol import PrunedWeight
+from sparseserve.pruners.protocol import PrunedWeight, SolverStatus
 from sparseserve.solvers.admm import admm_gradual
-from sparseserve.solvers.problem import layer_problem
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.problem import operator_problem
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
 # Inputs that are never active still need a scale; damping proper is added after scaling.
@@ -49,10 +49,10 @@ class GradualAdmm:
             )
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Run the published number of steps; the last projection is the result."""
-        scaled, scale = layer_problem(dense_weight, statistics, _LEAST_ENERGY).column_scaled()
+        scaled, scale = operator_problem(dense_weight, statistics, _LEAST_ENERGY).column_scaled()
         found = admm_gradual(
             scaled.pulled(self.damping),
             pattern,
@@ -60,4 +60,5 @@ class GradualAdmm:
             ramp=self.ramp,
             iterations=self.iterations,
         )
-        return PrunedWeight(found.weight / scale, found.gram_products)
+        status = SolverStatus(found.settled, found.primal_residual)
+        return PrunedWeight(found.weight / scale, found.gram_products, status)

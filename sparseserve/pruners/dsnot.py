@@ -21,8 +21,8 @@ from torch import Tensor
 from sparseserve.errors import RecipeError
 from sparseserve.pruners.one_shot import ONE_SHOT
 from sparseserve.pruners.protocol import PrunedWeight
-from sparseserve.solvers.problem import LayerProblem, layer_problem
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.problem import OperatorProblem, operator_problem
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
 
@@ -53,17 +53,17 @@ class Dsnot:
         return ONE_SHOT[self.warm_start].rows_are_independent
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Return dense values on a mask that is at least as good as the warm start's, every row."""
         start = ONE_SHOT[self.warm_start].prune(dense_weight, statistics, pattern)
-        problem = layer_problem(dense_weight, statistics, damping=0.0)
+        problem = operator_problem(dense_weight, statistics, damping=0.0)
         mask = _exchange(problem, start.weight != 0, pattern.selection_columns, self.cycles)
         # One product for the first gradient; an exchange adds rows of the Gram matrix.
         return PrunedWeight(problem.reference.where(mask, 0), start.gram_products + 1)
 
 
-def _exchange(problem: LayerProblem, mask: Tensor, unit: int | None, cycles: int) -> Tensor:
+def _exchange(problem: OperatorProblem, mask: Tensor, unit: int | None, cycles: int) -> Tensor:
     """Return ``mask`` ``[out, in]`` after at most ``cycles`` exchanges in every row."""
     weight, gram = problem.reference, problem.gram
     rows = torch.arange(len(weight), device=weight.device)

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from sparseserve.errors import RecipeError
 from sparseserve.pruners.admm import Admm
-from sparseserve.pruners.protocol import PrunedWeight, Pruner
+from sparseserve.pruners.protocol import PrunedWeight, Pruner, SolverStatus
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
 from sparseserve.solvers.conjugate_gradient import refit
 from sparseserve.solvers.fista import fista
 from sparseserve.solvers.linalg import largest_eigenvalue
-from sparseserve.solvers.problem import LayerProblem, better_candidate, layer_problem
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.problem import OperatorProblem, better_candidate, operator_problem
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
 WarmStart = Literal["wanda", "sparsegpt", "admm"]
@@ -73,7 +73,7 @@ class Fista:
             raise RecipeError("fista: iterations, refits and damping must be positive")
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Return the best candidate found, at least as good as the warm start in every row.
 
@@ -81,34 +81,33 @@ class Fista:
         compared as wholes instead.
         """
         start = warm_starts(self.damping)[self.warm_start].prune(dense_weight, statistics, pattern)
-        plain = layer_problem(dense_weight, statistics, self.damping)
+        plain = operator_problem(dense_weight, statistics, self.damping)
         problem, scale = plain.column_scaled()
         warm = start.weight * scale
         best = better_candidate(
             problem, pattern, warm, self._refit(problem, warm, self.candidate_refit)
         )
         lipschitz = largest_eigenvalue(problem.gram)
-        unit = float(problem.target.abs().mean())
+        typical = float(problem.target.abs().mean())
         for penalty in self.penalties:
             relaxed = fista(
                 problem,
                 best,
-                l1=penalty * unit,
+                l1=penalty * typical,
                 lipschitz=lipschitz,
                 iterations=self.iterations,
                 restart=True,
             ).weight
             candidate = self._refit(problem, pattern.project(relaxed), self.candidate_refit)
             best = better_candidate(problem, pattern, best, candidate)
-        best = better_candidate(
-            problem, pattern, best, self._refit(problem, best, self.final_refit)
-        )
+        final = refit(problem, best != 0, best, iterations=self.final_refit)
+        best = better_candidate(problem, pattern, best, final.weight)
         products = start.gram_products + self.final_refit + self.candidate_refit
-        products += len(self.penalties) * (self.iterations + 1 + self.candidate_refit)
+        products += len(self.penalties) * (self.iterations + self.candidate_refit)
         products += 2 * (len(self.penalties) + 3)  # comparisons of two candidates
         weight = better_candidate(plain, pattern, start.weight, best / scale)
-        return PrunedWeight(weight, products)
+        return PrunedWeight(weight, products, SolverStatus(final.converged, final.residual))
 
     @staticmethod
-    def _refit(problem: LayerProblem, weight: Tensor, iterations: int) -> Tensor:
+    def _refit(problem: OperatorProblem, weight: Tensor, iterations: int) -> Tensor:
         return refit(problem, weight != 0, weight, iterations=iterations).weight

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from sparseserve.errors import RecipeError
 from sparseserve.pruners.fista import WarmStart, warm_starts
-from sparseserve.pruners.protocol import PrunedWeight
+from sparseserve.pruners.protocol import PrunedWeight, SolverStatus
 from sparseserve.solvers.fista import fista
 from sparseserve.solvers.linalg import largest_eigenvalue
-from sparseserve.solvers.problem import LayerProblem, layer_problem
-from sparseserve.solvers.statistics import LayerStatistics, output_error
+from sparseserve.solvers.problem import OperatorProblem, operator_problem
+from sparseserve.solvers.statistics import InputStatistics, output_error
 from sparseserve.sparsity import SparsityPattern
 
 
@@ -71,18 +71,18 @@ class PaperFista:
             )
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Run algorithm 1; the best rounded weight by total error is returned."""
         # The damping that SparseGPT and ALPS were published with.
         start = warm_starts(0.01)[self.warm_start].prune(dense_weight, statistics, pattern)
-        problem = layer_problem(dense_weight, statistics, damping=0.0)
+        problem = operator_problem(dense_weight, statistics, damping=0.0)
         lipschitz = largest_eigenvalue(problem.gram)
 
         best = start.weight
         best_error = _total_error(best, dense_weight, statistics)
         penalty, low, high = self.first_lambda, 0.0, self.upper_lambda
-        stale, products = 0, start.gram_products
+        stale, products, status = 0, start.gram_products, start.status
         while stale < self.patience and high - low > self.interval_tolerance * high:
             result = fista(
                 problem,
@@ -92,7 +92,7 @@ class PaperFista:
                 iterations=self.iterations,
                 step_tolerance=self.step_tolerance,
             )
-            products += result.iterations + 2
+            products += result.iterations + 2  # its rounding and its total error are judged
             rounded = pattern.project(result.weight)
             error = _total_error(rounded, dense_weight, statistics)
             if _rounding_error(result.weight - rounded, problem) > self.rounding_ratio * error:
@@ -103,16 +103,18 @@ class PaperFista:
             stale = 0 if improved else stale + 1
             if error < best_error:
                 best, best_error = rounded, error
+                step = result.last_step / max(float(result.weight.norm()), 1e-30)
+                status = SolverStatus(result.converged, step)
             penalty = (low + high) / 2
-        return PrunedWeight(best, products)
+        return PrunedWeight(best, products, status)
 
 
-def _total_error(weight: Tensor, dense_weight: Tensor, statistics: LayerStatistics) -> float:
+def _total_error(weight: Tensor, dense_weight: Tensor, statistics: InputStatistics) -> float:
     """Return ``||W X* - W0 X||_F`` (equation 8)."""
     return float(output_error(weight, dense_weight, statistics).sum().sqrt())
 
 
-def _rounding_error(change: Tensor, problem: LayerProblem) -> float:
+def _rounding_error(change: Tensor, problem: OperatorProblem) -> float:
     """Return ``||(W_rounded - W) X*||_F``."""
     return float(torch.sqrt(((change @ problem.gram) * change).sum().clamp_min(0)))
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparseserve.pruners.protocol import PrunedWeight
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
 
@@ -19,7 +19,7 @@ class Magnitude:
     rows_are_independent: ClassVar[bool] = True
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Project the weight onto the pattern; the statistics are not looked at."""
         return PrunedWeight(pattern.project(dense_weight.float()), 0)

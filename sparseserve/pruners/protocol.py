@@ -7,8 +7,21 @@ from typing import Protocol
 
 from torch import Tensor
 
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
+
+
+@dataclass(frozen=True, slots=True)
+class SolverStatus:
+    """How the iteration behind a pruned weight ended.
+
+    Attributes:
+        converged: Whether it met its own tolerance before its iterations ran out.
+        residual: What was left, a share of the size of what it should vanish against.
+    """
+
+    converged: bool
+    residual: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +32,12 @@ class PrunedWeight:
         weight: ``[out, in]`` float32, +0.0 wherever it was pruned.
         gram_products: Products of an ``[out, in]`` matrix with the ``[in, in]`` Gram matrix that
             were spent: the unit of cost that does not depend on the machine.
+        status: How the iteration ended; None where the method has none.
     """
 
     weight: Tensor
     gram_products: int
+    status: SolverStatus | None = None
 
 
 class Pruner(Protocol):
@@ -38,7 +53,7 @@ class Pruner(Protocol):
         ...
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Prune ``dense_weight`` ``[out, in]``; inputs are left untouched.
 

@@ -11,10 +11,10 @@ from sparseserve.pruners.admm_gradual import GradualAdmm
 from sparseserve.pruners.dsnot import Dsnot
 from sparseserve.pruners.fista_paper import ENDING_PAPER_FISTA
 from sparseserve.pruners.one_shot import ONE_SHOT
-from sparseserve.pruners.protocol import PrunedWeight, Pruner
+from sparseserve.pruners.protocol import PrunedWeight, Pruner, SolverStatus
 from sparseserve.solvers.conjugate_gradient import refit
-from sparseserve.solvers.problem import LayerProblem, better_rows, layer_problem
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.problem import OperatorProblem, better_rows, operator_problem
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
 # Those that search with a refit of their own (admm, fista) gain nothing here.
@@ -53,17 +53,18 @@ class Refit:
         return BASES[self.base].rows_are_independent
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Return the refitted weight, or the base's own in rows where that is better."""
         start = BASES[self.base].prune(dense_weight, statistics, pattern)
-        problem = layer_problem(dense_weight, statistics, self.damping)
+        problem = operator_problem(dense_weight, statistics, self.damping)
         return refitted(start, problem, self.iterations)
 
 
-def refitted(start: PrunedWeight, problem: LayerProblem, iterations: int) -> PrunedWeight:
+def refitted(start: PrunedWeight, problem: OperatorProblem, iterations: int) -> PrunedWeight:
     """Return ``start`` with the best values on its mask, row by row no worse than it was."""
     result = refit(problem, start.weight != 0, start.weight, iterations=iterations)
     # Both have the same mask, so rows may be mixed whatever the pattern.
     best = better_rows(problem, start.weight, result.weight)
-    return PrunedWeight(best, start.gram_products + result.iterations + 2)
+    status = SolverStatus(result.converged, result.residual)
+    return PrunedWeight(best, start.gram_products + result.iterations + 2, status)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseserve.errors import RecipeError
 from sparseserve.pruners.protocol import PrunedWeight
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
 
@@ -36,7 +36,7 @@ class Ria:
             raise RecipeError(f"ria: exponent {self.exponent} must not be negative")
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Prune by the score; the inputs' norms come from the diagonal of the Gram matrix."""
         weight = dense_weight.float()

@@ -15,8 +15,8 @@ from torch import Tensor
 from sparseserve.errors import RecipeError
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.solvers.linalg import upper_inverse_factor
-from sparseserve.solvers.problem import layer_problem
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.problem import operator_problem
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
 
@@ -44,7 +44,7 @@ class SparseGPT:
             )
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Sweep once.
 
@@ -52,14 +52,14 @@ class SparseGPT:
         the unconstrained minimiser ``B G^-1`` of ``||W X* - W0 X||``, from which the distance in
         the norm of ``G`` is the corrected objective itself; without, it is the dense weight.
         """
-        problem = layer_problem(dense_weight, statistics, self.damping)
+        problem = operator_problem(dense_weight, statistics, self.damping)
         factor = upper_inverse_factor(problem.gram)
         weight = problem.reference.clone()
         if statistics.corrected:
             weight += problem.pull @ factor.T @ factor
         columns = weight.shape[1]
-        unit = pattern.selection_columns or self.block_size
-        block = max(self.block_size // unit, 1) * unit
+        chosen = pattern.selection_columns or self.block_size
+        block = max(self.block_size // chosen, 1) * chosen
         for start in range(0, columns, block):
             stop = min(start + block, columns)
             errors = self._prune_block(
@@ -72,13 +72,13 @@ class SparseGPT:
     def _prune_block(weight: Tensor, factor: Tensor, pattern: SparsityPattern) -> Tensor:
         """Prune the columns of one block in place; return their scaled errors ``[out, block]``."""
         width = weight.shape[1]
-        unit = pattern.selection_columns or width
+        chosen = pattern.selection_columns or width
         pivots = factor.diagonal()
         errors = torch.empty_like(weight)
         mask = torch.empty_like(weight, dtype=torch.bool)
         for column in range(width):
-            if column % unit == 0:
-                span = slice(column, column + unit)
+            if column % chosen == 0:
+                span = slice(column, column + chosen)
                 mask[:, span] = pattern.best_mask((weight[:, span] / pivots[span]).square())
             kept = weight[:, column].where(mask[:, column], 0)
             error = (weight[:, column] - kept) / pivots[column]

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sparseserve.pruners.protocol import PrunedWeight
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
 
@@ -19,7 +19,7 @@ class Wanda:
     rows_are_independent: ClassVar[bool] = True
 
     def prune(
-        self, dense_weight: Tensor, statistics: LayerStatistics, pattern: SparsityPattern
+        self, dense_weight: Tensor, statistics: InputStatistics, pattern: SparsityPattern
     ) -> PrunedWeight:
         """Prune by the score; the inputs' norms come from the diagonal of the Gram matrix."""
         weight = dense_weight.float()

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from sparseserve.errors import RecipeError
-
-ErrorCorrection = Literal["none", "intra", "intra+inter", "sequential"]
-#: The corrections under which a layer's inputs depend on how the layers before were pruned.
-CHAINED: tuple[ErrorCorrection, ...] = ("intra+inter", "sequential")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +20,7 @@ class Reconstruction:
         held_out: Share of the windows that are not trained on and decide; at least one window.
     """
 
-    epochs: int = 0
+    epochs: int = 3
     learning_rate: float = 0.01
     batch: int = 1
     held_out: float = 0.125

@@ -145,12 +145,21 @@ def next_token_logits(model: PreTrainedModel, window: Tensor) -> Tensor:
 
 
 def _divergence(dense: Tensor, own: Tensor) -> Tensor:
-    """Return the mean KL divergence; ``dense`` has one more column, "any other", than ``own``.
-
-    It is at least 0: where the two hardly differ, the sum of rounded terms may fall below.
-    """
+    """Return the mean KL divergence; ``dense`` has one more column, "any other", than ``own``."""
     rest = (1 - own.exp().sum(dim=1, keepdim=True)).clamp(min=_LEAST_REST).log()
-    differences = dense - torch.cat((own, rest), dim=1)
-    weights = dense.exp()
-    # Where the likeliest tokens are the whole vocabulary the rest has no weight, but log 0.
-    return torch.where(weights > 0, weights * differences, 0).sum(dim=1).mean().clamp_min(0)
+    return mean_divergence(dense, torch.cat((own, rest), dim=1))
+
+
+def mean_divergence(expected: Tensor, found: Tensor) -> Tensor:
+    """Return the mean over tokens of ``KL(expected || found)`` in nats, at least 0.
+
+    Where the two hardly differ, the sum of rounded terms may fall below zero.
+
+    Args:
+        expected: Log-probabilities, ``[..., outcomes]``.
+        found: Likewise.
+    """
+    weights = expected.exp()
+    # An outcome of probability 0 has no weight, but log 0.
+    products = torch.where(weights > 0, weights * (expected - found), 0)
+    return products.sum(dim=-1).mean().clamp_min(0)

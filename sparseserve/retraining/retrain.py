@@ -27,6 +27,7 @@ from sparseserve.report import HeldOutLoss, RetrainReport
 from sparseserve.retraining.checkpointing import checkpointed_layers, float32_on_cpu
 from sparseserve.retraining.losses import DensePrediction, Example, prediction_loss
 from sparseserve.retraining.low_rank import Update, installed, low_rank_updates, vector_updates
+from sparseserve.text.held_out import held_out_count, spread_places
 
 OnWindow = Callable[[int, int, float], None]
 
@@ -135,6 +136,7 @@ def retrain(
         NumericalError: The loss is not finite.
     """
     started = time.perf_counter()
+    check_retraining(model, windows, knobs)
     trained, held_out = _split(windows, dense, knobs)
     updates = _updates(model, operators, knobs)
     parameters = [parameter for update in updates for parameter in update.change.parameters()]
@@ -159,19 +161,30 @@ def retrain(
     )
 
 
+def check_retraining(model: nn.Module, windows: Sequence[Tensor], knobs: Retraining) -> None:
+    """Refuse what cannot be retrained.
+
+    Raises:
+        RecipeError: There is only one window, so none can be held out, or nothing to train.
+    """
+    if len(windows) < 2:
+        raise RecipeError("retraining holds windows out, so it needs at least --samples 2")
+    vectors = vector_updates(model, norms=knobs.norms, biases=knobs.biases)
+    if not knobs.rank and not vectors:
+        raise RecipeError("retraining: the model has no norms or biases to train: set rank")
+
+
 def _split(
     windows: Sequence[Tensor], dense: Sequence[DensePrediction], knobs: Retraining
 ) -> tuple[_Examples, _Examples]:
     """Return the windows to train on and those held out, which are spread evenly over them."""
-    if len(windows) < 2:
-        raise RecipeError("retraining holds windows out, so it needs at least --samples 2")
     if knobs.distillation and len(dense) != len(windows):
         raise ValueError(f"{len(dense)} dense predictions for {len(windows)} windows")
     examples = _Examples(windows, dense if knobs.distillation else None)
-    count = min(max(1, round(knobs.held_out * len(windows))), len(windows) - 1)
-    chosen = {(2 * index + 1) * len(windows) // (2 * count) for index in range(count)}
+    count = min(held_out_count(knobs.held_out, len(windows)), len(windows) - 1)
+    chosen = spread_places(count, len(windows))
     trained = [number for number in range(len(windows)) if number not in chosen]
-    return examples.of(trained), examples.of(sorted(chosen))
+    return examples.of(trained), examples.of(chosen)
 
 
 def _updates(model: nn.Module, operators: Collection[str], knobs: Retraining) -> list[Update]:
@@ -180,8 +193,6 @@ def _updates(model: nn.Module, operators: Collection[str], knobs: Retraining) ->
         updates += low_rank_updates(
             model, operators, rank=knobs.rank, scale=knobs.scale, seed=knobs.seed
         )
-    if not updates:
-        raise RecipeError("retraining: the model has no norms or biases to train: set rank")
     return updates
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.solvers.linalg import shifted_inverse
-from sparseserve.solvers.problem import LayerProblem
+from sparseserve.solvers.problem import OperatorProblem
 from sparseserve.sparsity import SparsityPattern
 
 
@@ -55,7 +55,7 @@ class AdmmResult:
 
 
 def admm(
-    problem: LayerProblem,
+    problem: OperatorProblem,
     pattern: SparsityPattern,
     *,
     first_penalty: float,
@@ -107,7 +107,7 @@ def admm(
 
 
 def admm_gradual(
-    problem: LayerProblem,
+    problem: OperatorProblem,
     pattern: SparsityPattern,
     *,
     penalty: float,

@@ -14,19 +14,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseserve.solvers.problem import LayerProblem
+from sparseserve.solvers.problem import OperatorProblem
 
 
 @dataclass(frozen=True, slots=True)
 class RefitResult:
-    """The refitted weight ``[out, in]`` and the products with the Gram matrix it cost."""
+    """Where an iteration ended.
+
+    Attributes:
+        weight: The refitted weight, ``[out, in]``.
+        iterations: Products with the Gram matrix that were spent.
+        residual: Preconditioned residual of the worst row, as a share of what it was at zero.
+        converged: Whether every row met the tolerance before the iterations ran out.
+    """
 
     weight: Tensor
     iterations: int
+    residual: float
+    converged: bool
 
 
 def refit(
-    problem: LayerProblem,
+    problem: OperatorProblem,
     mask: Tensor,
     start: Tensor,
     *,
@@ -62,4 +71,6 @@ def refit(
         ratio = torch.where(energy > 0, following / energy, 0)
         direction = preconditioned + ratio * direction
         energy = following
-    return RefitResult(weight, spent)
+    worst = (energy / scale).where(scale > 0, 0).amax().clamp_min(0).sqrt()
+    converged = not bool((energy > tolerance**2 * scale).any())
+    return RefitResult(weight, spent, float(worst), converged)

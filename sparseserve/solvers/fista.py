@@ -8,13 +8,12 @@ problems", SIAM Journal on Imaging Sciences 2(1).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sparseserve.solvers.problem import LayerProblem
+from sparseserve.solvers.problem import OperatorProblem
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +23,13 @@ class FistaResult:
     Attributes:
         weight: The last iterate, ``[out, in]``.
         iterations: Products with the Gram matrix that were spent.
-        kkt_residual: Largest distance of minus the gradient to ``lambda`` times the
-            subdifferential of the l1 norm; zero exactly at a minimiser.
+        last_step: ``||W_k - W_{k-1}||_F`` of the last two iterates; 0 if none was taken.
         converged: Whether a tolerance was met before the iterations ran out.
     """
 
     weight: Tensor
     iterations: int
-    kkt_residual: float
+    last_step: float
     converged: bool
 
 
@@ -47,7 +45,7 @@ def kkt_residual(gradient: Tensor, weight: Tensor, l1: Tensor | float) -> Tensor
 
 
 def fista(
-    problem: LayerProblem,
+    problem: OperatorProblem,
     start: Tensor,
     *,
     l1: Tensor | float,
@@ -73,6 +71,7 @@ def fista(
     """
     weight = point = start
     momentum = torch.ones(len(start), 1, dtype=start.dtype, device=start.device)
+    step = torch.zeros_like(start)
     spent, converged = 0, False
     for _ in range(iterations):
         gradient = problem.gradient(point)
@@ -91,5 +90,4 @@ def fista(
         if step_tolerance and float(step.norm()) < step_tolerance:
             converged = True
             break
-    residual = float(kkt_residual(problem.gradient(weight), weight, l1).max())
-    return FistaResult(weight, spent, residual if math.isfinite(residual) else math.inf, converged)
+    return FistaResult(weight, spent, float(step.norm()), converged)

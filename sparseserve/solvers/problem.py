@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import NumericalError
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
 
 @dataclass(frozen=True, slots=True)
-class LayerProblem:
+class OperatorProblem:
     """One operator's quadratic, in float32.
 
     Attributes:
@@ -46,15 +46,15 @@ class LayerProblem:
         """Return ``W G - B``, ``[out, in]``."""
         return torch.addmm(self.target, weight, self.gram, beta=-1)
 
-    def pulled(self, strength: float) -> LayerProblem:
+    def pulled(self, strength: float) -> OperatorProblem:
         """Return the problem with ``strength / 2 ||W - W0||_F^2`` added."""
         gram = self.gram.clone()
         gram.diagonal().add_(strength)
-        return LayerProblem(
+        return OperatorProblem(
             self.reference, gram, self.target + strength * self.reference, self.pull
         )
 
-    def column_scaled(self) -> tuple[LayerProblem, Tensor]:
+    def column_scaled(self) -> tuple[OperatorProblem, Tensor]:
         """Return the same problem in ``W diag(s)`` with ``s_j = sqrt(G_jj)``, and ``s`` ``[in]``.
 
         In these coordinates every input has unit energy, so the plain magnitude of a weight is
@@ -62,7 +62,7 @@ class LayerProblem:
         """
         scale = self.gram.diagonal().sqrt()
         return (
-            LayerProblem(
+            OperatorProblem(
                 self.reference * scale,
                 self.gram / torch.outer(scale, scale),
                 self.target / scale,
@@ -72,9 +72,9 @@ class LayerProblem:
         )
 
 
-def layer_problem(
-    dense_weight: Tensor, statistics: LayerStatistics, damping: float
-) -> LayerProblem:
+def operator_problem(
+    dense_weight: Tensor, statistics: InputStatistics, damping: float
+) -> OperatorProblem:
     """Build the problem of ``dense_weight`` ``[out, in]`` from its statistics.
 
     Args:
@@ -103,17 +103,17 @@ def layer_problem(
         pull = (dense_weight.to(gram.dtype) @ (statistics.cross - gram)).float()
     else:
         pull = torch.zeros_like(reference)
-    return LayerProblem(reference, damped, reference @ damped + pull, pull)
+    return OperatorProblem(reference, damped, reference @ damped + pull, pull)
 
 
-def better_rows(problem: LayerProblem, first: Tensor, second: Tensor) -> Tensor:
+def better_rows(problem: OperatorProblem, first: Tensor, second: Tensor) -> Tensor:
     """Return, row by row, whichever of two weights has the lower objective (``first`` on ties)."""
     keep = problem.loss_rows(first) <= problem.loss_rows(second)
     return torch.where(keep[:, None], first, second)
 
 
 def better_candidate(
-    problem: LayerProblem, pattern: SparsityPattern, first: Tensor, second: Tensor
+    problem: OperatorProblem, pattern: SparsityPattern, first: Tensor, second: Tensor
 ) -> Tensor:
     """Return the better of two weights that obey ``pattern``, as finely as it lets them be mixed.
 

@@ -26,7 +26,7 @@ _BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
-class LayerStatistics:
+class InputStatistics:
     """The three second moments ``[in, in]`` of one input tensor, summed over ``tokens``.
 
     Without error correction the pruned inputs are the dense ones and the three are one tensor.
@@ -38,44 +38,26 @@ class LayerStatistics:
     tokens: int
 
     @classmethod
-    def empty(cls, in_features: int, *, corrected: bool, device: torch.device) -> LayerStatistics:
-        """Return the statistics of no tokens; ``corrected`` keeps ``X`` and ``X*`` apart."""
-        dtype = torch.float64 if in_features <= _DOUBLE_WIDTH else torch.float32
+    def of(cls, pruned_inputs: Tensor, dense_inputs: Tensor | None = None) -> InputStatistics:
+        """Return the statistics of ``[tokens, in]`` activations that are all at hand.
 
-        def zeros() -> Tensor:
-            return torch.zeros(in_features, in_features, dtype=dtype, device=device)
-
-        gram = zeros()
-        if not corrected:
-            return cls(gram, gram, gram, 0)
-        return cls(gram, zeros(), zeros(), 0)
+        Raises:
+            NumericalError: An activation is NaN or infinite.
+        """
+        total = StatisticsSum(
+            pruned_inputs.shape[-1],
+            corrected=dense_inputs is not None,
+            device=pruned_inputs.device,
+        )
+        total.add(pruned_inputs, dense_inputs)
+        return total.finish()
 
     @property
     def corrected(self) -> bool:
         """Whether dense and pruned inputs are told apart."""
         return self.cross is not self.gram
 
-    def updated(self, pruned_inputs: Tensor, dense_inputs: Tensor | None = None) -> LayerStatistics:
-        """Return the statistics with ``[tokens, in]`` activations added, reusing this storage.
-
-        Args:
-            pruned_inputs: Inputs that the pruned operator sees; left untouched.
-            dense_inputs: The same tokens in the dense network; exactly when ``corrected``.
-
-        Raises:
-            NumericalError: An activation is NaN or infinite.
-        """
-        if (dense_inputs is not None) != self.corrected:
-            raise ValueError("dense_inputs go with corrected statistics, and only with them")
-        x = _checked(pruned_inputs)
-        _add_gram(self.gram, x)
-        if dense_inputs is not None:
-            dense = _checked(dense_inputs)
-            self.cross.add_(dense.T @ x)
-            _add_gram(self.dense_gram, dense)
-        return LayerStatistics(self.gram, self.cross, self.dense_gram, self.tokens + len(x))
-
-    def mixed(self, weight: float) -> LayerStatistics:
+    def mixed(self, weight: float) -> InputStatistics:
         """Return the statistics whose dense inputs are ``weight X + (1 - weight) X*``.
 
         With ``weight`` 1 the target ``W0 X`` stays as it is; with 0 it becomes ``W0 X*``, and no
@@ -85,29 +67,58 @@ class LayerStatistics:
             return self
         rest = 1 - weight
         drift = weight * rest * (self.cross + self.cross.T)
-        return LayerStatistics(
+        return InputStatistics(
             self.gram,
             weight * self.cross + rest * self.gram,
             weight**2 * self.dense_gram + drift + rest**2 * self.gram,
             self.tokens,
         )
 
-    def merged(self, other: LayerStatistics) -> LayerStatistics:
-        """Return the statistics of both token sets; neither operand is changed."""
-        if self.corrected != other.corrected:
-            raise ValueError("corrected and uncorrected statistics do not merge")
-        gram = self.gram + other.gram
-        if not self.corrected:
-            return LayerStatistics(gram, gram, gram, self.tokens + other.tokens)
-        return LayerStatistics(
-            gram,
-            self.cross + other.cross,
-            self.dense_gram + other.dense_gram,
-            self.tokens + other.tokens,
-        )
+
+class StatisticsSum:
+    """A sum of second moments that grows batch by batch."""
+
+    def __init__(self, in_features: int, *, corrected: bool, device: torch.device) -> None:
+        """Begin with no tokens; ``corrected`` keeps ``X`` and ``X*`` apart."""
+        dtype = torch.float64 if in_features <= _DOUBLE_WIDTH else torch.float32
+
+        def zeros() -> Tensor:
+            return torch.zeros(in_features, in_features, dtype=dtype, device=device)
+
+        self._gram = zeros()
+        self._cross = zeros() if corrected else None
+        self._dense_gram = zeros() if corrected else None
+        self._tokens = 0
+
+    def add(self, pruned_inputs: Tensor, dense_inputs: Tensor | None = None) -> None:
+        """Add ``[tokens, in]`` activations.
+
+        Args:
+            pruned_inputs: Inputs that the pruned operator sees; left untouched.
+            dense_inputs: The same tokens in the dense network; exactly when ``corrected``.
+
+        Raises:
+            NumericalError: An activation is NaN or infinite.
+        """
+        if (dense_inputs is not None) != (self._cross is not None):
+            raise ValueError("dense_inputs go with corrected statistics, and only with them")
+        x = _checked(pruned_inputs)
+        _add_gram(self._gram, x)
+        if dense_inputs is not None and self._cross is not None and self._dense_gram is not None:
+            dense = _checked(dense_inputs)
+            self._cross.add_(dense.T @ x)
+            _add_gram(self._dense_gram, dense)
+        self._tokens += len(x)
+
+    def finish(self) -> InputStatistics:
+        """Return the sums themselves, not copies: nothing may be added after this."""
+        gram = self._gram
+        if self._cross is None or self._dense_gram is None:
+            return InputStatistics(gram, gram, gram, self._tokens)
+        return InputStatistics(gram, self._cross, self._dense_gram, self._tokens)
 
 
-def output_error(weight: Tensor, dense_weight: Tensor, statistics: LayerStatistics) -> Tensor:
+def output_error(weight: Tensor, dense_weight: Tensor, statistics: InputStatistics) -> Tensor:
     """Return ``||W X* - W0 X||^2`` of every row, ``[out]`` in float64.
 
     With ``E = W - W0`` and ``S = X* - X`` it is ``||E X* + W0 S||^2``, expanded so that without
@@ -125,14 +136,14 @@ def output_error(weight: Tensor, dense_weight: Tensor, statistics: LayerStatisti
     return error.clamp_min(0)
 
 
-def output_energy(dense_weight: Tensor, statistics: LayerStatistics) -> Tensor:
+def output_energy(dense_weight: Tensor, statistics: InputStatistics) -> Tensor:
     """Return ``||W0 X||^2`` of every row, ``[out]`` in float64."""
     dense = dense_weight.double()
     return _row_products(dense @ statistics.dense_gram.double(), dense)
 
 
 def relative_output_error(
-    weight: Tensor, dense_weight: Tensor, statistics: LayerStatistics
+    weight: Tensor, dense_weight: Tensor, statistics: InputStatistics
 ) -> float:
     """Return ``||W X* - W0 X||_F / ||W0 X||_F``."""
     energy = output_energy(dense_weight, statistics).sum()

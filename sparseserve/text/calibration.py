@@ -43,7 +43,7 @@ class CalibrationSpec:
     samples: int = 256
     sequence_length: int | None = None
     seed: int = 0
-    scrambled: int = 0
+    scrambled: int = 1
     scrambled_layers: int = 4
     text_column: str | None = None
 

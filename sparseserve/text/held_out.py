@@ -1,4 +1,4 @@
-"""Windows of a text that calibration did not see."""
+"""Windows that are held out: of a text, or of the calibration windows themselves."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from sparseserve.text.windows import token_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def held_out_count(share: float, total: int) -> int:
+    """Return how many of ``total`` windows a ``share`` of them is: at least one."""
+    return max(1, round(share * total))
+
+
+def spread_places(count: int, total: int) -> tuple[int, ...]:
+    """Return ``count`` of ``total`` places, ascending, spread evenly over them."""
+    return tuple((2 * index + 1) * total // (2 * count) for index in range(count))
 
 
 def held_out_windows(

@@ -5,15 +5,15 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.quality import budget as dial
+from benchmarks.quality import budget
 
 
 def test_a_smoke_run_measures_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a smoke run wrote a result")
 
-    monkeypatch.setattr(dial, "write_json", refuse)
-    run = CliRunner().invoke(dial.main, ["--smoke"], catch_exceptions=False)
+    monkeypatch.setattr(budget, "write_result", refuse)
+    run = CliRunner().invoke(budget.main, ["--smoke"], catch_exceptions=False)
     assert run.exit_code == 0
     found = json.loads(next(line for line in run.output.splitlines() if line.startswith("{")))
     assert 0 < found["sparse_share"] <= 1

@@ -11,7 +11,7 @@ from benchmarks.harness.evaluation_texts import named_texts
 from benchmarks.quality.compare import Setting, default_variant, recipe_of
 from benchmarks.quality.evidence import command, experiments
 from sparseserve.pruners.fista_paper import ENDING_PAPER_FISTA
-from sparseserve.recipe.settings import PRESETS
+from sparseserve.recipe.toml import PRESETS
 from sparseserve.text.calibration import CalibrationSpec
 
 SETTING = Setting(

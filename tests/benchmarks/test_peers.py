@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from benchmarks.harness import tables
+from benchmarks.peers import tables
 from benchmarks.peers import worker as peer_worker
-from benchmarks.peers.compare import chosen, compare, stored_runs
+from benchmarks.peers.compare import chosen, compare
 from benchmarks.peers.environment import (
     INSTALLED,
     PEERS,
@@ -237,15 +237,6 @@ def test_every_requirement_is_pinned_and_torchvision_is_none_of_them(peer: Peer)
 def _requirements(path: Path) -> list[str]:
     lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line]
-
-
-def test_results_of_another_setting_are_not_continued(tmp_path: Path) -> None:
-    path = tmp_path / "peers.json"
-    assert stored_runs(path, SETTING) == []
-    path.write_text(json.dumps({"setting": asdict(SETTING), "runs": []}), encoding="utf-8")
-    assert stored_runs(path, SETTING) == []
-    with pytest.raises(PeerError, match="another setting"):
-        stored_runs(path, replace(SETTING, samples=4))
 
 
 def test_only_names_a_tool_and_its_method() -> None:

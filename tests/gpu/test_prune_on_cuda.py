@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparseserve.pruners import PRUNERS
-from sparseserve.recipe.settings import PRESETS, PruneRecipe
+from sparseserve.recipe.toml import PRESETS, UNTRAINED
 from sparseserve.report import PruneReport
 from sparseserve.testing import save_tiny_model
 from sparseserve.text.calibration import CalibrationSpec
@@ -21,9 +21,8 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("method", PRUNERS)
 def test_errors_on_cuda_are_those_on_the_cpu(tmp_path: Path, method: str) -> None:
     source = str(save_tiny_model("llama", tmp_path / "model"))
-    recipe = PruneRecipe(
-        pruner=PRUNERS[method](), calibration=CalibrationSpec(samples=4, sequence_length=64)
-    )
+    spec = CalibrationSpec(samples=4, sequence_length=64, scrambled=0)
+    recipe = replace(UNTRAINED, pruner=PRUNERS[method](), calibration=spec)
     reports = [
         PruneReport.from_json(
             prune_and_export(

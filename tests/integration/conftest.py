@@ -14,6 +14,7 @@ from sparseserve.cli import main
 from sparseserve.layerwise.layer import PruneProgress
 from sparseserve.pruners.wanda import Wanda
 from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.recipe.toml import UNTRAINED
 from sparseserve.testing import save_tiny_model
 from sparseserve.text.calibration import CalibrationSpec
 from sparseserve.workflow import prune_and_export
@@ -27,8 +28,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> PruneRecipe:
     """The cheapest recipe, on a short text of its own."""
     text = tmp_path_factory.mktemp("text") / "calibration.txt"
     text.write_text(TEXT)
-    spec = CalibrationSpec(source=str(text), samples=3, sequence_length=16, seed=1)
-    return PruneRecipe(pruner=Wanda(), calibration=spec)
+    spec = CalibrationSpec(source=str(text), samples=3, sequence_length=16, seed=1, scrambled=0)
+    return replace(UNTRAINED, pruner=Wanda(), calibration=spec)
 
 
 Prune = Callable[..., Artifact]

@@ -1,4 +1,4 @@
-"""The quality dial on a tiny model, from the command line's functions down to the checkpoint."""
+"""A tiny model within a budget, from the command line's functions down to the checkpoint."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from sparseserve.budget.price_run import HeldOutSpec
 from sparseserve.budget.ranking import measure_and_report
 from sparseserve.budget.report import (
-    DialReport,
+    BudgetReport,
     Goal,
     KeepDenseFraction,
     MaxPerplexityIncrease,
 )
-from sparseserve.budget.within_budget import dial_and_export
+from sparseserve.budget.within_budget import prune_within_budget
 from sparseserve.checkpoint.artifact import Artifact, verify
 from sparseserve.errors import ArtifactError, CalibrationError, RecipeError
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
@@ -27,15 +27,15 @@ from sparseserve.report import LayerReport, OperatorReport
 FEW = HeldOutSpec(sensitivity_windows=2, validation_windows=4)
 ALL = 14  # linears of the two layers of a tiny Llama
 
-Dial = Callable[..., tuple[Artifact, DialReport]]
+Within = Callable[..., tuple[Artifact, BudgetReport]]
 
 
 @pytest.fixture
-def dial(llama: Path, tmp_path: Path, quick: PruneRecipe) -> Dial:
+def within(llama: Path, tmp_path: Path, quick: PruneRecipe) -> Within:
     def run(
         goal: Goal, name: str = "out", recipe: PruneRecipe = quick, **more: object
-    ) -> tuple[Artifact, DialReport]:
-        return dial_and_export(
+    ) -> tuple[Artifact, BudgetReport]:
+        return prune_within_budget(
             str(llama),
             tmp_path / name,
             recipe,
@@ -46,37 +46,39 @@ def dial(llama: Path, tmp_path: Path, quick: PruneRecipe) -> Dial:
     return run
 
 
-def test_a_generous_budget_prunes_everything(dial: Dial) -> None:
-    artifact, report = dial(MaxPerplexityIncrease(1e6))
+def test_a_generous_budget_prunes_everything(within: Within) -> None:
+    artifact, report = within(MaxPerplexityIncrease(1e6))
     assert report.chosen.sparse_share == 1
     assert report.chosen.dense_operators == ()
     assert len(artifact.manifest.pruned) == ALL
     assert len(report.rounds) == 1
 
 
-def test_an_impossible_budget_leaves_nothing_but_the_reason(dial: Dial, tmp_path: Path) -> None:
+def test_an_impossible_budget_leaves_nothing_but_the_reason(within: Within, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"pruning .* alone, the cheapest of 8, raises"):
-        dial(MaxPerplexityIncrease(1e-9))
+        within(MaxPerplexityIncrease(1e-9))
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_published_is_the_most_that_stays_within(dial: Dial, tmp_path: Path) -> None:
-    _, everything = dial(MaxPerplexityIncrease(1e6), "all")
+def test_what_is_published_is_the_most_that_stays_within(within: Within, tmp_path: Path) -> None:
+    _, everything = within(MaxPerplexityIncrease(1e6), "all")
     budget = math.expm1(everything.chosen.bound / 2)
-    artifact, report = dial(MaxPerplexityIncrease(budget))
-    within = [item for item in report.rounds if item.bound <= math.log1p(budget)]
-    assert report.chosen == max(within, key=lambda item: item.sparse_share)
+    artifact, report = within(MaxPerplexityIncrease(budget))
+    affordable = [item for item in report.rounds if item.bound <= math.log1p(budget)]
+    assert report.chosen == max(affordable, key=lambda item: item.sparse_share)
     assert 0 < report.chosen.sparse_share < 1
     assert set(artifact.manifest.pruned).isdisjoint(report.chosen.dense_operators)
     assert len(artifact.manifest.pruned) + len(report.chosen.dense_operators) == ALL
-    assert artifact.manifest.report["dial"]["chosen"]["sparse_share"] == report.chosen.sparse_share
+    assert (
+        artifact.manifest.report["budget"]["chosen"]["sparse_share"] == report.chosen.sparse_share
+    )
     assert report.weight_bytes == artifact.checkpoint.weight_bytes
     verify(artifact.path)
     assert sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name) == []
 
 
-def test_a_fraction_to_keep_is_the_most_that_stays_dense(dial: Dial) -> None:
-    artifact, report = dial(KeepDenseFraction(0.4))
+def test_a_fraction_to_keep_is_the_most_that_stays_dense(within: Within) -> None:
+    artifact, report = within(KeepDenseFraction(0.4))
     assert 0.6 <= report.chosen.sparse_share < 1
     weights = {name: unit.weights for unit in report.sensitivities for name in unit.operators[:1]}
     kept = sum(weights.get(name, 0) for name in report.chosen.dense_operators)
@@ -84,9 +86,11 @@ def test_a_fraction_to_keep_is_the_most_that_stays_dense(dial: Dial) -> None:
     assert len(artifact.manifest.pruned) + len(report.chosen.dense_operators) == ALL
 
 
-def test_what_the_recipe_ignores_is_no_part_of_the_shares(dial: Dial, quick: PruneRecipe) -> None:
+def test_what_the_recipe_ignores_is_no_part_of_the_shares(
+    within: Within, quick: PruneRecipe
+) -> None:
     recipe = replace(quick, ignore=("down_proj",))
-    artifact, report = dial(MaxPerplexityIncrease(1e6), recipe=recipe)
+    artifact, report = within(MaxPerplexityIncrease(1e6), recipe=recipe)
     assert report.chosen.sparse_share == 1
     assert len(artifact.manifest.pruned) == ALL - 2
     assert report.prunable_weights == sum(unit.weights for unit in report.sensitivities)
@@ -94,16 +98,16 @@ def test_what_the_recipe_ignores_is_no_part_of_the_shares(dial: Dial, quick: Pru
 
 @pytest.mark.parametrize("correction", ["intra", "sequential"])
 def test_reused_layers_give_the_same_bytes_as_a_fresh_run(
-    dial: Dial, quick: PruneRecipe, correction: str
+    within: Within, quick: PruneRecipe, correction: str
 ) -> None:
-    recipe = replace(quick, error_correction=correction)  # type: ignore[arg-type]  # a literal
-    whole, everything = dial(MaxPerplexityIncrease(1e6), "all", recipe=recipe)
+    recipe = replace(quick, error_correction=correction)
+    whole, everything = within(MaxPerplexityIncrease(1e6), "all", recipe=recipe)
     budget = MaxPerplexityIncrease(math.expm1(everything.chosen.bound / 2))
-    artifact, report = dial(budget, "searched", recipe=recipe)
+    artifact, report = within(budget, "searched", recipe=recipe)
     assert len(report.rounds) > 1
     pruned = sum(unit.weights for unit in report.sensitivities) * report.chosen.sparse_share
     fraction = 1 - (pruned - 1) / report.prunable_weights
-    again, fresh = dial(KeepDenseFraction(fraction), "fresh", recipe=recipe)
+    again, fresh = within(KeepDenseFraction(fraction), "fresh", recipe=recipe)
     assert fresh.chosen.dense_operators == report.chosen.dense_operators
     for name in ("model.safetensors",):
         assert again.manifest.files[name].sha256 == artifact.manifest.files[name].sha256
@@ -138,16 +142,16 @@ def killed_when_written(stage: str) -> None:
         raise Killed
 
 
-def test_layers_that_stay_the_same_are_not_pruned_again(dial: Dial, quick: PruneRecipe) -> None:
+def test_layers_that_stay_the_same_are_not_pruned_again(within: Within, quick: PruneRecipe) -> None:
     recipe = replace(quick, error_correction="intra")
-    _, before = dial(KeepDenseFraction(0.06), "before", recipe=recipe)
+    _, before = within(KeepDenseFraction(0.06), "before", recipe=recipe)
     with pytest.raises(Killed):
-        dial(KeepDenseFraction(0.06), recipe=recipe, on_stage=killed_when_written)
+        within(KeepDenseFraction(0.06), recipe=recipe, on_stage=killed_when_written)
     again, other = Watch(), Watch()
     with pytest.raises(Killed):
-        dial(KeepDenseFraction(0.06), recipe=recipe, progress=again, on_stage=killed_when_written)
+        within(KeepDenseFraction(0.06), recipe=recipe, progress=again, on_stage=killed_when_written)
     assert again.names == []
-    _, after = dial(KeepDenseFraction(0.12), recipe=recipe, progress=other)
+    _, after = within(KeepDenseFraction(0.12), recipe=recipe, progress=other)
     moved = set(before.chosen.dense_operators) ^ set(after.chosen.dense_operators)
     changed = {layer for layer in ("layers.0.", "layers.1.") if any(layer in x for x in moved)}
     assert len(changed) == 1
@@ -157,46 +161,48 @@ def test_layers_that_stay_the_same_are_not_pruned_again(dial: Dial, quick: Prune
 
 
 @pytest.mark.parametrize("operators", [10, 20])
-def test_a_killed_run_goes_on_and_ends_alike(dial: Dial, tmp_path: Path, operators: int) -> None:
-    undisturbed, expected = dial(KeepDenseFraction(0.4), "undisturbed")
+def test_a_killed_run_goes_on_and_ends_alike(
+    within: Within, tmp_path: Path, operators: int
+) -> None:
+    undisturbed, expected = within(KeepDenseFraction(0.4), "undisturbed")
     with pytest.raises(Killed):
-        dial(KeepDenseFraction(0.4), progress=Watch(operators))
+        within(KeepDenseFraction(0.4), progress=Watch(operators))
     assert not (tmp_path / "out").exists()
-    artifact, report = dial(KeepDenseFraction(0.4))
+    artifact, report = within(KeepDenseFraction(0.4))
     assert report == expected
     files = [(item, entry.sha256) for item, entry in undisturbed.manifest.files.items()]
     assert files == [(item, entry.sha256) for item, entry in artifact.manifest.files.items()]
 
 
 def test_an_unfinished_run_of_another_recipe_is_not_mixed_in(
-    dial: Dial, quick: PruneRecipe
+    within: Within, quick: PruneRecipe
 ) -> None:
     with pytest.raises(Killed):
-        dial(KeepDenseFraction(0.4), progress=Watch(3))
+        within(KeepDenseFraction(0.4), progress=Watch(3))
     with pytest.raises(ArtifactError, match="unfinished run"):
-        dial(KeepDenseFraction(0.4), recipe=replace(quick, ignore=("v_proj",)))
+        within(KeepDenseFraction(0.4), recipe=replace(quick, ignore=("v_proj",)))
 
 
 def test_a_text_that_chose_the_operators_is_refused_for_evaluation(
-    dial: Dial, tmp_path: Path
+    within: Within, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text("\n".join(f"{i * i} is the square of {i}." for i in range(200)))
     spec = replace(FEW, texts=(str(other),))
-    _, report = dial(KeepDenseFraction(0.4), held_out=spec)
+    _, report = within(KeepDenseFraction(0.4), held_out=spec)
     assert [item.text for item in report.chosen.measured] == ["other.txt"]
     with pytest.raises(CalibrationError, match=r"other\.txt"):
         evaluate(str(tmp_path / "out"), EvaluationSpec(text=str(other), sequence_length=16))
 
 
-def test_two_texts_are_both_kept_within_the_budget(dial: Dial, tmp_path: Path) -> None:
+def test_two_texts_are_both_kept_within_the_budget(within: Within, tmp_path: Path) -> None:
     names = []
     for step in (3, 5):
         file = tmp_path / f"{step}.txt"
         file.write_text("\n".join(f"{i * step} comes after {i}." for i in range(200)))
         names.append(str(file))
     spec = replace(FEW, texts=tuple(names))
-    _, report = dial(MaxPerplexityIncrease(1e6), held_out=spec)
+    _, report = within(MaxPerplexityIncrease(1e6), held_out=spec)
     assert [item.text for item in report.chosen.measured] == ["3.txt", "5.txt"]
     assert report.chosen.bound == max(item.bound for item in report.chosen.measured)
     assert {len(unit.divergences) for unit in report.sensitivities} == {4}

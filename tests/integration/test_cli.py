@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.command_line import Cli, prune_arguments, refusal
+from tests.integration.command_line import Cli, prune_arguments
 
 
 def test_prune_verify_evaluate_inspect_and_export_with_json(
@@ -45,59 +45,77 @@ def test_prune_verify_evaluate_inspect_and_export_with_json(
     assert cli("verify", "dense").returncode == 0
 
 
-@pytest.mark.parametrize("method", ["fista", "sparsegpt", "wanda", "magnitude"])
-def test_every_method_can_be_named(cli: Cli, llama: Path, text: Path, method: str) -> None:
-    done = cli(*prune_arguments(llama, text, "-o", "out", "--method", method, "--json"))
-    assert json.loads(done.stdout)["recipe"]["method"]["name"] == method
-
-
 @pytest.mark.parametrize(
-    ("options", "trained"),
+    ("method", "correction"),
     [
-        ("", True),
-        ("--method admm", True),
-        ("--method wanda", False),
-        ("--method wanda --reconstruct 1", True),
-        ("--reconstruct 0", False),
+        ("magnitude", "sequential"),
+        ("wanda", "sequential"),
+        ("sparsegpt", "sequential"),
+        ("admm", "sequential"),
+        ("fista", "intra"),
     ],
 )
-def test_layers_are_reconstructed_by_the_recipes_own_method_or_when_asked(
-    cli: Cli, llama: Path, text: Path, options: str, trained: bool
+def test_a_method_alone_runs_as_it_was_published(
+    cli: Cli, llama: Path, text: Path, method: str, correction: str
 ) -> None:
-    done = cli(*prune_arguments(llama, text, "-o", "out", "--json", *options.split()))
-    layers = json.loads(done.stdout)["report"]["layers"]
-    assert {layer["reconstruction"] is not None for layer in layers} == {trained}
+    done = cli(*prune_arguments(llama, text, "-o", "out", "--method", method, "--json"))
+    manifest = json.loads(done.stdout)
+    recipe, report = manifest["recipe"], manifest["report"]
+    assert recipe["method"]["name"] == method
+    assert recipe["error_correction"] == correction
+    assert recipe["calibration"]["scrambled"] == 0
+    assert {layer["reconstruction"] for layer in report["layers"]} == {None}
+    assert report["retraining"] is None
 
 
 @pytest.mark.parametrize(
-    ("options", "copies"),
-    [("", 1), ("--scrambled 0", 0), ("--method wanda", 0), ("--method wanda --scrambled 2", 2)],
+    ("options", "trained", "copies"),
+    [
+        ("", True, 1),
+        ("--recipe untrained", False, 0),
+        ("--reconstruct 0", False, 1),
+        ("--scrambled 0", True, 0),
+        ("--recipe default --method wanda", True, 1),
+        ("--method wanda --reconstruct 1", True, 0),
+        ("--method wanda --scrambled 2", False, 2),
+    ],
 )
-def test_windows_are_scrambled_for_the_recipes_own_method_or_when_asked(
-    cli: Cli, llama: Path, text: Path, options: str, copies: int
+def test_only_recipes_and_options_train(
+    cli: Cli, llama: Path, text: Path, options: str, *, trained: bool, copies: int
 ) -> None:
-    done = cli(*prune_arguments(llama, text, "-o", "out", "--json", *options.split()))
-    assert json.loads(done.stdout)["recipe"]["calibration"]["scrambled"] == copies
+    manifest = json.loads(
+        cli(*prune_arguments(llama, text, "-o", "out", "--json", *options.split())).stdout
+    )
+    layers = manifest["report"]["layers"]
+    assert {layer["reconstruction"] is not None for layer in layers} == {trained}
+    assert manifest["recipe"]["calibration"]["scrambled"] == copies
 
 
-def test_another_method_is_run_without_the_recipes_retraining(
+def test_a_recipe_and_a_method_are_all_of_the_recipe_with_that_solver(
     cli: Cli, tmp_path: Path, llama: Path, text: Path
 ) -> None:
     recipe = tmp_path / "mine.toml"
-    recipe.write_text("[retraining]\nepochs = 1\n")
-    for options, trained in (("", True), ("--method wanda", False)):
-        arguments = ("-o", f"out-{trained}", "--recipe", recipe, "--json", *options.split())
-        report = json.loads(cli(*prune_arguments(llama, text, *arguments)).stdout)["report"]
-        assert (report["retraining"] is not None) == trained
+    recipe.write_text(
+        'error_correction = "none"\n[reconstruction]\nepochs = 1\n[retraining]\nepochs = 1\n'
+    )
+    manifests = [
+        json.loads(cli(*prune_arguments(llama, text, "--json", "--recipe", recipe, *more)).stdout)
+        for more in (("-o", "own"), ("-o", "other", "--method", "wanda"))
+    ]
+    own, other = (dict(manifest["recipe"]) for manifest in manifests)
+    assert (own.pop("method")["name"], other.pop("method")) == ("admm", {"name": "wanda"})
+    assert own == other
+    for manifest in manifests:
+        assert manifest["report"]["retraining"] is not None
 
 
-def test_the_paper_recipe_runs_with_its_own_method(cli: Cli, llama: Path, text: Path) -> None:
-    arguments = prune_arguments(llama, text, "-o", "out", "--recipe", "paper", "--json")
-    done = cli(*arguments, "--method", "fista", "--error-correction", "none")
-    recipe = json.loads(done.stdout)["recipe"]
-    assert recipe["method"]["name"] == "fista-paper"
-    assert recipe["error_correction"] == "none"
-    assert "FISTAPruner" in refusal(cli(*arguments, "--method", "wanda", "-o", "other"))
+def test_a_recipe_keeps_its_solvers_settings_where_the_method_is_its_own(
+    cli: Cli, llama: Path, text: Path
+) -> None:
+    arguments = prune_arguments(llama, text, "--recipe", "paper", "--json")
+    alone = cli(*arguments, "-o", "alone")
+    named = cli(*arguments, "-o", "named", "--method", "fista-paper")
+    assert json.loads(named.stdout)["recipe"] == json.loads(alone.stdout)["recipe"]
 
 
 def test_a_dry_run_writes_nothing(cli: Cli, tmp_path: Path, llama: Path, text: Path) -> None:

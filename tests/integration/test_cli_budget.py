@@ -1,4 +1,4 @@
-"""The quality dial as scripts see it."""
+"""Budgets and sensitivities as scripts see them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import pytest
 from tests.integration.command_line import Cli, prune_arguments, refusal
 
 
-def test_the_dial_prunes_within_a_budget_and_says_so(cli: Cli, llama: Path, text: Path) -> None:
+def test_a_run_prunes_within_its_budget_and_says_so(cli: Cli, llama: Path, text: Path) -> None:
     budget = ["--max-perplexity-increase", "100000%", "--method", "magnitude"]
     done = cli(*prune_arguments(llama, text, "-o", "out", *budget))
     assert done.returncode == 0, done.stderr
     assert re.search(r"pruned share +100\.0% of", done.stdout)
     assert "at most +" in done.stdout
     manifest = json.loads(Path("out/sparseserve.json").read_text())
-    assert len(manifest["report"]["dial"]["sensitivities"]) == 8
+    assert len(manifest["report"]["budget"]["sensitivities"]) == 8
 
 
 def test_the_ranking_alone_is_printed_plotted_and_written(
     cli: Cli, llama: Path, text: Path
 ) -> None:
-    done = cli(*prune_arguments(llama, text, "--sensitivity"))
+    done = cli("sensitivity", *prune_arguments(llama, text)[1:])
     assert done.returncode == 0, done.stderr
     assert "model.layers.1.mlp.gate_proj+up_proj" in done.stdout
     assert Path("llama-sensitivity/sensitivity.html").stat().st_size > 1_000_000
-    again = cli(*prune_arguments(llama, text, "--sensitivity", "-o", "other", "--json"))
+    again = cli("sensitivity", *prune_arguments(llama, text, "-o", "other", "--json")[1:])
     assert json.loads(again.stdout) == json.loads(
         Path("llama-sensitivity/sensitivity.json").read_text()
     )
@@ -47,7 +47,7 @@ def test_the_ranking_alone_is_printed_plotted_and_written(
         (["--keep-dense-fraction", "20%", "--validation", "./missing.txt"], "does not exist"),
     ],
 )
-def test_a_dial_that_cannot_be_set_is_one_line(
+def test_a_budget_that_cannot_be_kept_is_one_line(
     cli: Cli, llama: Path, text: Path, options: list[str], message: str
 ) -> None:
     done = cli(*prune_arguments(llama, text, "-o", "out", *options))
@@ -59,12 +59,12 @@ def test_a_dial_that_cannot_be_set_is_one_line(
     "options",
     [
         ["--keep-dense-fraction", "20%", "--max-perplexity-increase", "10%"],
-        ["--sensitivity", "--dry-run"],
+        ["--keep-dense-fraction", "20%", "--dry-run"],
         ["--validation", "text.txt"],
         ["--keep-dense-fraction", "20%"],
     ],
 )
-def test_dial_options_that_do_not_go_together_are_wrong_usage(
+def test_options_that_do_not_go_together_are_wrong_usage(
     cli: Cli, llama: Path, text: Path, options: list[str]
 ) -> None:
     done = cli(*prune_arguments(llama, text, *options))
@@ -75,6 +75,6 @@ def test_a_missing_plotting_package_is_named_before_any_work(
     cli: Cli, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sparseserve.budget.ranking_plot.find_spec", lambda name: None)
-    done = cli(*prune_arguments(llama, text, "--sensitivity"))
+    done = cli("sensitivity", *prune_arguments(llama, text)[1:])
     assert "pip install 'sparseserve[plots]'" in refusal(done)
     assert "loading" not in done.stderr

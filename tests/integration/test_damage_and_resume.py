@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, file_sha256, verify
+from sparseserve.checkpoint.sealed import read_sealed, write_sealed
 from sparseserve.checkpoint.tensors import save_tensors
 from sparseserve.errors import ArtifactError
 from sparseserve.pruners.sparsegpt import SparseGPT
@@ -179,7 +180,10 @@ def test_the_time_of_layers_finished_before_the_kill_counts(prune: Any, tmp_path
     with pytest.raises(Killed):
         prune("llama", progress=KilledAfter(9))
     [stored] = (tmp_path / "out.partial").rglob("report.json")
-    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"seconds": 1000.0}))
+    sealed = read_sealed(stored)
+    assert isinstance(sealed, dict)
+    sealed["report"]["seconds"] = 1000.0
+    write_sealed(stored, sealed)
     assert 1000 < prune("llama").manifest.report["seconds"] < 2000
 
 

@@ -18,11 +18,13 @@ from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError, NumericalError, RecipeError
 from sparseserve.exporters import EXPORTERS, export_packed24, load_dense_state
 from sparseserve.models.loading import load_model
+from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista import Fista
+from sparseserve.pruners.refit import Refit
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
-from sparseserve.recipe.settings import recipe_from_mapping
 from sparseserve.recipe.steps import Reconstruction
+from sparseserve.recipe.toml import recipe_from_mapping
 from sparseserve.report import PruneReport
 from sparseserve.retraining.retrain import Retraining
 from sparseserve.sparsity import TWO_FOUR, UnstructuredPattern
@@ -136,6 +138,19 @@ def test_small_shards_hold_the_same_tensors(prune: Any, tmp_path: Path) -> None:
     assert len(list(sharded.path.glob("*.safetensors"))) > 3
     assert same_bits(dict(packed.checkpoint.tensors()), dict(sharded.checkpoint.tensors()))
     verify(sharded.path)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "converged"),
+    [(Wanda(), None), (Admm(), True), (Admm(iterations=1), False), (Refit(iterations=1), False)],
+)
+def test_the_report_says_whether_the_solver_converged(
+    prune: Any, with_pruner: Any, pruner: Any, converged: bool | None
+) -> None:
+    report = PruneReport.from_json(prune("llama", recipe=with_pruner(pruner)).manifest.report)
+    assert {operator.converged for operator in report.operators} == {converged}
+    for operator in report.operators:
+        assert (operator.residual is None) == (converged is None)
 
 
 def test_ignored_linears_stay_dense(prune: Any, quick: Any) -> None:

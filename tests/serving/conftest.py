@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sparseserve.checkpoint.artifact import Manifest, write_manifest
 from sparseserve.serving.kernels.cpu.library import missing_library
 from sparseserve.sparsity import TWO_FOUR, pack24
 from sparseserve.testing import tiny_model, tiny_tokenizer
@@ -50,6 +51,21 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
+def dense_manifest(pruned: Sequence[str], pattern: str = "2:4") -> Manifest:
+    """What a dense checkpoint of ours says of itself; it counts no files."""
+    return Manifest(
+        format="dense",
+        pattern=pattern,
+        pruned=tuple(pruned),
+        transposed=(),
+        source="tiny",
+        recipe={},
+        calibration={},
+        report={},
+        files={},
+    )
+
+
 @pytest.fixture(scope="session")
 def two_four_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
     """Save a tiny model with 2:4 linears; names that hold a string of ``keep`` stay dense."""
@@ -73,8 +89,7 @@ def two_four_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         if manifest:
-            facts = {"format": "dense", "version": 1, "pattern": "2:4", "pruned": pruned}
-            (folder / "sparseserve.json").write_text(json.dumps(facts))
+            write_manifest(folder, dense_manifest(pruned))
         return folder
 
     return make

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseserve.solvers.statistics import LayerStatistics
+from sparseserve.solvers.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Case:
     weight: Tensor
     pruned_inputs: Tensor
     dense_inputs: Tensor
-    statistics: LayerStatistics
+    statistics: InputStatistics
 
     def error(self, weight: Tensor) -> float:
         """``||W X* - W0 X||_F^2`` straight from the activations."""
@@ -46,8 +46,7 @@ class CaseFactory:
         mixing = normal(columns, columns) * torch.logspace(-0.7, 0.7, columns)
         dense = normal(tokens, columns) @ mixing
         pruned = dense + 0.2 * normal(tokens, columns) @ mixing if corrected else dense
-        empty = LayerStatistics.empty(columns, corrected=corrected, device=torch.device("cpu"))
-        statistics = empty.updated(pruned, dense if corrected else None)
+        statistics = InputStatistics.of(pruned, dense if corrected else None)
         return Case(normal(rows, columns), pruned, dense, statistics)
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.tables import PAGES, TABLES, render
-from benchmarks.quality.compare import RESULTS
+from benchmarks.harness.tables import PAGES, TABLES, render, result_file
 from sparseserve.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +22,7 @@ def test_every_table_is_what_its_result_says(page: str) -> None:
 def test_every_table_has_a_committed_result_and_a_place() -> None:
     pages = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     for name in TABLES:
-        assert (RESULTS / f"{name}.json").exists()
+        assert result_file(name).exists()
         assert f"<!-- table: {name} -->" in pages
 
 
@@ -37,7 +36,7 @@ def test_every_option_in_the_readme_exists() -> None:
     }
     used = {
         option
-        for line in re.findall(r"^\s*sparseserve (.*)$", readme, re.MULTILINE)
+        for line in re.findall(r"^\s*(?:\$ )?sparseserve (.*)$", readme, re.MULTILINE)
         for option in re.findall(r"(?<![\w-])(--[a-z-]+)", line.split(" -- ")[0])
     }
     assert used

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +25,22 @@ KERNELS_VARIABLE = "SPARSESERVE_KERNELS"
 MEASURE_VARIABLE = "SPARSESERVE_MEASURE"
 
 Message = Callable[[str], None]
+
+
+class TimedLayers:
+    """The layers that one engine has timed since it started: of many of a shape, one is enough."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._layers: set[str] = set()
+
+    def __contains__(self, layer: str) -> bool:
+        """Whether ``layer`` was timed."""
+        return layer in self._layers
+
+    def add(self, layer: str) -> None:
+        """Note that ``layer`` was timed and its times are on disk."""
+        self._layers.add(layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +84,7 @@ def layer_kernels(
     weight: LoadedWeight,
     tell: Message,
     kernels: Mapping[str, LinearKernel] = KERNELS,
+    timed: TimedLayers | None = None,
 ) -> LayerKernels:
     """Choose the kernels of a layer from times on disk, or measure them now, and pack for them.
 
@@ -80,6 +95,7 @@ def layer_kernels(
         weight: Its weight.
         tell: Hears what a user should know: that kernels are timed, that a cache is of no use.
         kernels: To choose from.
+        timed: What this engine has timed already; None is nothing.
 
     Raises:
         ServingError: ``SPARSESERVE_KERNELS`` names what there is not, or leaves no kernel for a
@@ -104,7 +120,7 @@ def layer_kernels(
     if len(able) == 1 and kernel.largest_batch is None:
         chosen = Choice(dict.fromkeys(BATCHES, first), (kernel.layout,))
     else:
-        times = _times(layer, able, spec, weight, tell)
+        times = _times(layer, able, spec, weight, tell, timed=timed or TimedLayers())
         chosen = choose(times, dense_bytes=spec.rows * spec.columns * spec.dtype.itemsize)
     if set(chosen.by_batch.values()) == {DENSE}:
         return LayerKernels(layer, None, (), refusals, times)
@@ -112,6 +128,9 @@ def layer_kernels(
         layout: next(k for k in able.values() if k.layout == layout).pack(weight, spec)
         for layout in chosen.layouts
     }
+    # An engine's dense kernel keeps one layer only, so its product must not be part of a plan.
+    # choose() never pairs them: dense and the smallest packed form exceed its limit.
+    assert DENSE not in chosen.layouts, f"{layer}: dense beside {chosen.layouts}"
     plan = chosen.plan(
         {name: kernel.layout for name, kernel in able.items()},
         {layout: len(tensors) for layout, tensors in packed.items()},
@@ -158,10 +177,12 @@ def _times(
     spec: LinearSpec,
     weight: LoadedWeight,
     tell: Message,
+    *,
+    timed: TimedLayers,
 ) -> tuple[KernelTimes, ...]:
     cache = TimingCache.of(identity(spec.device))
     known: dict[str, tuple[KernelTimes, ...]] = {}
-    if os.environ.get(MEASURE_VARIABLE) != "1" or layer in _timed_anew(cache.path):
+    if os.environ.get(MEASURE_VARIABLE) != "1" or layer in timed:
         try:
             known = cache.load()
         except ArtifactError as error:
@@ -176,14 +197,8 @@ def _times(
     except ArtifactError as error:
         tell(f"kernel times are not kept: {error}")
     else:
-        _timed_anew(cache.path).add(layer)
+        timed.add(layer)
     return times
-
-
-@functools.cache
-def _timed_anew(path: Path) -> set[str]:
-    """The layers this process has timed: one of each shape is enough, in a model of many."""
-    return set()
 
 
 def _shortened(names: Sequence[str]) -> str:

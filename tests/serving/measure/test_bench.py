@@ -63,9 +63,9 @@ def test_bench_measures_prefill_and_decoding_at_every_length_and_batch_size(
         assert [(row["input_length"], row["batch_size"]) for row in rows] == runs
     for row in found["model"]["latency"] + found["baseline"]["latency"]:
         prompt_tokens = row["input_length"] * row["batch_size"]
-        # Of two runs, the median is the mean.
-        assert row["prefill_tokens_per_second"]["median"] == pytest.approx(
-            prompt_tokens / row["ttft_seconds"]["median"], rel=0.5
+        # Of two runs, the median is the mean; by Jensen's inequality it is no less than this.
+        assert row["prefill_tokens_per_second"]["median"] >= 0.999 * (
+            prompt_tokens / row["ttft_seconds"]["median"]
         )
         assert 0 < row["itl_seconds"]["median"] <= row["itl_seconds"]["p99"]
         assert row["tpot_seconds"]["median"] > 0

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from sparseserve.errors import RecipeError, ServingError
+from sparseserve.serving.launch.child import first_error, last_words
 from sparseserve.serving.measure.http_server import HttpServer
 from sparseserve.serving.measure.load import Load, LoadLevel, LoadPlan
 from sparseserve.serving.measure.load_run import measure_load
-from sparseserve.serving.measure.process_log import first_error, last_words
 
 ONE_AT_A_TIME = LoadLevel(concurrency=1, request_rate=None)
 

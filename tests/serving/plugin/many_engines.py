@@ -31,7 +31,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         quantization=job["quantization"],
     )
     try:
-        engine = start(asdict(options))
+        engine = start({**asdict(options), **job["options"]})
         windows = job["windows"]
         totals = negative_log_likelihoods(engine, {"windows": windows})["totals"]
         tokens = generate(engine, {"prompts": windows, "new_tokens": job["new_tokens"]})["tokens"]

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from torch import nn
 
+from sparseserve.checkpoint.artifact import Manifest
 from sparseserve.errors import ServingError
+from tests.serving.conftest import dense_manifest
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -114,6 +116,10 @@ def test_what_is_packed_must_be_run_as_a_linear() -> None:
     assert config.get_quant_method(nn.Module(), "") is None
 
 
+def write(manifest: Manifest, folder: Path) -> None:
+    (folder / "sparseserve.json").write_text(json.dumps(manifest.to_json()))
+
+
 class TestADenseCheckpoint:
     @staticmethod
     def config() -> Any:
@@ -128,22 +134,17 @@ class TestADenseCheckpoint:
         assert module.sparse
 
     def test_must_be_two_four_where_its_manifest_says_so(self, tmp_path: Path) -> None:
-        manifest = {"pattern": "2:4", "pruned": [Q]}
-        (tmp_path / "sparseserve.json").write_text(json.dumps(manifest))
+        write(dense_manifest([Q]), tmp_path)
         config = self.config()
         config.maybe_update_config(str(tmp_path))
         assert [config.checkpoint_modules(name)[0].sparse for name in (Q, K)] == [True, False]
 
-    @pytest.mark.parametrize("manifest", [{"pattern": "50%", "pruned": [Q]}, {"pruned": [Q]}])
-    def test_of_another_pattern_is_refused(
-        self, tmp_path: Path, manifest: dict[str, object]
-    ) -> None:
-        (tmp_path / "sparseserve.json").write_text(json.dumps(manifest))
+    def test_of_another_pattern_is_refused(self, tmp_path: Path) -> None:
+        write(dense_manifest([Q], pattern="50%"), tmp_path)
         with pytest.raises(ServingError, match="pattern"):
             self.config().maybe_update_config(str(tmp_path))
 
     def test_whose_manifest_lists_nothing_is_refused(self, tmp_path: Path) -> None:
-        manifest = {"pattern": "2:4", "pruned": []}
-        (tmp_path / "sparseserve.json").write_text(json.dumps(manifest))
+        write(dense_manifest([]), tmp_path)
         with pytest.raises(ServingError, match="pruned"):
             self.config().maybe_update_config(str(tmp_path))

@@ -79,6 +79,7 @@ def test_sixteen_bit_values_are_kept_once_and_serve_look_up_and_product(
     weight = random_weight(stored)
     layer = finished(embedding(weight))
     assert kept_bytes(layer) <= 2 * PADDED * 64  # columns end at a multiple of 32
+    assert layer.weight.dtype == torch.float32
     ids = torch.tensor([[0, 99, 7], [32, 31, 99]])
     assert torch.equal(layer(ids), weight.float()[ids])
     inputs = torch.randn(3, WIDTH)
@@ -119,6 +120,7 @@ def test_a_tied_output_head_is_the_embedding_itself() -> None:
     weight = random_weight(torch.bfloat16)
     layer = embedding(weight)
     assert embedding(weight, head=True).tie_weights(layer) is layer
+    assert layer.bias is None
 
 
 @pytest.mark.usefixtures("one_rank")

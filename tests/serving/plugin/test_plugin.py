@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from sparseserve.serving.plugin import METHOD_NAME, register
+from sparseserve.serving.plugin import register
+from sparseserve.serving.plugin.method import METHOD_NAME
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")

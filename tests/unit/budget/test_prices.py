@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from sparseserve.budget.prices import UnitSensitivity, measure_sensitivities
 from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.layerwise.layer import PrunedLayer
-from sparseserve.models import trace_structure
+from sparseserve.models.structure import trace_structure
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import LayerReport
 from sparseserve.sparsity import TWO_FOUR

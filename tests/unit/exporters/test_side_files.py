@@ -16,7 +16,7 @@ def test_a_new_dtype_is_said_wherever_the_configuration_named_one(tmp_path: Path
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert model_config(tmp_path, torch.bfloat16) == {
         "dtype": "bfloat16",
-        "text_config": {"hidden_size": 8, "dtype": "bfloat16"},
+        "text_config": {"hidden_size": 8, "torch_dtype": "bfloat16"},
         "vision_config": {"dtype": "bfloat16"},
         "rope": {"theta": 1.0},
     }

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from sparseserve.layerwise.reconstruction import reconstruct
-from sparseserve.layerwise.streams import HiddenStreams, LayerRun
-from sparseserve.models import (
-    capture_layer_calls,
-    copy_layer,
-    entering_states,
-    trace_structure,
-)
+from sparseserve.layerwise.reconstruction import PredictionError, reconstruct
+from sparseserve.layerwise.streams import HiddenStreams, LayerContext
+from sparseserve.models.layers import capture_layer_calls, copy_layer, entering_states
+from sparseserve.models.structure import trace_structure
 from sparseserve.recipe.steps import Reconstruction
-from sparseserve.retraining.losses import Example, dense_predictions, prediction_loss
+from sparseserve.retraining.losses import (
+    Example,
+    dense_predictions,
+    mean_divergence,
+    prediction_loss,
+)
 from sparseserve.testing import tiny_model
 
 
-def dense_run(folder: Path) -> LayerRun:
+def dense_context(folder: Path) -> LayerContext:
     model = tiny_model("llama")
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(0, 256, (24,), generator=generator) for _ in range(3)]
@@ -39,17 +39,26 @@ def dense_run(folder: Path) -> LayerRun:
 
 
 def test_a_layer_that_differs_by_rounding_alone_has_no_negative_error(tmp_path: Path) -> None:
-    run = dense_run(tmp_path / "streams")
+    context = dense_context(tmp_path / "streams")
     generator = torch.Generator().manual_seed(2)
+    shifted = copy_layer(context.module)
+    for parameter in shifted.parameters():
+        parameter.mul_(1 + 1e-6)
+    knobs = Reconstruction(epochs=1, learning_rate=1e-9)
     for _ in range(20):
         head = torch.randn(64, 40, generator=generator) / 1e4
-        flat = replace(run, predict=partial(torch.matmul, other=head))
-        shifted = copy_layer(run.dense)
-        for parameter in shifted.parameters():
-            parameter.mul_(1 + 1e-6)
-        _, report = reconstruct(flat, shifted, [], Reconstruction(epochs=1, learning_rate=1e-9))
+        error = PredictionError(partial(torch.matmul, other=head))
+        _, report = reconstruct(context, shifted, [], knobs, error)
         assert report.error_before >= 0
         assert report.error_after >= 0
+
+
+def test_no_mean_divergence_of_almost_equal_predictions_is_below_zero() -> None:
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(200):
+        expected = (torch.randn(7, 300, generator=generator) * 3).log_softmax(dim=-1)
+        noise = torch.randn(expected.shape, generator=generator) * 1e-7
+        assert float(mean_divergence(expected, expected + noise)) >= 0
 
 
 def test_a_model_compared_with_itself_diverges_by_no_less_than_nothing() -> None:

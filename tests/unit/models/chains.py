@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseserve.errors import UnsupportedModelError
-from sparseserve.models import ModelStructure, trace_structure
+from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.testing import TINY_VOCABULARY
 
 TOKENS = torch.arange(12)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparseserve.models import LayerCall, ModelStructure, capture_layer_calls, entering_states
+from sparseserve.models.layer_call import LayerCall
+from sparseserve.models.layers import capture_layer_calls, entering_states
+from sparseserve.models.structure import ModelStructure
 from sparseserve.testing import TINY_VOCABULARY
 
 LENGTH = 24  # three times the local attention window of the tiny models

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import UnsupportedModelError
-from sparseserve.models import LayerCall, capture_layer_calls, run_layer, trace_structure
+from sparseserve.models.layer_call import LayerCall
+from sparseserve.models.layers import capture_layer_calls, run_layer
+from sparseserve.models.structure import trace_structure
 from sparseserve.testing import TINY_FAMILIES, tiny_model
 from tests.unit.models.layer_runs import CPU, ScaledChain, capture, modules_of, windows
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparseserve.errors import NumericalError
-from sparseserve.models import (
-    OperatorGroup,
+from sparseserve.models.layers import (
     capture_layer_calls,
     copy_layer,
     entering_states,
@@ -19,8 +18,8 @@ from sparseserve.models import (
     layer_weight,
     run_layer,
     set_layer_weight,
-    trace_structure,
 )
+from sparseserve.models.structure import OperatorGroup, trace_structure
 from sparseserve.testing import TINY_FAMILIES, tiny_model
 from tests.unit.models.layer_runs import (
     CPU,

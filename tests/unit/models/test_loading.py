@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from sparseserve.errors import NumericalError, UnsupportedModelError
-from sparseserve.models import load_model
+from sparseserve.models.loading import load_model
 from sparseserve.testing import TINY_FAMILIES, save_tiny_model, tiny_model, tiny_tokenizer
 
 

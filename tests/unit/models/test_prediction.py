@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparseserve.models import trace_structure
 from sparseserve.models.prediction import prediction_head
+from sparseserve.models.structure import trace_structure
 from sparseserve.testing import TINY_FAMILIES, tiny_model
 from tests.unit.models.chains import Block, Chain
 from tests.unit.models.layer_runs import CPU, seen_in_the_model, windows

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparseserve.models import trace_structure
 from sparseserve.models.reading import reading_weights
+from sparseserve.models.structure import trace_structure
 from sparseserve.testing import TINY_FAMILIES, tiny_model
 from tests.unit.models.layer_runs import seen_in_the_model, windows
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparseserve.models import trace_structure
+from sparseserve.models.structure import trace_structure
 from sparseserve.testing import TINY_FAMILIES, tiny_model
 from tests.unit.models.chains import TOKENS, WIDTH, Block, Chain, hooked_modules, names
 

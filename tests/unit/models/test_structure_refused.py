@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparseserve.models import trace_structure
+from sparseserve.models.structure import trace_structure
 from sparseserve.testing import TINY_FAMILIES, TINY_VOCABULARY
 from tests.unit.models.chains import TOKENS, WIDTH, Block, Chain, names, refusal
 

@@ -19,8 +19,8 @@ from sparseserve.pruners.fista import Fista
 from sparseserve.pruners.refit import Refit
 from sparseserve.solvers.admm import AdmmResult, admm, admm_gradual
 from sparseserve.solvers.linalg import shifted_inverse
-from sparseserve.solvers.problem import LayerProblem, layer_problem
-from sparseserve.solvers.statistics import LayerStatistics, output_error, relative_output_error
+from sparseserve.solvers.problem import OperatorProblem, operator_problem
+from sparseserve.solvers.statistics import InputStatistics, output_error, relative_output_error
 from sparseserve.sparsity import TWO_FOUR, NMPattern, SparsityPattern, UnstructuredPattern
 
 OPERATOR = Path(__file__).parents[2] / "data" / "operator.safetensors"
@@ -32,9 +32,9 @@ def case(request: pytest.FixtureRequest, make_case: Any) -> Any:
     return make_case(corrected=request.param, rows=10, columns=24)
 
 
-def double(problem: LayerProblem) -> LayerProblem:
+def double(problem: OperatorProblem) -> OperatorProblem:
     """In float64 a plain version takes the same decisions, however it orders its sums."""
-    return LayerProblem(
+    return OperatorProblem(
         problem.reference.double(),
         problem.gram.double(),
         problem.target.double(),
@@ -42,11 +42,11 @@ def double(problem: LayerProblem) -> LayerProblem:
     )
 
 
-def scaled_problem(case: Any) -> LayerProblem:
-    return double(layer_problem(case.weight, case.statistics, 0.01).column_scaled()[0])
+def scaled_problem(case: Any) -> OperatorProblem:
+    return double(operator_problem(case.weight, case.statistics, 0.01).column_scaled()[0])
 
 
-def solve(problem: LayerProblem, pattern: SparsityPattern, **options: Any) -> AdmmResult:
+def solve(problem: OperatorProblem, pattern: SparsityPattern, **options: Any) -> AdmmResult:
     knobs: dict[str, Any] = {
         "first_penalty": 0.1,
         "growth": 1.3,
@@ -66,7 +66,7 @@ def keep_largest_two(weight: Tensor) -> Tensor:
     return kept
 
 
-def plain_admm(problem: LayerProblem, steps: int, growth: float, interval: int) -> Tensor:
+def plain_admm(problem: OperatorProblem, steps: int, growth: float, interval: int) -> Tensor:
     """The augmented Lagrangian's own steps, with the multiplier V = rho U and a solve each time."""
     gram, target, rho = problem.gram, problem.target, 0.1
     kept = keep_largest_two(problem.reference)
@@ -89,7 +89,7 @@ def test_admm_agrees_with_a_plain_version(case: Any, steps: int) -> None:
     torch.testing.assert_close(ours.weight, plain_admm(problem, steps, 1.3, 3))
 
 
-def plain_gradual(problem: LayerProblem, ramp: int, steps: int) -> Tensor:
+def plain_gradual(problem: OperatorProblem, ramp: int, steps: int) -> Tensor:
     """Boza 2024, rho = 1: prune the lowest of what 2:4 would drop, a little more at each step."""
     inverse = torch.linalg.inv(problem.gram + torch.eye(len(problem.gram)))
     weight, multiplier = problem.reference, torch.zeros_like(problem.reference)
@@ -155,7 +155,9 @@ def test_a_pull_adds_its_distance_to_the_dense_weight(case: Any) -> None:
 
 
 def test_the_shifted_inverse_inverts(make_case: Any) -> None:
-    gram = layer_problem(make_case().weight, make_case().statistics, 0.01).column_scaled()[0].gram
+    gram = (
+        operator_problem(make_case().weight, make_case().statistics, 0.01).column_scaled()[0].gram
+    )
     before = gram.clone()
     expected = torch.linalg.inv(gram.double() + 0.1 * torch.eye(16))
     torch.testing.assert_close(shifted_inverse(gram, 0.1).double(), expected, rtol=1e-4, atol=1e-4)
@@ -171,7 +173,7 @@ def test_on_uncorrelated_inputs_the_best_mask_is_found() -> None:
     """With a diagonal Gram matrix the error is the sum of w^2 G_jj over what is dropped."""
     weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
     gram = torch.diag(torch.linspace(0.1, 5, 32)).double()
-    statistics = LayerStatistics(gram, gram, gram, 1)
+    statistics = InputStatistics(gram, gram, gram, 1)
     result = Admm().prune(weight, statistics, TWO_FOUR).weight
     energy = weight.square() * gram.diagonal().float()
     least = energy.reshape(-1, 4).topk(2, largest=False).values.sum()
@@ -180,7 +182,7 @@ def test_on_uncorrelated_inputs_the_best_mask_is_found() -> None:
     )
 
 
-def brute_force(problem: LayerProblem) -> Tensor:
+def brute_force(problem: OperatorProblem) -> Tensor:
     """The least objective of every row over all masks, by an exact solve on each."""
     pairs = list(combinations(range(4), 2))
     losses = []
@@ -198,7 +200,7 @@ def test_no_mask_is_better_than_brute_force_and_admm_is_close(
     make_case: Any, corrected: bool
 ) -> None:
     case = make_case(rows=60, columns=8, corrected=corrected)
-    problem = double(layer_problem(case.weight, case.statistics, 0.01))
+    problem = double(operator_problem(case.weight, case.statistics, 0.01))
     least = brute_force(problem)
     # The constant that makes the objective a squared error, zero at the unconstrained minimiser.
     free = torch.linalg.solve(problem.gram, problem.target.T).T
@@ -224,7 +226,7 @@ def test_admm_is_never_worse_than_its_warm_start_in_any_row(
     refitted = Refit(base=warm_start, iterations=4)
     refitted_warm = refitted.prune(case.weight, case.statistics, pattern).weight
     ours = Admm(warm_start=warm_start).prune(case.weight, case.statistics, pattern).weight
-    problem = layer_problem(case.weight, case.statistics, 0.01)
+    problem = operator_problem(case.weight, case.statistics, 0.01)
     for before in (problem.loss_rows(warm), problem.loss_rows(refitted_warm)):
         assert (problem.loss_rows(ours) <= before + 1e-4 * before.abs()).all()
     assert problem.loss_rows(ours).sum() < problem.loss_rows(refitted_warm).sum()
@@ -237,7 +239,7 @@ def test_the_warm_start_is_kept_where_admm_is_worse(case: Any, pattern: Sparsity
     ours = stuck.prune(case.weight, case.statistics, pattern).weight
     warm = Refit(base="sparsegpt", iterations=4).prune(case.weight, case.statistics, pattern).weight
     kept_rows = ((ours != 0) == (warm != 0)).all(dim=1)
-    problem = layer_problem(case.weight, case.statistics, 0.01)
+    problem = operator_problem(case.weight, case.statistics, 0.01)
     before, after = problem.loss_rows(warm), problem.loss_rows(ours)
     assert kept_rows.any()
     if pattern.rows_are_independent:
@@ -247,7 +249,7 @@ def test_the_warm_start_is_kept_where_admm_is_worse(case: Any, pattern: Sparsity
 
 @pytest.mark.parametrize("pattern", [TWO_FOUR, UnstructuredPattern(0.5)], ids=str)
 def test_fista_from_admm_is_never_worse_than_admm(case: Any, pattern: SparsityPattern) -> None:
-    problem = layer_problem(case.weight, case.statistics, 0.01)
+    problem = operator_problem(case.weight, case.statistics, 0.01)
     before, after = (
         problem.loss_rows(method.prune(case.weight, case.statistics, pattern).weight)
         for method in (Admm(), Fista(warm_start="admm"))
@@ -264,7 +266,7 @@ class TestOnARealOperator:
     def relative_error(pruner: Any, pattern: SparsityPattern) -> float:
         operator = load_file(OPERATOR)
         gram = operator["gram"].double()
-        statistics = LayerStatistics(gram, gram, gram, 64 * 512)
+        statistics = InputStatistics(gram, gram, gram, 64 * 512)
         weight = pruner.prune(operator["weight"], statistics, pattern).weight
         return relative_output_error(weight, operator["weight"], statistics)
 

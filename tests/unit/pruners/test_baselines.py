@@ -18,9 +18,9 @@ from sparseserve.pruners.dsnot import Dsnot
 from sparseserve.pruners.refit import BASES, Refit
 from sparseserve.pruners.ria import Ria
 from sparseserve.pruners.wanda import Wanda
-from sparseserve.recipe.settings import recipe_from_mapping
-from sparseserve.solvers.problem import layer_problem
-from sparseserve.solvers.statistics import LayerStatistics, output_error
+from sparseserve.recipe.toml import recipe_from_mapping
+from sparseserve.solvers.problem import operator_problem
+from sparseserve.solvers.statistics import InputStatistics, output_error
 from sparseserve.sparsity import TWO_FOUR, NMPattern, SparsityPattern, UnstructuredPattern
 
 PATTERNS = [TWO_FOUR, NMPattern(1, 4), UnstructuredPattern(0.5)]
@@ -139,7 +139,7 @@ def test_on_uncorrelated_inputs_dsnot_has_nothing_to_exchange() -> None:
     """Wanda's mask is then the best there is."""
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
     gram = torch.diag(torch.linspace(0.1, 5, 8)).double()
-    statistics = LayerStatistics(gram, gram, gram, 1)
+    statistics = InputStatistics(gram, gram, gram, 1)
     ours, wanda = (m.prune(weight, statistics, TWO_FOUR).weight for m in (Dsnot(), Wanda()))
     assert torch.equal(ours, wanda)
 
@@ -151,7 +151,7 @@ def test_a_refit_is_the_least_squares_solution_on_its_bases_mask(
 ) -> None:
     start = PRUNERS[base]().prune(case.weight, case.statistics, pattern).weight
     refitted = Refit(base=base, iterations=80).prune(case.weight, case.statistics, pattern).weight
-    problem = layer_problem(case.weight, case.statistics, 0.01)
+    problem = operator_problem(case.weight, case.statistics, 0.01)
     gram, target = problem.gram.double(), problem.target.double()
     assert not refitted.where(start == 0, 0).any()
     for row, kept in enumerate(start != 0):
@@ -168,7 +168,7 @@ def test_a_refit_is_never_worse_than_its_base_in_any_row(
     before = PRUNERS[base]().prune(case.weight, case.statistics, pattern).weight
     method = Refit(base=base, iterations=iterations)
     after = method.prune(case.weight, case.statistics, pattern).weight
-    problem = layer_problem(case.weight, case.statistics, 0.01)
+    problem = operator_problem(case.weight, case.statistics, 0.01)
     assert (problem.loss_rows(after) <= problem.loss_rows(before)).all()
 
 
@@ -201,7 +201,7 @@ def test_the_reported_products_are_those_that_were_made(
 ) -> None:
     case = make_case(rows=rows, columns=24, corrected=True)
     with Counter(rows, 24) as setup:  # the target B is given to all methods alike
-        layer_problem(case.weight, case.statistics, 0.01)
+        operator_problem(case.weight, case.statistics, 0.01)
     with Counter(rows, 24) as counter:
         reported = method.prune(case.weight, case.statistics, TWO_FOUR).gram_products
     problems = 2 if getattr(method, "base", "") == "dsnot" else 1

@@ -15,8 +15,8 @@ from sparseserve.pruners.fista import Fista
 from sparseserve.pruners.fista_paper import PaperFista
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
-from sparseserve.solvers.problem import layer_problem
-from sparseserve.solvers.statistics import LayerStatistics, output_error
+from sparseserve.solvers.problem import operator_problem
+from sparseserve.solvers.statistics import InputStatistics, output_error
 from sparseserve.sparsity import TWO_FOUR, NMPattern, SparsityPattern, UnstructuredPattern
 
 PATTERNS = [TWO_FOUR, NMPattern(1, 4), NMPattern(4, 8), UnstructuredPattern(0.5)]
@@ -85,8 +85,7 @@ def test_a_zero_row_and_a_dead_input_are_pruned_without_harm(name: str, make_cas
     weight[3] = 0
     inputs = case.dense_inputs.clone()
     inputs[:, 5] = 0
-    empty = LayerStatistics.empty(16, corrected=False, device=torch.device("cpu"))
-    result = PRUNERS[name]().prune(weight, empty.updated(inputs), TWO_FOUR).weight
+    result = PRUNERS[name]().prune(weight, InputStatistics.of(inputs), TWO_FOUR).weight
     assert torch.isfinite(result).all()
     assert not result[3].any()
     assert TWO_FOUR.first_violation(result) is None
@@ -112,7 +111,7 @@ def test_wanda_on_uncorrelated_inputs_has_the_least_error_of_any_mask() -> None:
     """With a diagonal Gram the error is the sum of w^2 G_jj over what is dropped."""
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
     gram = torch.diag(torch.linspace(0.1, 5, 8)).double()
-    statistics = LayerStatistics(gram, gram, gram, 1)
+    statistics = InputStatistics(gram, gram, gram, 1)
     result = Wanda().prune(weight, statistics, TWO_FOUR).weight
     energy = weight.square() * gram.diagonal().float()
     least = energy.reshape(-1, 4).topk(2, largest=False).values.sum()
@@ -236,7 +235,7 @@ def test_small_gains_end_the_papers_search_if_asked_to(make_case: Any) -> None:
 def test_with_correction_sparsegpt_prunes_the_corrected_target(make_case: Any) -> None:
     """Its result is that of the plain sweep started at the unconstrained minimiser."""
     case = make_case(corrected=True, rows=10, columns=24)
-    problem = layer_problem(case.weight, case.statistics, 0.01)
+    problem = operator_problem(case.weight, case.statistics, 0.01)
     minimiser = torch.linalg.solve(problem.gram.double(), problem.target.double().T).T
     ours = SparseGPT().prune(case.weight, case.statistics, TWO_FOUR).weight
     expected = plain_sparsegpt(minimiser.float(), case.statistics.gram, 0.01)
@@ -247,7 +246,7 @@ def test_with_correction_sparsegpt_prunes_the_corrected_target(make_case: Any) -
 def test_fista_is_never_worse_than_its_warm_start_in_any_row(case: Any, warm_start: Any) -> None:
     warm = PRUNERS[warm_start]().prune(case.weight, case.statistics, TWO_FOUR).weight
     ours = Fista(warm_start=warm_start).prune(case.weight, case.statistics, TWO_FOUR).weight
-    problem = layer_problem(case.weight, case.statistics, 0.01)
+    problem = operator_problem(case.weight, case.statistics, 0.01)
     before, after = problem.loss_rows(warm), problem.loss_rows(ours)
     assert (after <= before + 1e-4 * before.abs()).all()
     assert after.sum() < before.sum()
@@ -257,14 +256,14 @@ def test_fista_is_never_worse_than_its_warm_start_where_rows_are_bound_together(
     pattern = UnstructuredPattern(0.5)
     warm = SparseGPT().prune(case.weight, case.statistics, pattern).weight
     ours = Fista().prune(case.weight, case.statistics, pattern).weight
-    problem = layer_problem(case.weight, case.statistics, 0.01)
+    problem = operator_problem(case.weight, case.statistics, 0.01)
     assert problem.loss_rows(ours).sum() < problem.loss_rows(warm).sum()
 
 
 def test_correction_lowers_the_error_against_the_dense_outputs(make_case: Any) -> None:
     case = make_case(corrected=True)
-    blind = LayerStatistics.empty(16, corrected=False, device=torch.device("cpu"))
-    uncorrected = Fista().prune(case.weight, blind.updated(case.pruned_inputs), TWO_FOUR).weight
+    blind = InputStatistics.of(case.pruned_inputs)
+    uncorrected = Fista().prune(case.weight, blind, TWO_FOUR).weight
     corrected = Fista().prune(case.weight, case.statistics, TWO_FOUR).weight
     assert case.error(corrected) < case.error(uncorrected)
 

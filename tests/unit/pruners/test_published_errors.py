@@ -12,7 +12,7 @@ from torch import Tensor
 from sparseserve.pruners.fista import Fista
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
-from sparseserve.solvers.statistics import LayerStatistics, relative_output_error
+from sparseserve.solvers.statistics import InputStatistics, relative_output_error
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern, UnstructuredPattern
 
 OPERATOR = Path(__file__).parents[2] / "data" / "operator.safetensors"
@@ -32,7 +32,7 @@ class TestOnARealOperator:
         pruner: Any, operator: dict[str, Tensor], pattern: SparsityPattern
     ) -> tuple[Tensor, float]:
         gram = operator["gram"].double()
-        statistics = LayerStatistics(gram, gram, gram, 64 * 512)
+        statistics = InputStatistics(gram, gram, gram, 64 * 512)
         weight = pruner.prune(operator["weight"], statistics, pattern).weight
         return weight, relative_output_error(weight, operator["weight"], statistics)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 
 from sparseserve.errors import NumericalError
 from sparseserve.solvers.statistics import (
-    LayerStatistics,
+    InputStatistics,
+    StatisticsSum,
     output_energy,
     output_error,
     relative_output_error,
@@ -22,12 +22,12 @@ from sparseserve.solvers.statistics import (
 CPU = torch.device("cpu")
 
 
-def collect(x: torch.Tensor, dense: torch.Tensor, cuts: list[int]) -> LayerStatistics:
-    statistics = LayerStatistics.empty(x.shape[1], corrected=True, device=CPU)
+def collect(x: torch.Tensor, dense: torch.Tensor, cuts: list[int]) -> InputStatistics:
+    total = StatisticsSum(x.shape[1], corrected=True, device=CPU)
     bounds = [0, *sorted(cuts), len(x)]
     for start, stop in itertools.pairwise(bounds):
-        statistics = statistics.updated(x[start:stop], dense[start:stop])
-    return statistics
+        total.add(x[start:stop], dense[start:stop])
+    return total.finish()
 
 
 @given(cuts=st.lists(st.integers(0, 50), max_size=5), seed=st.integers(0, 100))
@@ -59,24 +59,6 @@ def test_token_order_does_not_change_the_second_moments(make_case: Any) -> None:
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-3)
 
 
-def test_merging_equals_collecting_together(make_case: Any) -> None:
-    case = make_case(corrected=True)
-    x, dense = case.pruned_inputs, case.dense_inputs
-    parts = [collect(x[i : i + 50], dense[i : i + 50], []) for i in range(0, 200, 50)]
-    merged = functools.reduce(LayerStatistics.merged, parts)
-    assert merged.tokens == case.statistics.tokens
-    torch.testing.assert_close(merged.cross, case.statistics.cross, rtol=1e-5, atol=1e-3)
-
-
-def test_merging_leaves_its_operands_alone(make_case: Any) -> None:
-    statistics = make_case().statistics
-    before = statistics.gram.clone()
-    merged = statistics.merged(statistics)
-    assert torch.equal(statistics.gram, before)
-    assert torch.equal(merged.gram, 2 * before)
-    assert merged.cross is merged.gram
-
-
 @pytest.mark.parametrize("corrected", [False, True])
 def test_the_output_error_is_that_of_the_activations(make_case: Any, corrected: bool) -> None:
     case = make_case(corrected=corrected)
@@ -91,7 +73,7 @@ def test_the_output_error_is_that_of_the_activations(make_case: Any, corrected: 
 
 def test_scaling_the_inputs_scales_the_error_by_its_square(make_case: Any) -> None:
     case = make_case()
-    tripled = LayerStatistics.empty(16, corrected=False, device=CPU).updated(3 * case.dense_inputs)
+    tripled = InputStatistics.of(3 * case.dense_inputs)
     weight = case.weight * 0.9
     ratio = output_error(weight, case.weight, tripled) / output_error(
         weight, case.weight, case.statistics
@@ -108,11 +90,19 @@ def test_the_dense_weight_has_no_error_without_correction(make_case: Any) -> Non
 def test_activations_that_are_not_finite_are_refused(bad: float) -> None:
     inputs = torch.ones(4, 8)
     inputs[2, 3] = bad
-    empty = LayerStatistics.empty(8, corrected=False, device=CPU)
     with pytest.raises(NumericalError, match="NaN or infinite"):
-        empty.updated(inputs)
+        InputStatistics.of(inputs)
 
 
-def test_dense_inputs_go_with_corrected_statistics_only() -> None:
+@pytest.mark.parametrize("corrected", [False, True])
+def test_dense_inputs_go_with_corrected_statistics_only(corrected: bool) -> None:
+    total = StatisticsSum(8, corrected=corrected, device=CPU)
+    given = (torch.ones(1, 8),) if corrected else (torch.ones(1, 8), torch.ones(1, 8))
     with pytest.raises(ValueError, match="corrected"):
-        LayerStatistics.empty(8, corrected=True, device=CPU).updated(torch.ones(1, 8))
+        total.add(*given)
+
+
+def test_no_tokens_have_no_second_moments() -> None:
+    empty = StatisticsSum(8, corrected=True, device=CPU).finish()
+    assert (empty.tokens, empty.corrected) == (0, True)
+    assert not any(part.any() for part in (empty.gram, empty.cross, empty.dense_gram))

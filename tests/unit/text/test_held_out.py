@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sparseserve.errors import CalibrationError
 from sparseserve.testing import tiny_tokenizer
 from sparseserve.text import TextSource, calibration_windows
-from sparseserve.text.held_out import held_out_windows
+from sparseserve.text.held_out import held_out_count, held_out_windows, spread_places
 from sparseserve.text.windows import token_stream
 
 TOKENIZER = tiny_tokenizer()
@@ -48,3 +48,18 @@ def test_a_text_that_calibration_used_up_is_refused_with_the_remedy() -> None:
     used = [token_stream(TOKENIZER, SOURCE).tokens]
     with pytest.raises(CalibrationError, match=r"0 windows of 32 tokens outside.*--validation"):
         held_out_windows(TOKENIZER, SOURCE, used=used, samples=1, sequence_length=32)
+
+
+@pytest.mark.parametrize(
+    ("share", "total", "count"), [(0.125, 256, 32), (0.125, 3, 1), (0.5, 7, 4)]
+)
+def test_a_share_of_windows_is_at_least_one(share: float, total: int, count: int) -> None:
+    assert held_out_count(share, total) == count
+
+
+@pytest.mark.parametrize(("count", "total"), [(1, 9), (3, 9), (4, 36), (9, 9)])
+def test_spread_places_lie_in_the_middle_of_equal_parts(count: int, total: int) -> None:
+    places = spread_places(count, total)
+    assert len(set(places)) == count
+    for part, place in enumerate(places):
+        assert abs(place + 0.5 - (part + 0.5) * total / count) <= 0.5

@@ -1,7 +1,7 @@
 // Products of a matrix of activations with a weight that is stored in panels of 32 rows.
 //
 // The layouts are described in serving/kernels/cpu/layout.py, which makes them. Everything here is
-// a template over V, the vector unit (vector_avx2.h, vector_avx512.h, vector_portable.h), and T,
+// a template over V, the vector unit (avx2.cpp, avx512.cpp, portable.cpp), and T,
 // the type the values are stored in (values.h). All sums are float32.
 #pragma once
 

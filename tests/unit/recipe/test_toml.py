@@ -1,7 +1,8 @@
-"""Recipes: presets, TOML, overrides, refusals."""
+"""Recipes by name: presets, TOML files, published methods, refusals."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from sparseserve.errors import RecipeError
 from sparseserve.pruners import PRUNERS
 from sparseserve.pruners.fista import Fista
 from sparseserve.pruners.fista_paper import PaperFista
-from sparseserve.recipe.settings import PRESETS, PruneRecipe, load_recipe, recipe_from_mapping
+from sparseserve.pruners.wanda import Wanda
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.recipe.toml import (
+    PRESETS,
+    PUBLISHED_CORRECTIONS,
+    UNTRAINED,
+    load_recipe,
+    named_recipe,
+    recipe_from_mapping,
+)
 from sparseserve.sparsity import NMPattern
 
 
@@ -49,10 +59,58 @@ def test_a_toml_file_says_everything(tmp_path: Path) -> None:
     assert not recipe.ignores("model.layers.0.self_attn.q_proj")
 
 
-def test_keys_left_out_keep_their_defaults() -> None:
-    recipe = recipe_from_mapping({"method": {"name": "wanda"}})
-    assert recipe.calibration == PruneRecipe().calibration
-    assert recipe.pattern == PruneRecipe().pattern
+def test_keys_left_out_are_those_of_the_default_recipe() -> None:
+    default = load_recipe("default")
+    assert recipe_from_mapping({}) == default
+    assert recipe_from_mapping({"method": {"name": "wanda"}}) == replace(default, pruner=Wanda())
+    table = recipe_from_mapping({"reconstruction": {"learning_rate": 0.02}}).reconstruction
+    assert table == replace(default.reconstruction, learning_rate=0.02)
+
+
+def test_a_recipe_without_arguments_is_the_default_one() -> None:
+    assert PruneRecipe() == load_recipe("default") == named_recipe(None, None)
+
+
+def test_no_preset_but_the_default_trains_or_scrambles() -> None:
+    trains = {
+        name
+        for name, recipe in PRESETS.items()
+        if recipe.reconstruction.epochs or recipe.retraining.epochs or recipe.calibration.scrambled
+    }
+    assert trains == {"default"}
+
+
+def test_untrained_is_the_default_recipe_without_training() -> None:
+    default, untrained = load_recipe("default"), load_recipe("untrained")
+    assert default == replace(
+        untrained,
+        reconstruction=default.reconstruction,
+        calibration=replace(untrained.calibration, scrambled=default.calibration.scrambled),
+    )
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+def test_a_method_alone_is_untrained_with_its_own_correction_and_settings(method: str) -> None:
+    recipe = named_recipe(None, method)
+    assert recipe.pruner == PRUNERS[method]()
+    assert recipe.error_correction == PUBLISHED_CORRECTIONS[method]
+    assert replace(
+        recipe, pruner=UNTRAINED.pruner, error_correction=UNTRAINED.error_correction
+    ) == (UNTRAINED)
+
+
+def test_every_method_has_a_published_correction() -> None:
+    assert PUBLISHED_CORRECTIONS.keys() == PRUNERS.keys()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("method", PRUNERS)
+def test_a_recipe_with_a_method_differs_in_the_solver_alone(name: str, method: str) -> None:
+    recipe = named_recipe(name, method)
+    assert recipe.method == method
+    assert replace(recipe, pruner=PRESETS[name].pruner) == PRESETS[name]
+    if PRESETS[name].method == method:
+        assert recipe == PRESETS[name]
 
 
 @pytest.mark.parametrize(

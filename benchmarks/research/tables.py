@@ -1,47 +1,71 @@
-"""The tables of docs/evidence.md, from the results of the experiments on operators and layers."""
+"""The tables of the experiments on single operators and decoder layers."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-Result = dict[str, Any]
+from benchmarks.harness.markdown import (
+    commit_and_date,
+    distinct,
+    head,
+    line,
+    pick,
+)
+from benchmarks.harness.results import Result
+
+
+def operators_table(result: Result) -> str:
+    """Relative output error of one operator by method."""
+    rows, machine = result["rows"], result["machine"]
+    heads = [
+        f"{pattern} {kind}"
+        for pattern in distinct(row["pattern"] for row in rows)
+        for kind in ("calibration", "held-out")
+    ]
+    lines = [head("method", *heads, "products with G")]
+    for method in distinct(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        errors = [row[key] for row in own for key in ("calibration_error", "heldout_error")]
+        cells = [f"{error:.4f}" for error in errors]
+        lines.append(line(method, *cells, str(own[0]["gram_products"])))
+    lines.append(f"\nCommit {machine['commit']}, torch {machine['torch']}, {machine['date']}.")
+    return "\n".join(lines)
 
 
 def first_order_table(result: Result) -> str:
     """Objective gaps by products, then errors after rounding to 2:4 and a refit."""
     rows = result["rows"]
     budgets = sorted({row["products"] for row in rows if row["products"]})
-    methods = _distinct(row["method"] for row in rows if row["products"])
+    methods = distinct(row["method"] for row in rows if row["products"])
     lines = []
-    for kind in _distinct(row["coordinates"] for row in rows):
-        lines += [_head(f"gap to the minimum, {kind} columns", [f"{item:g}" for item in budgets])]
+    for kind in distinct(row["coordinates"] for row in rows):
+        lines += [head(f"gap to the minimum, {kind} columns", *(f"{item:g}" for item in budgets))]
         for method in methods:
             cells = []
             for budget in budgets:
-                gaps = _pick(rows, "gap", coordinates=kind, method=method, products=budget)
+                gaps = pick(rows, "gap", coordinates=kind, method=method, products=budget)
                 cells.append(f"{statistics.geometric_mean(gaps):.1e}" if gaps else "")
-            lines.append(_line(method, cells))
+            lines.append(line(method, *cells))
         lines.append("")
-    penalties = _distinct(row["penalty"] for row in rows)
+    penalties = distinct(row["penalty"] for row in rows)
     ends = sorted({row["products"] for row in rows if row["error_refitted"] and row["products"]})
     heads = [f"lambda {penalty:g}, {end:g} products" for penalty in penalties for end in ends]
-    lines.append(_head("2:4 error after a refit, start = 1", heads))
+    lines.append(head("2:4 error after a refit, start = 1", *heads))
     for method in [*methods, "minimiser"]:
         cells = []
         for penalty in penalties:
-            start = _pick(rows, "error_refitted", penalty=penalty, method="start")
+            start = pick(rows, "error_refitted", penalty=penalty, method="start")
             for end in ends:
                 products = 0 if method == "minimiser" else end
-                found = _pick(
+                found = pick(
                     rows, "error_refitted", penalty=penalty, method=method, products=products
                 )
                 cells.append(_mean_ratio(found, start))
-        lines.append(_line(method, cells))
-    operators = _distinct(row["operator"] for row in rows)
+        lines.append(line(method, *cells))
+    operators = distinct(row["operator"] for row in rows)
     setting = result["setting"]
     lines.append(
         f"\n{setting['rows']} outputs of each of {', '.join(operators)}; lambda in units of the "
@@ -59,8 +83,8 @@ def penalty_search_table(result: Result) -> str:
         for equal in ("trials", "products")
         for budget in sorted({row["budget"] for row in rows if row["equal"] == equal})
     ]
-    lines = [_head("search", [f"{budget:g} {equal}" for equal, budget in kinds])]
-    for method in _distinct(row["method"] for row in rows):
+    lines = [head("search", *(f"{budget:g} {equal}" for equal, budget in kinds))]
+    for method in distinct(row["method"] for row in rows):
         cells = []
         for equal, budget in kinds:
             losses: dict[int, list[float]] = {}
@@ -73,14 +97,14 @@ def penalty_search_table(result: Result) -> str:
             if len(means) > 1:
                 cell += f" ({min(means):.2f} to {max(means):.2f})"
             cells.append(cell)
-        lines.append(_line(method, cells))
+        lines.append(line(method, *cells))
     starts = [100 * (row["start_error"] / row["scan_error"] - 1) for row in rows]
     setting = result["setting"]
     lines.append(
         f"\nError above that of the best of a fine scan, in percent; the refitted start itself: "
         f"{statistics.fmean(starts):.1f}. Means over "
-        f"{', '.join(_distinct(row['operator'] for row in rows))} ({setting['rows']} outputs each) "
-        f"and starts {', '.join(_distinct(row['start'] for row in rows))}; for TPE over three "
+        f"{', '.join(distinct(row['operator'] for row in rows))} ({setting['rows']} outputs each) "
+        f"and starts {', '.join(distinct(row['start'] for row in rows))}; for TPE over three "
         f"seeds, with their range. Optuna {setting['optuna']}. {_where(result)}"
     )
     return "\n".join(lines)
@@ -89,10 +113,10 @@ def penalty_search_table(result: Result) -> str:
 def gradient_blocks_table(result: Result) -> str:
     """Errors of whole decoder layers."""
     rows = result["rows"]
-    layers = _distinct(row["layer"] for row in rows)
+    layers = distinct(row["layer"] for row in rows)
     heads = [f"layer {number}, {kind}" for number in layers for kind in ("held-out", "calibration")]
-    lines = [_head("method", [*heads, "seconds"])]
-    for method in _distinct(row["method"] for row in rows):
+    lines = [head("method", *heads, "seconds")]
+    for method in distinct(row["method"] for row in rows):
         best = [
             min(
                 (row for row in rows if row["method"] == method and row["layer"] == number),
@@ -104,7 +128,7 @@ def gradient_blocks_table(result: Result) -> str:
             f"{row[key]:.4f}" for row in best for key in ("heldout_error", "calibration_error")
         ]
         seconds = statistics.fmean(row["seconds"] for row in best)
-        lines.append(_line(method, [*cells, f"{seconds:.0f}"]))
+        lines.append(line(method, *cells, f"{seconds:.0f}"))
     lines.append(
         f"\nError of the layer's output relative to what the dense layer adds to its input; "
         f"{result['setting']['tokens']:,} calibration tokens; seconds of processor time. "
@@ -116,26 +140,26 @@ def gradient_blocks_table(result: Result) -> str:
 def warm_starts_table(result: Result) -> str:
     """Errors of every start with every treatment, relative to plain Wanda."""
     rows = result["rows"]
-    treatments = _distinct(row["treatment"] for row in rows)
+    treatments = distinct(row["treatment"] for row in rows)
     lines = []
-    for pattern in _distinct(row["pattern"] for row in rows):
-        lines.append(_head(f"start, {pattern}", treatments))
+    for pattern in distinct(row["pattern"] for row in rows):
+        lines.append(head(f"start, {pattern}", *treatments))
         base = {"pattern": pattern, "start": "wanda", "treatment": "as it is"}
-        for start in _distinct(row["start"] for row in rows):
+        for start in distinct(row["start"] for row in rows):
             cells = []
             for treatment in treatments:
                 here = {"pattern": pattern, "start": start, "treatment": treatment}
                 cells.append(
                     " / ".join(
-                        _mean_ratio(_pick(rows, key, **here), _pick(rows, key, **base))
+                        _mean_ratio(pick(rows, key, **here), pick(rows, key, **base))
                         for key in ("calibration_error", "heldout_error")
                     )
                 )
-            lines.append(_line(start, cells))
+            lines.append(line(start, *cells))
         lines.append("")
     lines.append(
         f"Relative output error on calibration / held-out tokens, Wanda as it is = 1, geometric "
-        f"means over {', '.join(_distinct(row['operator'] for row in rows))}. {_where(result)}"
+        f"means over {', '.join(distinct(row['operator'] for row in rows))}. {_where(result)}"
     )
     return "\n".join(lines)
 
@@ -143,14 +167,14 @@ def warm_starts_table(result: Result) -> str:
 def stacked_penalties_table(result: Result) -> str:
     """Stacked against sequential products."""
     heads = ["largest difference", "time, stacked / one by one", "error, stacked / one by one"]
-    lines = [_head("operator", heads)]
+    lines = [head("operator", *heads)]
     for row in result["rows"]:
         cells = [
             f"{row['difference']:.0e}",
             f"{row['stacked_seconds'] / row['sequential_seconds']:.2f}",
             f"{row['stacked_error'] / row['sequential_error']:.4f}",
         ]
-        lines.append(_line(f"{row['operator']}, {row['rows']} x {row['columns']}", cells))
+        lines.append(line(f"{row['operator']}, {row['rows']} x {row['columns']}", *cells))
     setting = result["setting"]
     lines.append(
         f"\n{len(setting['penalties'])} penalties, {setting['iterations']} steps each. "
@@ -162,13 +186,13 @@ def stacked_penalties_table(result: Result) -> str:
 def operator_costs_table(result: Result) -> str:
     """Products with the Gram matrix, by method and operator."""
     rows = result["rows"]
-    operators = _distinct(row["operator"] for row in rows)
-    lines = [_head("products with G", operators)]
-    for method in _distinct(row["method"] for row in rows):
+    operators = distinct(row["operator"] for row in rows)
+    lines = [head("products with G", *operators)]
+    for method in distinct(row["method"] for row in rows):
         cells = [
-            f"{_pick(rows, 'gram_products', method=method, operator=item)[0]}" for item in operators
+            f"{pick(rows, 'gram_products', method=method, operator=item)[0]}" for item in operators
         ]
-        lines.append(_line(method, cells))
+        lines.append(line(method, *cells))
     lines.append(f"\n{result['setting']['pattern']}, defaults. {_where(result)}")
     return "\n".join(lines)
 
@@ -178,7 +202,7 @@ def paper_ablation_table(result: Result) -> str:
     setting, machine, texts = result["setting"], result["machine"], list(result["setting"]["texts"])
     perplexities = {row["method"]: row["perplexity"] for row in result["rows"]}
     dense, base = perplexities["dense"], perplexities["sparsegpt, no correction"]
-    lines = [_head("method", [*(f"gap, {text}" for text in texts), "products with G", "seconds"])]
+    lines = [head("method", *(f"gap, {text}" for text in texts), "products with G", "seconds")]
     for row in result["rows"][1:]:
         gaps = [
             math.log(row["perplexity"][text] / dense[text]) / math.log(base[text] / dense[text])
@@ -186,7 +210,7 @@ def paper_ablation_table(result: Result) -> str:
         ]
         cells = [f"{gap:.2f}" for gap in gaps]
         lines.append(
-            _line(row["method"], [*cells, f"{row['gram_products']:,}", f"{row['seconds']:.0f}"])
+            line(row["method"], *cells, f"{row['gram_products']:,}", f"{row['seconds']:.0f}")
         )
     commits = ", ".join(dict.fromkeys(row["commit"] for row in result["rows"]))
     numbers = " and ".join(map(str, setting["layers"]))
@@ -194,38 +218,9 @@ def paper_ablation_table(result: Result) -> str:
         f"\n`{Path(setting['model']).name}`, decoder layers {numbers} pruned to 2:4, on "
         f"{setting['calibration']['samples'] * setting['calibration']['length']:,} tokens of the "
         f"packaged speeches; {setting['evaluation_windows']} evaluation windows a text; "
-        f"{machine['cpu']}, torch {machine['torch']}, commits {commits}, "
-        f"{machine['date']}."
+        f"{machine['cpu']}, torch {machine['torch']}, commits {commits}, {machine['date']}."
     )
     return "\n".join(lines)
-
-
-def calibration_memory_table(result: Result) -> str:
-    """Peak memory by recipe and number of calibration windows."""
-    rows, setting, machine = result["rows"], result["setting"], result["machine"]
-    counts = _distinct(row["windows"] for row in rows)
-    lines = [_head("peak memory, MiB", [f"{count} windows" for count in counts])]
-    for recipe in _distinct(row["recipe"] for row in rows):
-        peaks = [
-            _pick(rows, "peak_memory_bytes", recipe=recipe, windows=count)[0] for count in counts
-        ]
-        lines.append(_line(f"`{recipe}`", [f"{peak / 2**20:,.0f}" for peak in peaks]))
-    lines.append(
-        f"\nLargest resident size of the whole process, of which `{Path(setting['model']).name}`'s "
-        f"parameters are {setting['model_bytes'] / 2**20:,.0f} MiB; windows of "
-        f"{setting['sequence_length']} tokens, {setting['layers']} decoder layers pruned. "
-        f"{machine['cpu']}, torch {machine['torch']}, commit {machine['commit']}, "
-        f"{machine['date']}."
-    )
-    return "\n".join(lines)
-
-
-def _pick(rows: list[Result], key: str, **wanted: object) -> list[Any]:
-    return [row[key] for row in rows if all(row[name] == item for name, item in wanted.items())]
-
-
-def _distinct(items: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(items))
 
 
 def _mean_ratio(found: list[float], base: list[float]) -> str:
@@ -236,27 +231,20 @@ def _mean_ratio(found: list[float], base: list[float]) -> str:
 
 
 def _over_kinds(rows: list[Result]) -> str:
-    kinds = _distinct(row["coordinates"] for row in rows)
+    kinds = distinct(row["coordinates"] for row in rows)
     return " (and, after rounding, both kinds of columns)" if len(kinds) > 1 else ""
-
-
-def _head(first: str, cells: list[str]) -> str:
-    return f"| {first} | {' | '.join(cells)} |\n|---|{'---|' * len(cells)}"
-
-
-def _line(first: str, cells: list[str]) -> str:
-    return f"| {first} | {' | '.join(cells)} |"
 
 
 def _where(result: Result) -> str:
     machine = result["machine"]
     return (
-        f"{machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}, commit "
-        f"{machine['commit']}, {machine['date']}."
+        f"{machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}, "
+        f"{commit_and_date(machine)}"
     )
 
 
-EVIDENCE_TABLES = {
+RESEARCH_TABLES: dict[str, Callable[[Result], str]] = {
+    "operators": operators_table,
     "first-order": first_order_table,
     "penalty-search": penalty_search_table,
     "gradient-blocks": gradient_blocks_table,
@@ -264,5 +252,4 @@ EVIDENCE_TABLES = {
     "stacked-penalties": stacked_penalties_table,
     "operator-costs": operator_costs_table,
     "paper-ablation": paper_ablation_table,
-    "calibration-memory": calibration_memory_table,
 }

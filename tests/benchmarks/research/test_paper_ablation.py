@@ -10,35 +10,35 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from benchmarks.quality.evidence_tables import paper_ablation_table
 from benchmarks.research import paper_ablation
 from benchmarks.research.operator_data import small_operator
+from benchmarks.research.tables import paper_ablation_table
 from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista_paper import PaperFista
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
-from sparseserve.solvers.statistics import LayerStatistics, output_error
+from sparseserve.solvers.statistics import InputStatistics, output_error
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import save_tiny_model
 
+pytestmark = pytest.mark.research
 
-def corrected() -> tuple[Tensor, LayerStatistics]:
+
+def corrected() -> tuple[Tensor, InputStatistics]:
     """Return an operator whose pruned inputs differ from the dense ones."""
     operator = small_operator()
     inputs = operator.inputs
     noisy = inputs + 0.1 * inputs.std() * torch.randn(
         inputs.shape, generator=torch.Generator().manual_seed(0)
     )
-    statistics = LayerStatistics.empty(
-        inputs.shape[1], corrected=True, device=torch.device("cpu")
-    ).updated(noisy, inputs)
+    statistics = InputStatistics.of(noisy, inputs)
     return operator.weight, statistics
 
 
 def test_without_correction_the_pruned_inputs_play_no_part() -> None:
     weight, statistics = corrected()
     dense = statistics.dense_gram
-    alone = LayerStatistics(dense, dense, dense, statistics.tokens)
+    alone = InputStatistics(dense, dense, dense, statistics.tokens)
     expected = SparseGPT().prune(weight, alone, TWO_FOUR).weight
     found = paper_ablation.Uncorrected(SparseGPT()).prune(weight, statistics, TWO_FOUR).weight
     assert torch.equal(found, expected)

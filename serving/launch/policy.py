@@ -1,0 +1,113 @@
+"""What vLLM is told by serve, bench, evaluate and tune alike, on whatever machine they run.
+
+On a GPU vLLM's own choices are good. On a CPU it would compile for minutes, compute in an emulated
+dtype and claim almost all memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparseserve.devices import computes_natively, dtype_name
+from sparseserve.errors import ServingError
+from sparseserve.machine import Machine
+from sparseserve.serving.launch.served_model import ServedModel
+
+GIB = 2**30
+#: Tokens of one block of vLLM's cache of keys and values.
+BLOCK_TOKENS = 128
+#: Fraction of a GPU's memory for each of two engines or servers side by side: vLLM's own check
+#: counts all memory that is in use, and must pass for the second one, too.
+GPU_FRACTION_OF_TWO = 0.45
+# What vLLM, torch and the libraries under them take on a CPU before any weight is loaded.
+_PROCESS_BYTES = 2 * GIB
+# While weights are loaded, a layer exists as read and as laid out for the product, and some
+# models' embeddings stay twice.
+_LOADING_FACTOR = 1.25
+_LARGEST_CACHE = 4 * GIB
+_CACHE_FRACTION = 0.5
+# A request of the longest kind must leave room for others.
+_CONCURRENT_LONGEST = 2
+_FULL_HOUSE = 64
+# vLLM keeps some blocks for itself.
+_SPARE_BLOCKS = 4
+# Room for every dtype.
+_WIDEST_NUMBER = 4
+
+
+def vllm_dtype(machine: Machine, wanted: torch.dtype | None = None) -> str:
+    """Return the dtype to compute in, as vLLM takes it.
+
+    Args:
+        machine: Where.
+        wanted: What the user asked for; None is the checkpoint's own where ``machine`` computes in
+            it without emulation, else float32.
+    """
+    if wanted is not None:
+        return dtype_name(wanted)
+    return "auto" if computes_natively(machine) else "float32"
+
+
+def runs_eagerly(machine: Machine) -> bool:
+    """Whether vLLM is to run without compilation and CUDA graphs."""
+    return machine.gpu is None
+
+
+def cache_bytes_for(model: ServedModel, sequences: int, batch_tokens: int, longest: int) -> int:
+    """Return the size of a cache that holds what is asked for and little more.
+
+    Args:
+        model: The checkpoint.
+        sequences: Sequences at once.
+        batch_tokens: Tokens of each of them.
+        longest: Tokens of the longest sequence that is ever run, alone.
+    """
+    blocks = max(_blocks(longest), sequences * _blocks(batch_tokens)) + _SPARE_BLOCKS
+    return _WIDEST_NUMBER * model.cache_numbers_per_token * BLOCK_TOKENS * blocks
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCache:
+    """The cache of a server on a CPU.
+
+    Attributes:
+        size: In bytes.
+        longest: The longest sequence, in tokens, of which two fit.
+    """
+
+    size: int
+    longest: int
+
+
+def server_cache(model: ServedModel, machine: Machine, width: int) -> ServerCache:
+    """Size the cache of a server to the memory that is free.
+
+    Args:
+        model: The checkpoint.
+        machine: Where it is served.
+        width: Bytes of a number.
+
+    Raises:
+        ServingError: The weights alone need more memory than is free.
+    """
+    weights = int(model.dense_parameters * width * _LOADING_FACTOR)
+    rest = machine.free_bytes - weights - _PROCESS_BYTES
+    block = model.cache_numbers_per_token * width * BLOCK_TOKENS
+    # Of a small model, more than a full house of its longest sequences would lie idle.
+    useful = _LARGEST_CACHE
+    if model.max_positions is not None:
+        useful = block * _blocks(model.max_positions) * _FULL_HOUSE
+    cache = int(min(_LARGEST_CACHE, useful, rest * _CACHE_FRACTION)) // block * block
+    if cache < _CONCURRENT_LONGEST * block:
+        raise ServingError(
+            f"{model.folder}: needs {(weights + _PROCESS_BYTES) / GIB:.1f} GiB and a cache in "
+            f"memory, {machine.free_bytes / GIB:.1f} GiB are free: free some, or give --dtype "
+            "bfloat16 or --kv-cache-memory-bytes after --"
+        )
+    return ServerCache(cache, cache // block // _CONCURRENT_LONGEST * BLOCK_TOKENS)
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS)

@@ -1,0 +1,222 @@
+"""A rehearsal of everything that writing the result will need, before any operator is pruned.
+
+A run, ``--dry-run``, sensitivities and the budget all pass through :func:`rehearse`: what would
+stop a run at its end stops it here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from sparseserve.checkpoint.output_place import OutputPlace
+from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_json, writing
+from sparseserve.errors import ArtifactError, SparseServeError, UnsupportedModelError
+from sparseserve.exporters.packed24 import require_two_four
+from sparseserve.exporters.side_files import copy_side_files, model_config
+from sparseserve.layerwise.layer import planned_operators
+from sparseserve.layerwise.pipeline import check_plan
+from sparseserve.layerwise.trial import TRIED_TOKENS, try_layers
+from sparseserve.models.loading import LoadedModel
+from sparseserve.models.opening import open_config, open_tokenizer
+from sparseserve.models.saving import save_first_rows
+from sparseserve.models.structure import ModelStructure, trace_structure
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.sparsity import pack24
+from sparseserve.text.calibration import CalibrationSet
+
+
+def check_format(recipe: PruneRecipe, export_format: str) -> None:
+    """Refuse a format that cannot hold what ``recipe`` makes.
+
+    Raises:
+        ArtifactError: Names the pattern and the remedy.
+    """
+    if export_format == "packed24":
+        require_two_four(str(recipe.pattern))
+
+
+def rehearse(
+    loaded: LoadedModel,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    *,
+    export_format: str | None,
+    place: OutputPlace | None,
+    device: torch.device,
+) -> ModelStructure:
+    """Try all that a run does with the model but pruning, and return its structure.
+
+    Args:
+        loaded: The model; not changed.
+        recipe: What would be done.
+        calibration: What it would be done with.
+        export_format: How the result would be stored; None asks nothing of the format.
+        place: Where the result would go; None asks nothing of the disk.
+        device: Where the run would take place; the rehearsal does not use it.
+
+    Raises:
+        UnsupportedModelError: The structure cannot be found, a layer cannot be run alone or
+            trained, or an operator is stored under another name.
+        RecipeError: An operator does not fit the pattern, or there are too few windows.
+        ArtifactError: The format cannot hold the result, the disk is too small, or a file that goes
+            with the weights is missing.
+    """
+    model = loaded.model
+    structure = trace_structure(model, calibration.windows[0][:TRIED_TOKENS])
+    check_plan(structure, recipe)
+    if export_format == "packed24":
+        _rehearse_packing(model, structure, recipe)
+    if place is not None:
+        needed = _needed_bytes(loaded, structure, recipe, calibration, device)
+        there = sum(path.stat().st_size for path in place.partial.rglob("*") if path.is_file())
+        require_space(place.partial, needed - there)
+    with tempfile.TemporaryDirectory(prefix="sparseserve-") as scratch:
+        _rehearse_writing(loaded, structure, recipe, Path(scratch) / "model")
+    try_layers(model, structure, recipe, calibration)
+    return structure
+
+
+def write_model(
+    loaded: LoadedModel,
+    folder: Path,
+    dtype: torch.dtype | None,
+    save: Callable[[PreTrainedModel, Path], None],
+) -> None:
+    """Write the model to the new ``folder``: its weights by ``save``, all else as it came.
+
+    Args:
+        loaded: The model, and the folder it came from.
+        folder: Where to.
+        dtype: What the weights were asked to be in; None leaves ``config.json`` as it is.
+        save: Writes the weights.
+
+    Raises:
+        ArtifactError: The disk is full, or a file that goes with the weights is missing.
+        UnsupportedModelError: transformers cannot save the model.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True)
+        save(loaded.model, folder)
+    copy_side_files(loaded.folder, folder)
+    config = folder / "config.json"
+    if dtype is None:
+        with writing(config):
+            shutil.copyfile(loaded.folder / "config.json", config)
+    else:
+        write_json(config, model_config(loaded.folder, dtype))
+    with writing(folder):
+        for shard in folder.glob("*.safetensors"):
+            shard.chmod(config.stat().st_mode)  # else only the owner may read
+
+
+def _rehearse_packing(
+    model: PreTrainedModel, structure: ModelStructure, recipe: PruneRecipe
+) -> None:
+    """Pack a row of each width and dtype that is to be pruned."""
+    seen = set()
+    for layer in structure.layers:
+        for operator in planned_operators(layer, recipe):
+            name = layer.full_name(operator)
+            dtype = model.get_submodule(name).get_parameter("weight").dtype
+            if (operator.in_features, dtype) in seen:
+                continue
+            seen.add((operator.in_features, dtype))
+            try:
+                pack24(torch.zeros(1, operator.in_features, dtype=dtype))
+            except (SparseServeError, RuntimeError) as error:
+                raise ArtifactError(
+                    f"{name}: packed24 cannot hold rows of {operator.in_features} in {dtype} "
+                    f"({error}): use --format dense"
+                ) from error
+
+
+def _needed_bytes(
+    loaded: LoadedModel,
+    structure: ModelStructure,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    device: torch.device,
+) -> int:
+    """Return what the pruned layers, both checkpoints and hidden states take on the disk."""
+    weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    windows = (*calibration.windows, *calibration.scrambled)
+    tokens = sum(len(window) for window in windows)
+    storage = next(loaded.model.parameters()).dtype
+    item = 4 if device.type == "cpu" else storage.itemsize
+    inputs = [
+        [group.operators[0].in_features for group in layer.groups] for layer in structure.layers
+    ]
+    # What enters and leaves a layer, and on a CPU what its operators read.
+    width = 2 * inputs[0][0] + (max(map(sum, inputs)) if device.type == "cpu" else 0)
+    predictions = 0
+    if recipe.retraining.epochs and recipe.retraining.distillation:
+        predictions = 12 * (recipe.retraining.likeliest + 1) * tokens
+    needed: int = 3 * weights + tokens * width * item + predictions
+    return needed
+
+
+def _rehearse_writing(
+    loaded: LoadedModel, structure: ModelStructure, recipe: PruneRecipe, folder: Path
+) -> None:
+    """Write the model with one row of each matrix, and open what was written."""
+    _refuse_outside_tokenizer(loaded)
+    write_model(loaded, folder, recipe.torch_dtype, save_first_rows)
+    stored = Checkpoint.open(folder)
+    for layer in structure.layers:
+        for operator in planned_operators(layer, recipe):
+            name = f"{layer.full_name(operator)}.weight"
+            expected = loaded.model.get_parameter(name)[:1]
+            if name not in stored or not torch.equal(stored.tensor(name), expected):
+                raise UnsupportedModelError(
+                    f"{loaded.folder}: {name} is stored under another name or in another form, so "
+                    "it cannot be exported: save the model with transformers' "
+                    "save_pretrained(FOLDER, save_original_format=False) and prune that folder"
+                )
+    _require_same_tokenizer(loaded, folder)
+
+
+def _refuse_outside_tokenizer(loaded: LoadedModel) -> None:
+    """Refuse a tokenizer that reads a file from outside the model's folder."""
+    where = loaded.folder / "tokenizer_config.json"
+    if not where.is_file():
+        return
+    settings = json.loads(where.read_text(encoding="utf-8"))
+    for key in type(loaded.tokenizer).vocab_files_names:
+        value = settings.get(key)
+        if not isinstance(value, str) or not (loaded.folder / value).is_file():
+            continue
+        if not (loaded.folder / value).absolute().is_relative_to(loaded.folder.absolute()):
+            raise UnsupportedModelError(
+                f"{where}: {key} names {value}, outside the model's folder: copy that file into "
+                "the folder and name it there"
+            )
+
+
+def _require_same_tokenizer(loaded: LoadedModel, folder: Path) -> None:
+    """Refuse a model whose configuration or tokenizer reads otherwise from a copy of its files."""
+    try:
+        open_config(folder)
+        copied = open_tokenizer(folder)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{loaded.folder}: a copy of its files cannot be opened ({error}): "
+            "keep everything that the tokenizer needs in the model's folder"
+        ) from error
+    own = loaded.tokenizer
+    for what, same in (
+        ("vocabulary", own.get_vocab() == copied.get_vocab()),
+        ("special tokens", own.special_tokens_map == copied.special_tokens_map),
+        ("chat template", own.chat_template == copied.chat_template),
+    ):
+        if not same:
+            raise UnsupportedModelError(
+                f"{loaded.folder}: a copy of its tokenizer has another {what}, so part of it lies "
+                "elsewhere: keep everything that the tokenizer needs in the model's folder"
+            )
