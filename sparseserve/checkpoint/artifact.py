@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from sparseserve.checkpoint.manifest_values import check_manifest_values
 from sparseserve.checkpoint.tensors import Checkpoint, all_finite, read_json, write_json
 from sparseserve.errors import ArtifactError, RecipeError
 from sparseserve.sparsity import Packed24, SparsityPattern, pack24, unpack24
@@ -73,7 +74,8 @@ class Manifest:
         """Read back and check what ``to_json`` wrote.
 
         Raises:
-            ArtifactError: A key is missing or of another version, or the digest differs.
+            ArtifactError: A key is missing, of another version or of a wrong type, or the digest
+                differs.
         """
         body = {key: value for key, value in data.items() if key != _DIGEST_KEY}
         version, kind = body.get("version"), body.get("format")
@@ -86,6 +88,7 @@ class Manifest:
             raise ArtifactError(f"{where}: format {kind!r} is not one of {get_args(Format)}")
         if data.get(_DIGEST_KEY) != _digest(body):
             raise ArtifactError(f"{where}: was changed after it was written (digest differs)")
+        check_manifest_values(where, body)
         files = body.pop("files", None)
         if not isinstance(files, dict):
             raise ArtifactError(f"{where}: has no list of files")

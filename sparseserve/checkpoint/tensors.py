@@ -144,7 +144,7 @@ def read_json(path: Path) -> dict[str, object]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{path}: is not a JSON object")

@@ -49,7 +49,7 @@ def tune_command(
     with Console(stderr=True).status("timing kernels while the model is loaded"):
         found = tune(checkpoint, dtype=DTYPES.get(dtype), quantization=quantization, again=again)
     give_json(found.to_json(), as_json=as_json, output=output)
-    console = Console(stderr=True, width=200) if as_json else output_console()
+    console = Console(stderr=True, width=200, markup=False) if as_json else output_console()
     console.print(_speedups(found), highlight=False)
     for layers in found.layers:
         console.print(f"{layers.layer}: {layers.plan}", highlight=False)

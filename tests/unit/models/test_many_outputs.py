@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sparseserve.models.structure import trace_structure
 from sparseserve.models.prediction import prediction_head
+from sparseserve.models.structure import trace_structure
 from sparseserve.testing import TINY_VOCABULARY, tiny_model
 from tests.unit.models.layer_runs import CPU, seen_in_the_model, windows
 
