@@ -1,4 +1,4 @@
-"""Paths that come from outside: from a command line, a recipe or a program."""
+"""Paths and other values that come from outside: checked, and shown in messages."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ def shown(value: object) -> str:
     """Return ``value`` as a message shows it: in quotes, and cut where it is long."""
     text = str(value)
     return f"'{text}'" if len(text) <= _SHOWN else f"'{text[:_SHOWN]}...' ({len(text)} characters)"
+
+
+def shown_value(value: object) -> str:
+    """Return ``value`` as Python writes it, cut where it is long."""
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def local_path(source: str | Path, kind: str, error: type[SparseServeError]) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from sparseserve.errors import ArtifactError
-from sparseserve.paths import shown
+from sparseserve.paths import shown, shown_value
 
 _TEXTS = ("pattern", "source")
 _LISTS_OF_NAMES = ("pruned", "transposed", "tensors")
@@ -56,5 +56,5 @@ def _check_file(where: Path, name: str, entry: object) -> None:
 
 def _wrong(where: Path, key: str, value: object, wanted: str) -> ArtifactError:
     return ArtifactError(
-        f"{where}: {key} is {shown(repr(value))}, but must be {wanted}: export it again"
+        f"{where}: {key} is {shown_value(value)}, but must be {wanted}: export it again"
     )

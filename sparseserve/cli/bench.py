@@ -182,8 +182,10 @@ def _windows(
     from sparseserve.models.opening import open_tokenizer
     from sparseserve.serving.launch.served_model import ServedModel
     from sparseserve.text import evaluation_windows, fit_sequence_length, read_text
+    from sparseserve.text.windows import require_known_tokens
 
-    limits = [ServedModel.open(folder).max_positions for folder in (checkpoint, baseline)]
+    models = [ServedModel.open(folder) for folder in (checkpoint, baseline)]
+    limits = [model.max_positions for model in models]
     source = read_text(text[0], column=text[1], packaged="evaluation")
     assert_not_calibration(checkpoint, source)
     length = fit_sequence_length(
@@ -192,7 +194,9 @@ def _windows(
         default=DEFAULT_SEQUENCE_LENGTH,
     )
     tokenizer = open_tokenizer(baseline)
-    return evaluation_windows(tokenizer, source, sequence_length=length, samples=samples)
+    windows = evaluation_windows(tokenizer, source, sequence_length=length, samples=samples)
+    require_known_tokens(source.name, windows, min(model.vocabulary for model in models))
+    return windows
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from sparseserve.errors import ArtifactError
 from sparseserve.evaluation.perplexity import assert_not_calibration, perplexity
 from sparseserve.exporters import load_dense_state
 from sparseserve.machine import this_machine
+from sparseserve.models.asked_size import check_asked_size
 from sparseserve.models.loading import load_model
 from sparseserve.models.model_folder import check_model_folder, find_model_folder
 from sparseserve.models.opening import build_model, open_config, open_tokenizer
@@ -132,7 +133,9 @@ def load_for_evaluation(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(folder, dtype=dtype).model
     config = open_config(folder)
     del config.quantization_config
-    opened = build_model(config, load_dense_state(folder), dtype)
+    state = load_dense_state(folder)
+    check_asked_size(folder, config, {name: tuple(item.shape) for name, item in state.items()})
+    opened = build_model(config, state, dtype)
     if opened.missing:
         raise ArtifactError(f"{folder}: tensor {opened.missing[0]} is missing")
     return opened.model.eval().requires_grad_(False)
