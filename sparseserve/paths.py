@@ -10,9 +10,16 @@ from sparseserve.errors import SparseServeError, first_line
 _SHOWN = 80
 
 
+def printable(text: str) -> str:
+    """Return ``text`` in one line, with escapes for whatever a terminal would obey."""
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in text
+    )
+
+
 def shown(value: object) -> str:
     """Return ``value`` as a message shows it: in quotes, and cut where it is long."""
-    text = str(value)
+    text = printable(str(value))
     return f"'{text}'" if len(text) <= _SHOWN else f"'{text[:_SHOWN]}...' ({len(text)} characters)"
 
 

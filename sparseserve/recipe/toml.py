@@ -44,7 +44,7 @@ from dataclasses import fields, replace
 from typing import TypeVar, get_type_hints
 
 from sparseserve.errors import RecipeError, first_line, unknown_name
-from sparseserve.paths import local_path
+from sparseserve.paths import local_path, shown_value
 from sparseserve.pruners import PRUNERS, Pruner
 from sparseserve.pruners.fista_paper import ENDING_PAPER_FISTA
 from sparseserve.pruners.sparsegpt import SparseGPT
@@ -146,7 +146,7 @@ def recipe_from_mapping(data: Mapping[str, object]) -> PruneRecipe:
     rest = dict(data)
     version = rest.pop("version", RECIPE_VERSION)
     if isinstance(version, bool) or version != RECIPE_VERSION:
-        raise RecipeError(f"version {version!r} is not {RECIPE_VERSION}")
+        raise RecipeError(f"version {shown_value(version)} is not {RECIPE_VERSION}")
     method = _table(rest, "method")
     calibration = _table(rest, "calibration")
     reconstruction = _table(rest, "reconstruction")

@@ -26,7 +26,7 @@ COMPRESSED_SUFFIXES = tuple(
     for ending in ["7z", "br", "bz2", "gz", "lz4", "rar", "tar", "tgz", "xz", "zip", "zst"]
 )
 DATASET_CHARACTERS = 32_000_000
-LARGEST_FILE = 4 * 2**30
+LARGEST_FILE = 2**30
 
 logger = logging.getLogger(__name__)
 

@@ -47,8 +47,13 @@ def utf8_text(name: str, data: bytes) -> str:
     """Decode ``data``, with or without a byte order mark.
 
     Raises:
-        CalibrationError: It is not UTF-8; names the first byte that is not.
+        CalibrationError: It is not UTF-8, or holds a zero byte; names the first such byte.
     """
+    if (offset := data.find(b"\0")) >= 0:  # UTF-16 without a mark is UTF-8 with a zero between all
+        raise CalibrationError(
+            f"{name} is not UTF-8 text: a zero byte at offset {offset}; convert it, for example "
+            "with iconv"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
