@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from sparseserve.cli.options import (
+    LOCAL_PATH,
     dtype_option,
     give_json,
     json_file_option,
@@ -34,10 +35,8 @@ Number = TypeVar("Number", int, float)
 
 
 @click.command("bench")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--baseline", type=click.Path(path_type=Path), required=True, help="The dense checkpoint."
-)
+@click.argument("checkpoint", type=LOCAL_PATH)
+@click.option("--baseline", type=LOCAL_PATH, required=True, help="The dense checkpoint.")
 @click.option("--text", help="File, folder or dataset for the perplexity; default: packaged text.")
 @text_column_option
 @click.option("--samples", type=int, default=DEFAULT_SAMPLES, show_default=True, help="Windows.")

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sparseserve.cli.options import dtype_option, format_option, json_option
+from sparseserve.cli.options import LOCAL_PATH, dtype_option, format_option, json_option
 
 if TYPE_CHECKING:
     from sparseserve.checkpoint.artifact import Format
 
 
 @click.command("export")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.argument("checkpoint", type=LOCAL_PATH)
+@click.option("-o", "--output", type=LOCAL_PATH, required=True, help="New folder.")
 @format_option("packed24 or dense.", required=True)
 @dtype_option("Round all weights to it; auto keeps theirs.")
 @json_option

@@ -10,6 +10,7 @@ import click
 
 from sparseserve.cli.budget import BudgetOptions, budget_options, print_budget, prune_to_budget
 from sparseserve.cli.options import (
+    LOCAL_PATH,
     device_option,
     format_option,
     json_option,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.command("prune-and-export")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder to write.")
+@click.option("-o", "--output", type=LOCAL_PATH, help="New folder to write.")
 @recipe_options
 @format_option("How to store the result; default: packed24 for 2:4, else dense.")
 @device_option

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
+from sparseserve.cli.options import LOCAL_PATH
+
 
 @click.command("serve", context_settings={"ignore_unknown_options": True})
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=LOCAL_PATH)
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--dry-run", is_flag=True, help="Only print the environment and the command.")
 def serve_command(checkpoint: Path, vllm_options: tuple[str, ...], dry_run: bool) -> None:

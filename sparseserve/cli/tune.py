@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sparseserve.cli.options import dtype_option, give_json, json_file_option, json_option
+from sparseserve.cli.options import (
+    LOCAL_PATH,
+    dtype_option,
+    give_json,
+    json_file_option,
+    json_option,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command("tune")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=LOCAL_PATH)
 @dtype_option("To compute in, as the server will; auto is what sparseserve serve takes.")
 @click.option(
     "--quantization",

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from sparseserve.cli.options import json_option
+from sparseserve.cli.options import LOCAL_PATH, json_option
 
 
 @click.command("verify")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=LOCAL_PATH)
 @json_option
 def verify_command(checkpoint: Path, as_json: bool) -> None:
     """Check hashes, pattern, dtypes and finiteness of CHECKPOINT; exit 0 if all is right."""
