@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
@@ -14,7 +13,7 @@ from sparseserve.checkpoint.artifact import file_sha256
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.run_folder import Fingerprint
 from sparseserve.devices import default_device
-from sparseserve.exporters.side_files import WEIGHT_KINDS, side_files
+from sparseserve.exporters.side_files import side_files
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import ModelStructure
 from sparseserve.recipe.settings import PruneRecipe
@@ -105,7 +104,7 @@ def _fingerprint(
     }
     parts |= {f"release of {name}": metadata.version(name) for name in _PACKAGES}
     parts |= {
-        f"model file {name}": _identity(loaded.folder / name) for name in _model_files(loaded)
+        f"model file {name}": file_sha256(loaded.folder / name) for name in _model_files(loaded)
     }
     return Fingerprint(
         {**parts, "calibration": calibration.record.digest, "device": _description(device)}
@@ -116,17 +115,6 @@ def _model_files(loaded: LoadedModel) -> set[str]:
     """Return the files of the model's folder, and those below it that come along."""
     top = {path.name for path in loaded.folder.iterdir() if path.is_file()}
     return top | set(side_files(loaded.folder))
-
-
-def _identity(path: Path) -> str:
-    """Tell a file from others: by its hash, or, where reading it takes long, by size and time."""
-    if path.suffix not in WEIGHT_KINDS:
-        return file_sha256(path)
-    target = path.resolve()
-    if target.parent.name == "blobs":
-        return target.name  # the hub's cache calls a file by the hash of its content
-    stat = target.stat()
-    return f"{stat.st_size} bytes, changed {stat.st_mtime_ns}"
 
 
 def _description(device: torch.device) -> str:

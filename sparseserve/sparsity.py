@@ -109,7 +109,6 @@ class NMPattern(SparsityPattern):
     group: int = 4
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if not 0 < self.keep < self.group:
             raise RecipeError(f"pattern {self}: N must be at least 1 and less than M")
 
@@ -174,7 +173,6 @@ class UnstructuredPattern(SparsityPattern):
     scope: Literal["row", "matrix"] = "matrix"
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if not 0 < self.sparsity < 1:
             raise RecipeError(
                 f"sparsity {self.sparsity * 100:g}% must lie strictly between 0% and 100%"
@@ -261,7 +259,6 @@ class Packed24:
     indices: Tensor
 
     def __post_init__(self) -> None:
-        """Check that the two tensors can belong together."""
         if self.values.dim() != 2:
             raise ArtifactError(f"packed values {tuple(self.values.shape)} are no matrix")
         rows, kept = self.values.shape

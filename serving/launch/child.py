@@ -76,7 +76,6 @@ class Child:
         )
 
     def __enter__(self) -> Self:
-        """Return the process, which is already running."""
         return self
 
     def __exit__(
@@ -85,7 +84,6 @@ class Child:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop it."""
         self.stop()
 
     @property

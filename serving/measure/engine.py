@@ -152,7 +152,6 @@ class Engine:
             raise
 
     def __enter__(self) -> Self:
-        """Return the engine, which is already running."""
         return self
 
     def __exit__(
@@ -161,7 +160,6 @@ class Engine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop the worker."""
         self.close()
 
     def close(self) -> None:

@@ -71,7 +71,6 @@ class HttpServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop the server."""
         self.close()
 
     def close(self) -> None:

@@ -22,7 +22,6 @@ class LoadLevel:
     request_rate: float | None
 
     def __str__(self) -> str:
-        """Return it for people."""
         if self.request_rate is None:
             return f"concurrency {self.concurrency}"
         return f"{self.request_rate:g} requests/s"

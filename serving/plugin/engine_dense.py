@@ -24,7 +24,6 @@ class EngineDense:
     largest_batch: ClassVar[int | None] = None
 
     def __init__(self, method: UnquantizedLinearMethod) -> None:
-        """Multiply by ``method``."""
         self._method = method
         self._layer = nn.Module()
 

@@ -31,7 +31,6 @@ class Unit:
     price: float
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if self.weights < 1 or not math.isfinite(self.price):
             raise ValueError(f"a unit of {self.weights} weights at {self.price} nats")
 

@@ -48,7 +48,6 @@ class HeldOutSpec:
     validation_windows: int = 32
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if self.sensitivity_windows < 1 or self.validation_windows < 2:
             raise RecipeError(
                 f"{self.sensitivity_windows} windows for sensitivities and "

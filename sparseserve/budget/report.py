@@ -22,7 +22,6 @@ class MaxPerplexityIncrease:
     share: float
 
     def __post_init__(self) -> None:
-        """Check the number."""
         if not (math.isfinite(self.share) and self.share > 0):
             raise RecipeError(f"--max-perplexity-increase {self.share:.4g} must be above 0")
 
@@ -34,7 +33,6 @@ class KeepDenseFraction:
     fraction: float
 
     def __post_init__(self) -> None:
-        """Check the number."""
         if not 0 <= self.fraction < 1:
             raise RecipeError(
                 f"--keep-dense-fraction {self.fraction:.4g} must be at least 0 and below 1"

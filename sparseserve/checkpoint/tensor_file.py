@@ -64,7 +64,6 @@ class HiddenStates:
         return tuple(cls(path, *kind) for path, kind in zip(paths, kinds, strict=True))
 
     def __len__(self) -> int:
-        """How many tensors there are."""
         return self.path.stat().st_size // self._bytes - self.skipped
 
     def __iter__(self) -> Iterator[Tensor]:

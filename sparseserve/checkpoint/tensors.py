@@ -51,7 +51,6 @@ class Checkpoint:
         return cls(folder, files)
 
     def __contains__(self, name: str) -> bool:
-        """Whether a tensor of that name is stored."""
         return name in self.files
 
     def tensor(self, name: str) -> Tensor:

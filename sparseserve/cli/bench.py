@@ -34,7 +34,9 @@ DEFAULT_REQUESTS = 16
 Number = TypeVar("Number", int, float)
 
 
-@click.command("bench")
+@click.command(
+    "bench", short_help="Compare a checkpoint with its dense model: quality, speed, memory."
+)
 @click.argument("checkpoint", type=LOCAL_PATH)
 @click.option("--baseline", type=LOCAL_PATH, required=True, help="The dense checkpoint.")
 @click.option("--text", help="File, folder or dataset for the perplexity; default: packaged text.")

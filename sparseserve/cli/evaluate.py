@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sparseserve.evaluation.evaluate import Backend, EvaluationReport
 
 
-@click.command("evaluate")
+@click.command("evaluate", short_help="Measure the perplexity of a model.")
 @click.argument("model")
 @click.option("--text", help="Text file, folder or dataset name; default: packaged text.")
 @text_column_option

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sparseserve.checkpoint.artifact import Format
 
 
-@click.command("export")
+@click.command("export", short_help="Write a pruned checkpoint again in another format.")
 @click.argument("checkpoint", type=LOCAL_PATH)
 @click.option("-o", "--output", type=LOCAL_PATH, required=True, help="New folder.")
 @format_option("packed24 or dense.", required=True)

@@ -10,7 +10,7 @@ import click
 from sparseserve.cli.options import LOCAL_PATH, json_option
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="Show what a checkpoint holds.")
 @click.argument("path", type=LOCAL_PATH)
 @json_option
 def inspect_command(path: Path, as_json: bool) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparseserve.recipe.settings import PruneRecipe
 
 
-@click.command("prune-and-export")
+@click.command("prune-and-export", short_help="Prune a model and write the checkpoint.")
 @click.argument("model")
 @click.option("-o", "--output", type=LOCAL_PATH, help="New folder to write.")
 @recipe_options

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sparseserve.budget.prices import UnitSensitivity
 
 
-@click.command("sensitivity")
+@click.command("sensitivity", short_help="Rank operators by what pruning each costs.")
 @click.argument("model")
 @click.option(
     "-o",

@@ -10,7 +10,11 @@ import click
 from sparseserve.cli.options import LOCAL_PATH
 
 
-@click.command("serve", context_settings={"ignore_unknown_options": True})
+@click.command(
+    "serve",
+    short_help="Serve a checkpoint with vLLM.",
+    context_settings={"ignore_unknown_options": True},
+)
 @click.argument("checkpoint", type=LOCAL_PATH)
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--dry-run", is_flag=True, help="Only print the environment and the command.")

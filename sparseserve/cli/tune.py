@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sparseserve.serving.measure.tuner import TuningReport
 
 
-@click.command("tune")
+@click.command("tune", short_help="Time the kernels of a checkpoint ahead of serving.")
 @click.argument("checkpoint", type=LOCAL_PATH)
 @dtype_option("To compute in, as the server will; auto is what sparseserve serve takes.")
 @click.option(

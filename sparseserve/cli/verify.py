@@ -10,7 +10,7 @@ import click
 from sparseserve.cli.options import LOCAL_PATH, json_option
 
 
-@click.command("verify")
+@click.command("verify", short_help="Check that a checkpoint is whole and as it was written.")
 @click.argument("checkpoint", type=LOCAL_PATH)
 @json_option
 def verify_command(checkpoint: Path, as_json: bool) -> None:

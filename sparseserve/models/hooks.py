@@ -78,7 +78,6 @@ class TensorIdentity:
     __slots__ = ("_key", "_tensor")
 
     def __init__(self, tensor: Tensor) -> None:
-        """Remember ``tensor`` in its present state."""
         self._tensor = tensor
         self._key = _memory_key(tensor)
 

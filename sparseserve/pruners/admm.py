@@ -53,7 +53,6 @@ class Admm:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check the knobs."""
         if self.warm_start not in ONE_SHOT:
             raise RecipeError(
                 f"admm: warm_start '{self.warm_start}' is not one of {', '.join(ONE_SHOT)}"

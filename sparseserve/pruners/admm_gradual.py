@@ -40,7 +40,6 @@ class GradualAdmm:
     damping: float = 0.1
 
     def __post_init__(self) -> None:
-        """Check the knobs."""
         if not min(self.penalty, self.damping) > 0:
             raise RecipeError("admm-gradual: penalty and damping must be positive")
         if not 1 <= self.ramp <= self.iterations:

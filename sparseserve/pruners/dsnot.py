@@ -39,7 +39,6 @@ class Dsnot:
     cycles: int = 50
 
     def __post_init__(self) -> None:
-        """Check the knobs."""
         if self.warm_start not in ONE_SHOT:
             raise RecipeError(
                 f"dsnot: warm_start '{self.warm_start}' is not one of {', '.join(ONE_SHOT)}"

@@ -61,7 +61,6 @@ class Fista:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check the knobs."""
         if self.warm_start not in (known := get_args(WarmStart)):
             raise RecipeError(
                 f"fista: warm_start '{self.warm_start}' is not one of {', '.join(known)}"

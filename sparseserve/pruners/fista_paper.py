@@ -55,7 +55,6 @@ class PaperFista:
     improvement_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the knobs."""
         if self.warm_start not in (known := get_args(WarmStart)):
             raise RecipeError(
                 f"fista-paper: warm_start '{self.warm_start}' is not one of {', '.join(known)}"

@@ -41,7 +41,6 @@ class Refit:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        """Check the knobs."""
         if self.base not in BASES:
             raise RecipeError(f"refit: {unknown_name('base', self.base, BASES)}")
         if self.iterations < 1 or not self.damping > 0:

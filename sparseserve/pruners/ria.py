@@ -31,7 +31,6 @@ class Ria:
     exponent: float = 0.5
 
     def __post_init__(self) -> None:
-        """Check the knob."""
         if not self.exponent >= 0:
             raise RecipeError(f"ria: exponent {self.exponent} must not be negative")
 

@@ -36,7 +36,6 @@ class SparseGPT:
     block_size: int = 128
 
     def __post_init__(self) -> None:
-        """Check the knobs."""
         if not self.damping > 0 or self.block_size < 1:
             raise RecipeError(
                 f"sparsegpt: damping {self.damping} and block_size {self.block_size} "

@@ -52,7 +52,6 @@ class PruneRecipe:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        """Check the values that are not checked by their own types."""
         check_numbers(self)
         ErrorCorrection.named(self.error_correction, self.inter_weight)
         if self.dtype != "auto" and self.dtype not in DTYPES:

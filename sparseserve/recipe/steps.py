@@ -26,7 +26,6 @@ class Reconstruction:
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
-        """Check the knobs."""
         if self.epochs < 0 or self.batch < 1 or not self.learning_rate > 0:
             raise RecipeError(
                 f"reconstruction: epochs {self.epochs} must not be negative, batch {self.batch} "

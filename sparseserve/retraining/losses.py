@@ -61,7 +61,6 @@ class StoredPredictions(Sequence[DensePrediction]):
         )
 
     def __len__(self) -> int:
-        """How many windows there are."""
         return len(self.tokens)
 
     @overload

@@ -23,7 +23,6 @@ class Shift(nn.Module):
     """A vector plus a trainable one."""
 
     def __init__(self, vector: Tensor) -> None:
-        """Start at no change."""
         super().__init__()
         self.shift = nn.Parameter(torch.zeros_like(vector, dtype=torch.float32))
 

@@ -70,7 +70,6 @@ class Retraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if min(self.rank, self.epochs) < 0 or min(self.likeliest, self.batch) < 1:
             raise RecipeError(
                 "retraining: rank and epochs must not be negative, likeliest and batch at least 1"

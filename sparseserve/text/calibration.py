@@ -48,7 +48,6 @@ class CalibrationSpec:
     text_column: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         if self.samples < 1:
             raise RecipeError(f"--samples {self.samples} must be at least 1")
         if self.sequence_length is not None and self.sequence_length < 2:

@@ -31,7 +31,6 @@ class TimedLayers:
     """The layers that one engine has timed since it started: of many of a shape, one is enough."""
 
     def __init__(self) -> None:
-        """Start with none."""
         self._layers: set[str] = set()
 
     def __contains__(self, layer: str) -> bool:

@@ -1,0 +1,235 @@
+"""What would stop a run at its end stops it at its beginning, and a dry run with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparseserve.checkpoint.artifact import Artifact
+from sparseserve.errors import ArtifactError
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.retraining.retrain import Retraining
+from sparseserve.testing import save_tiny_model, tiny_tokenizer
+from sparseserve.workflow import plan
+from tests.integration.command_line import Cli, prune_arguments, refusal
+from tests.integration.conftest import Prune
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny_model("llama", tmp_path / "model")
+
+
+@pytest.fixture
+def refused(cli: Cli, text: Path, tmp_path: Path) -> Callable[..., str]:
+    """Return the line that refuses the dry run and the run, which prunes nothing before it."""
+
+    def run(model: Path, *options: object) -> str:
+        before = sorted(path.name for path in tmp_path.iterdir())
+        arguments = prune_arguments(model, text, "-o", tmp_path / "out", *options)
+        dry, real = cli(*arguments, "--dry-run"), cli(*arguments)
+        assert "relative error" not in real.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        assert refusal(dry) == refusal(real)
+        return refusal(real)
+
+    return run
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_layer_that_cannot_run_alone_is_refused(
+    tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "global_head_dim": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128}
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        **sizes,
+        **{"vocab_size": 264, "vocab_size_per_layer_input": 264, "max_position_embeddings": 256},
+        **{"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+        **{"sliding_window": 8, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0},
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma4")
+    tiny_tokenizer().save_pretrained(tmp_path / "gemma4")
+    assert "cannot be replayed" in refused(tmp_path / "gemma4")
+
+
+def test_a_multimodal_wrapper_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    torch.manual_seed(0)
+    text = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 2, "head_dim": 32}
+    text |= {"intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma3")
+    tiny_tokenizer().save_pretrained(tmp_path / "gemma3")
+    assert "stored under another name" in refused(tmp_path / "gemma3")
+
+
+def test_code_that_the_configuration_names_but_nobody_has_is_refused(
+    model: Path, refused: Callable[..., str]
+) -> None:
+    edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
+    assert "there is no modeling_own.py beside it" in refused(model)
+
+
+def test_a_tokenizer_with_a_file_elsewhere_is_refused(
+    model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    shutil.copyfile(model / "tokenizer.json", tmp_path / "elsewhere.json")
+    edit(model / "tokenizer_config.json", tokenizer_file=str(tmp_path / "elsewhere.json"))
+    assert "outside the model's folder" in refused(model)
+
+
+def test_a_pattern_that_the_format_cannot_hold_is_refused(
+    model: Path, refused: Callable[..., str]
+) -> None:
+    assert "2:4" in refused(model, "--pattern", "50%", "--format", "packed24")
+
+
+@pytest.mark.parametrize("options", [["--reconstruct", 1], ["--retrain", 1]])
+def test_training_with_too_few_windows_is_refused(
+    model: Path, refused: Callable[..., str], options: list[object]
+) -> None:
+    assert "--samples" in refused(model, "--samples", 1, *options)
+
+
+def test_an_output_that_is_taken_is_refused(
+    model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("data")
+    assert "out: exists and is not empty" in refused(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_a_rehearsal_changes_nothing_of_the_result(
+    prune: Prune, quick: PruneRecipe, tmp_path: Path, family: str
+) -> None:
+    source = save_tiny_model(family, tmp_path / family)
+    before = prune(source, "before", recipe=quick)
+    plan(str(source), quick, out=tmp_path / "after", export_format="packed24")
+    after = prune(source, "after", recipe=quick)
+    names = ("model.safetensors", "config.json")
+    assert all(
+        (before.path / name).read_bytes() == (after.path / name).read_bytes() for name in names
+    )
+
+
+def test_a_run_that_retrains_is_rehearsed_too(model: Path, quick: PruneRecipe) -> None:
+    recipe = PruneRecipe(
+        pruner=quick.pruner, calibration=quick.calibration, retraining=Retraining(epochs=1)
+    )
+    assert len(plan(str(model), recipe).operators) == 14
+
+
+SETTINGS = {
+    # transformers calls this one invalid, and would not write it.
+    "generation_config.json": {"do_sample": False, "temperature": 0.9, "top_p": 0.6},
+    "preprocessor_config.json": {"size": 3},
+    "special_tokens_map.json": {},
+}
+
+
+def test_files_that_are_not_changed_are_copied_byte_for_byte(
+    prune: Prune, tmp_path: Path, model: Path
+) -> None:
+    for name, content in SETTINGS.items():
+        (model / name).write_text(json.dumps(content, indent=7))
+    (model / "chat_template.jinja").write_bytes(b"{{ messages }}\r\n")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (model / "LICENSE.md").write_text("Yours.")
+    (model / "modeling_own.py").write_text("raise SystemExit('run')")
+    edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
+    for export_format in ("packed24", "dense"):
+        out = prune(model, export_format, export_format=export_format).path
+        for path in (each for each in model.rglob("*") if each.is_file()):
+            if path.name not in {"config.json", "model.safetensors"}:
+                assert (out / path.relative_to(model)).read_bytes() == path.read_bytes()
+
+
+# As checkpoints of older releases have them, at the top and under their old names.
+ROPE = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+
+
+@pytest.mark.parametrize("export_format", ["packed24", "dense"])
+def test_the_configuration_keeps_every_key(prune: Prune, model: Path, export_format: str) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    config |= ROPE | {"own_key": {"deep": [1, None]}, "torch_dtype": "float32"}
+    (model / "config.json").write_text(json.dumps(config))
+    out = prune(model, export_format=export_format).path
+    written = json.loads((out / "config.json").read_text())
+    assert {key: written.get(key) for key in config} == config
+    assert set(written) - set(config) <= {"quantization_config"}
+
+
+def interrupted(prune: Prune, model: Path, recipe: PruneRecipe) -> None:
+    class Killed(Exception):
+        pass
+
+    class AfterOneLayer:
+        def layer_started(self, name: str, number: int, total: int) -> None:
+            if number > 1:
+                raise Killed
+
+        def operator_pruned(self, report: object) -> None: ...
+
+        def layer_finished(self, report: object) -> None: ...
+
+    with pytest.raises(Killed):
+        prune(model, recipe=recipe, progress=AfterOneLayer())
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"]
+)
+def test_a_model_that_changed_since_the_interruption_is_not_mixed_in(
+    prune: Prune, model: Path, quick: PruneRecipe, name: str
+) -> None:
+    interrupted(prune, model, quick)
+    stat = (model / name).stat()
+    change = b"\x00\x00\x80?" if name.endswith(".safetensors") else b"\n"
+    data = (model / name).read_bytes()
+    (model / name).write_bytes(data[: -len(change)] + change if len(change) > 1 else data + change)
+    os.utime(model / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(ArtifactError, match=f"different: model file {name}"):
+        prune(model, recipe=quick)
+
+
+def whole(prune: Prune, model: Path, recipe: PruneRecipe) -> Artifact:
+    return prune(model, "whole", recipe=recipe)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "report.json"])
+def test_a_stored_layer_that_was_changed_is_pruned_again(
+    prune: Prune, model: Path, quick: PruneRecipe, tmp_path: Path, name: str
+) -> None:
+    expected = whole(prune, model, quick)
+    interrupted(prune, model, quick)
+    [stored] = (tmp_path / "out.partial" / "layers").rglob(name)
+    data = bytearray(stored.read_bytes())
+    if name == "report.json":
+        stored.write_bytes(data.replace(b"0.", b"1.", 1))
+    else:
+        # All values zero, in a file that is otherwise whole.
+        header = 8 + int.from_bytes(data[:8], "little")
+        stored.write_bytes(data[:header] + bytes(len(data) - header))
+    found = prune(model, recipe=quick)
+    weights = "model.safetensors"
+    assert (found.path / weights).read_bytes() == (expected.path / weights).read_bytes()
