@@ -51,7 +51,8 @@ _SOLVER = (
     click.option(
         "--error-correction",
         help="Which earlier errors an operator repairs: none, intra (inside its layer), "
-        "intra+inter (also earlier layers), sequential (inputs of the pruned model, nothing repaired).",
+        "intra+inter (also earlier layers), sequential (inputs of the pruned model, nothing "
+        "repaired).",
     ),
     click.option(
         "--inter-weight",
