@@ -14,6 +14,7 @@ import torch
 
 from sparseserve.errors import RecipeError
 from sparseserve.machine import Machine
+from sparseserve.paths import shown
 
 #: The dtypes a user can choose, by name.
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -42,9 +43,14 @@ def torch_device(name: str | None) -> torch.device | None:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RecipeError(f"device '{name}' is not known: use cpu or cuda") from error
+        raise RecipeError(f"device {shown(name)} is not known: use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device '{name}' is not supported: use cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"device '{name}': this torch sees no CUDA device: use --device cpu")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise RecipeError(f"device '{name}': there are {count}, numbered from 0: use --device cpu")
     return device
 
 

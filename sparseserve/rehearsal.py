@@ -27,6 +27,7 @@ from sparseserve.models.loading import LoadedModel
 from sparseserve.models.opening import open_config, open_tokenizer
 from sparseserve.models.saving import save_first_rows
 from sparseserve.models.structure import ModelStructure, trace_structure
+from sparseserve.paths import local_path
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.text.calibration import CalibrationSet
 
@@ -180,9 +181,10 @@ def _refuse_outside_tokenizer(loaded: LoadedModel) -> None:
     settings = json.loads(where.read_text(encoding="utf-8"))
     for key in type(loaded.tokenizer).vocab_files_names:
         value = settings.get(key)
-        if not isinstance(value, str) or not (loaded.folder / value).is_file():
+        if not isinstance(value, str):
             continue
-        if not (loaded.folder / value).absolute().is_relative_to(loaded.folder.absolute()):
+        file = local_path(loaded.folder / value, f"{where}: {key}", UnsupportedModelError)
+        if file.is_file() and not file.absolute().is_relative_to(loaded.folder.absolute()):
             raise UnsupportedModelError(
                 f"{where}: {key} names {value}, outside the model's folder: copy that file into "
                 "the folder and name it there"

@@ -19,7 +19,7 @@ from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import ModelStructure
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.rehearsal import rehearse
-from sparseserve.text import position_limit
+from sparseserve.text import position_limit, vocabulary_size
 from sparseserve.text.calibration import CalibrationSet, load_calibration
 
 # Whose releases decide the bytes of a result.
@@ -73,8 +73,9 @@ def open_run(
     on_stage(f"loading {source}")
     loaded = load_model(source, dtype=recipe.torch_dtype)
     on_stage("reading calibration text")
+    config = loaded.model.config
     calibration = load_calibration(
-        recipe.calibration, loaded.tokenizer, position_limit(loaded.model.config)
+        recipe.calibration, loaded.tokenizer, position_limit(config), vocabulary_size(config)
     )
     on_stage("rehearsing the run")
     structure = rehearse(

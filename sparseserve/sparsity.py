@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparseserve.errors import RecipeError
+from sparseserve.errors import ArtifactError, RecipeError
+from sparseserve.paths import shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,12 @@ class SparsityPattern(ABC):
         Raises:
             RecipeError: ``text`` is neither, or its numbers are out of range.
         """
-        if match := re.fullmatch(r"(\d+):(\d+)", text.strip()):
+        if match := re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip()):
             return NMPattern(keep=int(match[1]), group=int(match[2]))
-        if match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text.strip()):
+        if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,99})?)%", text.strip()):
             return UnstructuredPattern(sparsity=float(match[1]) / 100)
         raise RecipeError(
-            f"pattern '{text}' is not N:M (such as 2:4) or a percentage (such as 50%)"
+            f"pattern {shown(text)} is not N:M (such as 2:4) or a percentage (such as 50%)"
         )
 
     @property
@@ -89,7 +90,11 @@ class SparsityPattern(ABC):
 
     @abstractmethod
     def first_violation(self, weight: Tensor) -> Violation | None:
-        """Return the first place where ``weight`` has too many non-zeros, or None."""
+        """Return the first place where ``weight`` has too many non-zeros, or None.
+
+        Raises:
+            ArtifactError: ``weight`` is no matrix.
+        """
 
     def project(self, weight: Tensor) -> Tensor:
         """Return the nearest tensor to ``weight``, in the Frobenius norm, that obeys."""
@@ -151,6 +156,7 @@ class NMPattern(SparsityPattern):
 
     def first_violation(self, weight: Tensor) -> Violation | None:
         """Find the first group with more than ``keep`` non-zeros, in row-major order."""
+        _require_matrix(weight)
         counts = (self._groups(weight) != 0).sum(dim=-1)
         flat = (counts > self.keep).flatten()
         if not bool(flat.any()):
@@ -221,6 +227,7 @@ class UnstructuredPattern(SparsityPattern):
 
     def first_violation(self, weight: Tensor) -> Violation | None:
         """Find the first row (or the matrix) with too many non-zeros."""
+        _require_matrix(weight)
         table = weight if self.scope == "row" else weight.reshape(1, -1)
         counts = (table != 0).sum(dim=-1)
         allowed = self.kept(table.shape[1])
@@ -232,3 +239,9 @@ class UnstructuredPattern(SparsityPattern):
 
 
 TWO_FOUR = NMPattern(keep=2, group=4)
+
+
+def _require_matrix(weight: Tensor) -> None:
+    """Refuse what a damaged checkpoint may hold in the place of a weight."""
+    if weight.dim() != 2:
+        raise ArtifactError(f"a weight of shape {tuple(weight.shape)} is no matrix")

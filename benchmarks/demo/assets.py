@@ -107,7 +107,7 @@ def mixed(root: Path) -> list[Path]:
     """Make calibration text of two domains: the packaged one, and as much of Wikipedia."""
     target = root / "texts" / "mixed-calibration.txt"
     if not target.is_file():
-        packaged = "\n\n".join(read_text(None).documents)
+        packaged = "\n\n".join(map(str, read_text(None).documents))
         encyclopedia = wikipedia(root)[0].read_text(encoding="utf-8")
         _write_documents(target, [packaged, encyclopedia[: len(packaged)]])
     return [target]

@@ -61,8 +61,10 @@ class LoadPlan:
                     f"--concurrency {level.concurrency} must be from 1 to the number of requests, "
                     f"{self.requests}: give more --requests"
                 )
-            if level.request_rate is not None and not level.request_rate > 0:
-                raise RecipeError(f"--request-rate {level.request_rate:g} must be above 0")
+            if level.request_rate is not None and not (0 < level.request_rate < float("inf")):
+                raise RecipeError(
+                    f"--request-rate {level.request_rate:g} must be above 0 and finite"
+                )
 
     @property
     def most_at_once(self) -> int:

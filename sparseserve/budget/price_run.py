@@ -24,9 +24,10 @@ from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.toml import UNTRAINED
 from sparseserve.runs import Opening, open_run, with_part
-from sparseserve.text import TextFile, read_text
+from sparseserve.text import TextFile, read_text, vocabulary_size
 from sparseserve.text.calibration import CalibrationSet
 from sparseserve.text.held_out import held_out_windows, spread_places
+from sparseserve.text.windows import require_known_tokens
 
 # Calibration windows that the units are pruned with when they are pruned alone.
 _WINDOWS_ALONE = 16
@@ -134,6 +135,9 @@ class SensitivityRun:
     ) -> SensitivityRun:
         loaded, calibration = opening.loaded, opening.calibration
         texts = _held_out_texts(spec, recipe, calibration, loaded.tokenizer)
+        for text in texts:
+            windows = (*text.sensitivity, *text.validation)
+            require_known_tokens(text.name, windows, vocabulary_size(loaded.model.config))
         held_out = [asdict(spec), [asdict(file) for text in texts for file in text.files]]
         if folder.begin(with_part(opening.fingerprint, "held-out text", held_out)):
             raise not_empty(folder.out)  # with which goal it was made is not known
@@ -245,7 +249,10 @@ def _held_out_texts(
     count = spec.sensitivity_windows + spec.validation_windows
     chosen = spread_places(spec.sensitivity_windows, count)
     for name in spec.texts or (recipe.calibration.source,):
-        source = read_text(name)
+        # The column is that of the calibration text; validation texts may be plain ones.
+        source = read_text(
+            name, column=recipe.calibration.text_column, prose_has_no_column=name in spec.texts
+        )
         windows = held_out_windows(
             tokenizer,
             source,

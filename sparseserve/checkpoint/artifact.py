@@ -17,9 +17,10 @@ from torch import Tensor
 
 from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.json_file import read_json
+from sparseserve.checkpoint.manifest_values import check_manifest_values
 from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import Checkpoint, all_finite, write_json
-from sparseserve.checkpoint.weight_files import plain_relative, unlisted_files
+from sparseserve.checkpoint.weight_files import unlisted_files
 from sparseserve.errors import ArtifactError, RecipeError
 from sparseserve.sparsity import SparsityPattern
 
@@ -75,7 +76,8 @@ class Manifest:
         """Read back and check what ``to_json`` wrote.
 
         Raises:
-            ArtifactError: A key is missing or of another version, or the digest differs.
+            ArtifactError: A key is missing, of another version or of a wrong type, or the digest
+                differs.
         """
         body = {key: value for key, value in data.items() if key != _DIGEST_KEY}
         version, kind = body.get("version"), body.get("format")
@@ -88,6 +90,7 @@ class Manifest:
             raise ArtifactError(f"{where}: format {kind!r} is not one of {', '.join(FORMATS)}")
         if data.get(_DIGEST_KEY) != _digest(body):
             raise ArtifactError(f"{where}: was changed after it was written (digest differs)")
+        check_manifest_values(where, body)
         files = body.pop("files", None)
         if not isinstance(files, dict):
             raise ArtifactError(f"{where}: has no list of files")
@@ -254,10 +257,6 @@ def file_sha256(path: Path) -> str:
 
 def _require_listed_files(folder: Path, manifest: Manifest) -> None:
     for name in manifest.files:
-        if not plain_relative(name):
-            raise ArtifactError(
-                f"{folder / MANIFEST_FILE}: lists {name!r}, which is no file of the folder"
-            )
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder / name}: listed in {MANIFEST_FILE}, but missing")
     for name in unlisted_files(folder, frozenset({*manifest.files, MANIFEST_FILE})):

@@ -38,6 +38,8 @@ class Packed24:
     indices: Tensor
 
     def __post_init__(self) -> None:
+        if self.values.dim() != 2:
+            raise ArtifactError(f"packed values {tuple(self.values.shape)} are no matrix")
         rows, kept = self.values.shape
         expected = (rows, (kept // 2 + 1) // 2)
         if kept % 2 or tuple(self.indices.shape) != expected or self.indices.dtype != torch.uint8:

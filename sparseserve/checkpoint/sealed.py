@@ -23,7 +23,7 @@ def read_sealed(path: Path) -> object | None:
     """Return what ``write_sealed`` wrote; None if the file is missing or was changed since."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None  # missing or damaged: the caller makes it again
     if not isinstance(stored, dict) or set(stored) != {"sha256", "data"}:
         return None

@@ -110,7 +110,7 @@ def unlisted_files(folder: Path, listed: frozenset[str]) -> Iterator[str]:
 def plain_relative(name: str) -> bool:
     """Whether ``name`` is that of a file in a folder or below it, by whatever means it is read."""
     parts = PurePosixPath(name).parts
-    shortest = all(0 < len(os.fsencode(part)) <= _LONGEST_NAME for part in parts)
+    shortest = all(0 < len(part.encode(errors="replace")) <= _LONGEST_NAME for part in parts)
     return (
         bool(parts)
         and shortest

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from sparseserve.cli.options import dtype_option, give_json, json_file_option, json_option
+from sparseserve.cli.options import (
+    LOCAL_PATH,
+    dtype_option,
+    give_json,
+    json_file_option,
+    json_option,
+    text_column_option,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,11 +37,10 @@ Number = TypeVar("Number", int, float)
 @click.command(
     "bench", short_help="Compare a checkpoint with its dense model: quality, speed, memory."
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--baseline", type=click.Path(path_type=Path), required=True, help="The dense checkpoint."
-)
+@click.argument("checkpoint", type=LOCAL_PATH)
+@click.option("--baseline", type=LOCAL_PATH, required=True, help="The dense checkpoint.")
 @click.option("--text", help="File, folder or dataset for the perplexity; default: packaged text.")
+@text_column_option
 @click.option("--samples", type=int, default=DEFAULT_SAMPLES, show_default=True, help="Windows.")
 @click.option("--sequence-length", type=int, help="Tokens of each window.")
 @click.option("--batch-sizes", default="1,2,4,8", show_default=True, help="Prompts at once.")
@@ -59,6 +65,7 @@ def bench_command(
     checkpoint: Path,
     baseline: Path,
     text: str | None,
+    text_column: str | None,
     samples: int,
     sequence_length: int | None,
     batch_sizes: str,
@@ -93,7 +100,7 @@ def bench_command(
     quiet_libraries()
     require_vllm("bench")
     warn_of_missing_kernels()
-    windows = _windows(checkpoint, baseline, text, samples, sequence_length)
+    windows = _windows(checkpoint, baseline, (text, text_column), samples, sequence_length)
     _leave_when_terminated()
     with _progress() as on_progress:
         found = compare(
@@ -106,7 +113,7 @@ def bench_command(
             on_progress=on_progress,
         )
     give_json(found.to_json(), as_json=as_json, output=output)
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, markup=False)
     console.print(comparison_table(found), highlight=False)
     if found.http:
         console.print(load_table(found.http), highlight=False)
@@ -165,15 +172,22 @@ def _leave_when_terminated() -> None:
 
 
 def _windows(
-    checkpoint: Path, baseline: Path, text: str | None, samples: int, sequence_length: int | None
+    checkpoint: Path,
+    baseline: Path,
+    text: tuple[str | None, str | None],
+    samples: int,
+    sequence_length: int | None,
 ) -> list[Tensor]:
+    """Cut the windows of ``text``, a source and its column."""
     from sparseserve.evaluation.contamination import assert_not_calibration
     from sparseserve.models.opening import open_tokenizer
     from sparseserve.serving.launch.served_model import ServedModel
     from sparseserve.text import evaluation_windows, fit_sequence_length, read_text
+    from sparseserve.text.windows import require_known_tokens
 
-    limits = [ServedModel.open(folder).max_positions for folder in (checkpoint, baseline)]
-    source = read_text(text, packaged="evaluation")
+    models = [ServedModel.open(folder) for folder in (checkpoint, baseline)]
+    limits = [model.max_positions for model in models]
+    source = read_text(text[0], column=text[1], packaged="evaluation")
     assert_not_calibration(checkpoint, source)
     length = fit_sequence_length(
         sequence_length,
@@ -181,7 +195,9 @@ def _windows(
         default=DEFAULT_SEQUENCE_LENGTH,
     )
     tokenizer = open_tokenizer(baseline)
-    return evaluation_windows(tokenizer, source, sequence_length=length, samples=samples)
+    windows = evaluation_windows(tokenizer, source, sequence_length=length, samples=samples)
+    require_known_tokens(source.name, windows, min(model.vocabulary for model in models))
+    return windows
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class PruningProgress:
 
     def stage(self, text: str) -> None:
         """Say what is going on outside the layer loop."""
-        self.bar.console.print(text, style="dim", highlight=False)
+        self.bar.console.print(text, style="dim", markup=False, highlight=False)
 
     def layer_started(self, name: str, number: int, total: int) -> None:
         """Move the bar to a layer."""
@@ -72,6 +72,7 @@ class PruningProgress:
         self.bar.console.print(
             f"  {report.name}  {rows}x{columns}  relative error {report.relative_error:.4f}"
             f"  {report.seconds:.1f} s",
+            markup=False,
             highlight=False,
         )
 
@@ -84,7 +85,7 @@ class PruningProgress:
 def pruning_progress() -> Iterator[PruningProgress]:
     """Show progress on standard error while the block runs."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("layers"),
@@ -97,8 +98,11 @@ def pruning_progress() -> Iterator[PruningProgress]:
 
 
 def output_console() -> Console:
-    """Return standard output, wide enough for long names where it is a file or a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    """Return standard output, wide enough for long names where it is a file or a pipe.
+
+    It shows brackets as they are: names and paths come from outside.
+    """
+    return Console(markup=False, width=None if sys.stdout.isatty() else 200)
 
 
 def show_artifact(artifact: Artifact, *, as_json: bool) -> None:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sparseserve.cli.options import dtype_option, json_option, say_whether_verified, verify_option
+from sparseserve.cli.options import (
+    dtype_option,
+    json_option,
+    say_whether_verified,
+    text_column_option,
+    verify_option,
+)
 
 if TYPE_CHECKING:
     from sparseserve.evaluation.evaluate import Backend, EvaluationReport
@@ -17,6 +23,7 @@ if TYPE_CHECKING:
 @click.command("evaluate", short_help="Measure the perplexity of a model.")
 @click.argument("model")
 @click.option("--text", help="Text file, folder or dataset name; default: packaged text.")
+@text_column_option
 @click.option("--samples", type=int, help="Windows, spread over the text; default: all.")
 @click.option("--sequence-length", type=int, help="Tokens per window; default: at most 1024.")
 @click.option(
@@ -34,6 +41,7 @@ def evaluate_command(
     *,
     model: str,
     text: str | None,
+    text_column: str | None,
     samples: int | None,
     sequence_length: int | None,
     backend: Backend,
@@ -58,6 +66,7 @@ def evaluate_command(
     quiet_libraries()
     spec = EvaluationSpec(
         text=text,
+        text_column=text_column,
         samples=samples,
         sequence_length=sequence_length,
         backend=backend,

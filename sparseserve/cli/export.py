@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from sparseserve.cli.options import dtype_option, format_option, json_option
+from sparseserve.cli.options import LOCAL_PATH, dtype_option, format_option, json_option
 
 
 @click.command("export", short_help="Write a pruned checkpoint again in another format.")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.argument("checkpoint", type=LOCAL_PATH)
+@click.option("-o", "--output", type=LOCAL_PATH, required=True, help="New folder.")
 @format_option("How to store it.", required=True)
 @dtype_option("Round all weights to it; auto keeps theirs.")
 @json_option

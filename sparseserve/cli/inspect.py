@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from sparseserve.cli.options import json_option
+from sparseserve.cli.options import LOCAL_PATH, json_option
 
 
 @click.command("inspect", short_help="Show what a checkpoint holds.")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=LOCAL_PATH)
 @json_option
 def inspect_command(path: Path, as_json: bool) -> None:
     """Show what the checkpoint folder PATH holds: recipe, sizes, sparsity of every matrix."""

@@ -19,11 +19,28 @@ if TYPE_CHECKING:
 Command = Callable[..., None]
 AnyCommand = TypeVar("AnyCommand", bound=Callable[..., object])
 
+
+class _LocalPath(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases only
+    """A path that can be looked up, whether something is there or not."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from sparseserve.errors import ArtifactError
+        from sparseserve.paths import local_path
+
+        return local_path(value, param.human_readable_name if param else "path", ArtifactError)
+
+
+LOCAL_PATH = _LocalPath()
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
 )
-json_file_option = click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Also write the JSON here."
+json_file_option = click.option("-o", "--output", type=LOCAL_PATH, help="Also write the JSON here.")
+text_column_option = click.option(
+    "--text-column",
+    metavar="NAME",
+    help="Column of a table or dataset to read; default: text, or messages for chats.",
 )
 verify_option = click.option(
     "--verify", is_flag=True, help="First verify the checkpoint: hashes, pattern, every tensor."

@@ -11,6 +11,7 @@ import click
 from sparseserve.checkpoint.formats import default_format
 from sparseserve.cli.budget import BudgetOptions, budget_options, print_budget, prune_to_budget
 from sparseserve.cli.options import (
+    LOCAL_PATH,
     device_option,
     format_option,
     json_option,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.command("prune-and-export", short_help="Prune a model and write the checkpoint.")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder to write.")
+@click.option("-o", "--output", type=LOCAL_PATH, help="New folder to write.")
 @recipe_options
 @format_option("How to store the result; default: packed24 for 2:4, else dense.")
 @device_option

@@ -7,27 +7,39 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sparseserve.cli.options import Command, collected
+from sparseserve.cli.options import Command, collected, text_column_option
 
 if TYPE_CHECKING:
     from sparseserve.recipe.settings import PruneRecipe
 
 _TEXT = (
-    click.option("--pattern", help="2:4, any N:M, or a share of zeros such as 50%."),
+    click.option("--pattern", help="What stays: 2:4, any N:M, or a share of zeros such as 50%."),
     click.option(
-        "--calibration", help="Text file, folder or dataset name; default: packaged text."
+        "--calibration",
+        help="Text that shows what the model reads: a file, folder or dataset name. "
+        "Default: the packaged text.",
     ),
-    click.option("--samples", type=int, help="Calibration windows."),
-    click.option("--sequence-length", type=int, help="Tokens per calibration window."),
-    click.option("--seed", type=int, help="Draws the calibration windows."),
-    click.option("--dtype", help="auto, float32, bfloat16 or float16, of the stored weights."),
+    text_column_option,
     click.option(
-        "--ignore", multiple=True, help="Regular expression; matching linears stay dense."
+        "--samples",
+        type=int,
+        help="Pieces of that text, called windows; more take longer and lose less.",
+    ),
+    click.option("--sequence-length", type=int, help="Tokens of each window."),
+    click.option("--seed", type=int, help="Which windows are drawn."),
+    click.option(
+        "--dtype",
+        help="Of the stored weights: auto (the model's own), float32, bfloat16 or float16.",
+    ),
+    click.option(
+        "--ignore",
+        multiple=True,
+        help="Regular expression; operators whose name matches stay dense. May be given again.",
     ),
 )
 _RECIPE = click.option(
     "--recipe",
-    help="default, which is the default, untrained, fast, paper or FILE.toml.",
+    help="A preset (default, untrained, fast or paper) or FILE.toml. Default: the preset default.",
 )
 _SOLVER = (
     click.option(
@@ -36,16 +48,29 @@ _SOLVER = (
         "training. With --recipe: that recipe with this method as its solver.",
     ),
     _RECIPE,
-    click.option("--error-correction", help="none, intra, intra+inter or sequential."),
+    click.option(
+        "--error-correction",
+        help="Which earlier errors an operator repairs: none, intra (inside its layer), "
+        "intra+inter (also earlier layers), sequential (inputs of the pruned model, nothing "
+        "repaired).",
+    ),
     click.option(
         "--inter-weight",
         type=float,
         help="How much of the earlier layers' errors intra+inter repairs, 0 to 1.",
     ),
-    click.option("--reconstruct", type=int, help="Epochs of training each layer; 0 for none."),
-    click.option("--retrain", type=int, help="Epochs of training the whole model; 0 for none."),
     click.option(
-        "--scrambled", type=int, help="Copies of each window with random tokens; 0 for none."
+        "--reconstruct",
+        type=int,
+        help="Epochs that each layer is trained after it is pruned; 0 for none.",
+    ),
+    click.option(
+        "--retrain", type=int, help="Epochs that the whole model is trained at the end; 0 for none."
+    ),
+    click.option(
+        "--scrambled",
+        type=int,
+        help="Copies of each window with random tokens, for the first layers; 0 for none.",
     ),
 )
 
@@ -62,6 +87,7 @@ class RecipeOptions:
     reconstruct: int | None = None
     retrain: int | None = None
     calibration: str | None = None
+    text_column: str | None = None
     samples: int | None = None
     sequence_length: int | None = None
     seed: int | None = None
@@ -83,6 +109,7 @@ class RecipeOptions:
         recipe = named_recipe(self.recipe, self.method)
         calibration = _given(
             source=self.calibration,
+            text_column=self.text_column,
             samples=self.samples,
             sequence_length=self.sequence_length,
             seed=self.seed,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sparseserve.cli.budget import validation_option
-from sparseserve.cli.options import device_option, json_option
+from sparseserve.cli.options import LOCAL_PATH, device_option, json_option
 from sparseserve.cli.recipe_options import RecipeOptions, text_options
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=LOCAL_PATH,
     help="New folder to write; default: MODEL-sensitivity in the current folder.",
 )
 @text_options

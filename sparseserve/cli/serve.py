@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from sparseserve.cli.options import say_whether_verified, verify_option
+from sparseserve.cli.options import LOCAL_PATH, say_whether_verified, verify_option
 
 
 @click.command(
@@ -15,7 +15,7 @@ from sparseserve.cli.options import say_whether_verified, verify_option
     short_help="Serve a checkpoint with vLLM.",
     context_settings={"ignore_unknown_options": True},
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=LOCAL_PATH)
 @click.argument("vllm_options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--dry-run", is_flag=True, help="Only print the environment and the command.")
 @verify_option

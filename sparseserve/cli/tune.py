@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sparseserve.cli.options import dtype_option, give_json, json_file_option, json_option
+from sparseserve.cli.options import (
+    LOCAL_PATH,
+    dtype_option,
+    give_json,
+    json_file_option,
+    json_option,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command("tune", short_help="Time the kernels of a checkpoint ahead of serving.")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=LOCAL_PATH)
 @dtype_option("To compute in, as the server will; auto is what sparseserve serve takes.")
 @click.option(
     "--quantization",
@@ -49,7 +55,7 @@ def tune_command(
     with Console(stderr=True).status("timing kernels while the model is loaded"):
         found = tune(checkpoint, dtype=DTYPES.get(dtype), quantization=quantization, again=again)
     give_json(found.to_json(), as_json=as_json, output=output)
-    console = Console(stderr=True, width=200) if as_json else output_console()
+    console = Console(stderr=True, width=200, markup=False) if as_json else output_console()
     console.print(_speedups(found), highlight=False)
     for layers in found.layers:
         console.print(f"{layers.layer}: {layers.plan}", highlight=False)

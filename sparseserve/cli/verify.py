@@ -7,20 +7,25 @@ from pathlib import Path
 
 import click
 
-from sparseserve.cli.options import json_option
+from sparseserve.cli.options import LOCAL_PATH, json_option
 
 
 @click.command("verify", short_help="Check that a checkpoint is whole and as it was written.")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=LOCAL_PATH)
 @json_option
 def verify_command(checkpoint: Path, as_json: bool) -> None:
     """Check hashes, pattern, dtypes and finiteness of CHECKPOINT; exit 0 if all is right."""
     from rich.console import Console
+    from rich.text import Text
 
     from sparseserve.checkpoint.artifact import verify
 
     with Console(stderr=True).status("verifying") as status:
-        artifact = verify(checkpoint, on_file=lambda name: status.update(f"verifying {name}"))
+        artifact = verify(
+            checkpoint,
+            # Not a str, in which brackets would be markup.
+            on_file=lambda name: status.update(Text(f"verifying {name}")),
+        )
     manifest = artifact.manifest
     if as_json:
         facts = {"path": str(checkpoint), "format": manifest.format, "pattern": manifest.pattern}

@@ -19,6 +19,7 @@ from sparseserve.evaluation.contamination import assert_not_calibration
 from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.exporters import load_dense_state
 from sparseserve.machine import this_machine
+from sparseserve.models.asked_size import check_asked_size
 from sparseserve.models.loading import load_model
 from sparseserve.models.model_folder import check_model_folder, find_model_folder
 from sparseserve.models.opening import build_model, open_config, open_tokenizer
@@ -30,7 +31,9 @@ from sparseserve.text import (
     fit_sequence_length,
     position_limit,
     read_text,
+    vocabulary_size,
 )
+from sparseserve.text.windows import require_known_tokens
 
 Backend = Literal["transformers", "vllm"]
 OnWindow = Callable[[int, int], None]
@@ -50,6 +53,7 @@ class EvaluationSpec:
         dtype: Floating type to compute in; None is that of the checkpoint where the machine
             computes in it, else float32, so that both backends compute in the same.
         device: Where transformers runs the model; None is a CUDA device if there is one.
+        text_column: Column of the text's tables; None is ``text``, or ``messages`` for chats.
         verify: Whether to verify the checkpoint, which must be ours, before it is evaluated.
     """
 
@@ -59,6 +63,7 @@ class EvaluationSpec:
     backend: Backend = "transformers"
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    text_column: str | None = None
     verify: bool = False
 
 
@@ -98,7 +103,7 @@ def evaluate(
     """
     folder = find_model_folder(source)
     check_before_reading(folder, verified=spec.verify)
-    text = read_text(spec.text, packaged="evaluation")
+    text = read_text(spec.text, column=spec.text_column, packaged="evaluation")
     assert_not_calibration(folder, text)
     _check_folder(folder)
     config = open_config(folder)
@@ -107,6 +112,7 @@ def evaluate(
     )
     tokenizer = open_tokenizer(folder)
     windows = evaluation_windows(tokenizer, text, sequence_length=length, samples=spec.samples)
+    require_known_tokens(text.name, windows, vocabulary_size(config))
     dtype = spec.dtype or evaluation_dtype(config.dtype, this_machine())
     start = time.perf_counter()
     result = _measure(folder, windows, spec, dtype, on_window)
@@ -136,7 +142,9 @@ def load_for_evaluation(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(folder, dtype=dtype, check_hashes=False).model
     config = open_config(folder)
     del config.quantization_config
-    opened = build_model(config, load_dense_state(folder), dtype)
+    state = load_dense_state(folder)
+    check_asked_size(folder, config, {name: tuple(item.shape) for name, item in state.items()})
+    opened = build_model(config, state, dtype)
     if opened.missing:
         raise ArtifactError(f"{folder}: tensor {opened.missing[0]} is missing")
     return opened.model.eval().requires_grad_(False)

@@ -20,9 +20,12 @@ the same weights.
 
 from __future__ import annotations
 
+import difflib
+import re
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +41,7 @@ from sparseserve.models.layers import capture_layer_calls, entering_states
 from sparseserve.models.prediction import prediction_head
 from sparseserve.models.reading import reading_weights
 from sparseserve.models.structure import ModelStructure, trace_structure
+from sparseserve.paths import shown
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import Environment, PruneReport
 from sparseserve.text.calibration import CalibrationSet
@@ -165,8 +169,10 @@ def check_plan(structure: ModelStructure, recipe: PruneRecipe) -> None:
     """Refuse operators whose width does not fit the pattern, before any work is done.
 
     Raises:
-        RecipeError: Names the operator, its width and the remedy; or says that none is left.
+        RecipeError: Names the operator, its width and the remedy; or says that none is left, or
+            which expression of ``ignore`` matches none.
     """
+    _require_matches(structure, recipe)
     multiple = recipe.pattern.column_multiple
     total = 0
     for layer in structure.layers:
@@ -180,6 +186,31 @@ def check_plan(structure: ModelStructure, recipe: PruneRecipe) -> None:
                 )
     if not total:
         raise RecipeError("nothing is left to prune: --ignore matches every linear operator")
+
+
+def _require_matches(structure: ModelStructure, recipe: PruneRecipe) -> None:
+    """Refuse an expression that leaves nothing dense: it is a mistake, or has no meaning."""
+    names = [
+        layer.full_name(operator) for layer in structure.layers for operator in layer.operators
+    ]
+    for expression in recipe.ignore:
+        if any(re.search(expression, name) for name in names):
+            continue
+        remedy = f"only linears in decoder layers are pruned, such as {names[0]}"
+        if expression.startswith("re:"):
+            remedy = "leave 're:' out, every value of it is a regular expression"
+        elif close := _closest(expression, names):
+            remedy = f"did you mean '{close}'?"
+        raise RecipeError(f"--ignore {shown(expression)} matches no operator: {remedy}")
+
+
+def _closest(expression: str, names: Sequence[str]) -> str | None:
+    """Return the ending of a name that ``expression`` is much like."""
+    parts = [name.split(".") for name in names]
+    depth = max(map(len, parts))
+    endings = {".".join(part[-length:]) for part in parts for length in range(1, depth)}
+    found = difflib.get_close_matches(expression.strip("^$.*\\"), sorted(endings), n=1, cutoff=0.8)
+    return found[0] if found else None
 
 
 def ignored_modules(structure: ModelStructure, recipe: PruneRecipe) -> tuple[str, ...]:

@@ -8,16 +8,21 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparseserve.checkpoint.formats import METHOD
 from sparseserve.checkpoint.weight_files import weight_files
 from sparseserve.errors import ArtifactError, UnsupportedModelError, first_line
+from sparseserve.models.asked_size import check_asked_size, check_layer_counts, stored_shapes
 from sparseserve.models.opening import open_config
+from sparseserve.paths import local_path, shown
 
 # Top level of the repository only; "consolidated" files repeat the weights in another layout.
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _UNWANTED_FILES = ("*/*", "consolidated*")
+# The index of the largest published model takes 10 MiB.
+_LARGEST_JSON = 256 * 2**20
 
 
 def find_model_folder(source: str | Path) -> Path:
@@ -26,7 +31,7 @@ def find_model_folder(source: str | Path) -> Path:
     Raises:
         UnsupportedModelError: ``source`` is neither a folder nor a model the hub gives out.
     """
-    path = Path(source).expanduser()
+    path = local_path(source, "model", UnsupportedModelError)
     if path.is_dir():
         return path
     if path.exists():
@@ -42,7 +47,7 @@ def find_model_folder(source: str | Path) -> Path:
         )
     except (OSError, HFValidationError) as error:
         raise UnsupportedModelError(
-            f"no such model '{source}': there is no folder of that name, and the hub gives "
+            f"no such model {shown(source)}: there is no folder of that name, and the hub gives "
             f"none ({first_line(error)}): give a model's folder, or OWNER/NAME as the hub has it, "
             "after 'hf auth login' if it is private or gated"
         ) from error
@@ -52,19 +57,20 @@ def find_model_folder(source: str | Path) -> Path:
 def check_model_folder(folder: Path) -> None:
     """Make sure that ``folder`` describes a dense causal LM and holds whole safetensors shards.
 
-    Only the configuration and the headers of the shards are read.
+    Only the configuration and the headers of the shards are read, and the two are compared.
 
     Raises:
         UnsupportedModelError: Something else lies there, or part of it is missing or cut short.
     """
     _check_settings(folder)
-    _check_architecture(folder)
+    config = _checked_config(folder)
     try:
-        names = weight_files(folder).names
+        shards = [folder / name for name in weight_files(folder).names]
     except ArtifactError as error:
         raise UnsupportedModelError(str(error)) from error
-    for name in names:
-        _check_shard(folder / name)
+    for shard in shards:
+        _check_shard(shard)
+    check_asked_size(folder, config, stored_shapes(shards))
 
 
 def _check_settings(folder: Path) -> None:
@@ -74,6 +80,7 @@ def _check_settings(folder: Path) -> None:
             f"{folder} has no config.json: give a folder saved by transformers' save_pretrained"
         )
     settings = _read_json_object(path)
+    check_layer_counts(path, settings)
     quantization = settings.get("quantization_config")
     if not quantization:
         return
@@ -88,7 +95,7 @@ def _check_settings(folder: Path) -> None:
     )
 
 
-def _check_architecture(folder: Path) -> None:
+def _checked_config(folder: Path) -> PretrainedConfig:
     config = open_config(folder)
     names: list[str] = config.architectures or []
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -98,6 +105,7 @@ def _check_architecture(folder: Path) -> None:
             f"{folder} is not a causal language model: its config.json names {found}; "
             "a decoder with a language head, such as LlamaForCausalLM, is needed"
         )
+    return config
 
 
 def _check_shard(path: Path) -> None:
@@ -116,9 +124,16 @@ def _check_shard(path: Path) -> None:
 
 
 def _read_json_object(path: Path) -> dict[str, object]:
+    if not path.is_file():  # a pipe without a writer would never end
+        raise UnsupportedModelError(f"{path} is no plain file")
+    if (size := path.stat().st_size) > _LARGEST_JSON:
+        raise UnsupportedModelError(
+            f"{path} has {size:,} bytes, more than the {_LARGEST_JSON:,} that are read as JSON: "
+            "download it again"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedModelError(f"{path} is not readable JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise UnsupportedModelError(f"{path} is not a JSON object")

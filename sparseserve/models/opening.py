@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -68,14 +67,7 @@ def open_config(folder: Path) -> PretrainedConfig:
             return AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
+    except Exception as error:  # whatever transformers' code raises on values it does not expect
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(
                 f"{folder} needs {_REFUSED}: only architectures that are part of transformers "
@@ -97,7 +89,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:  # likewise
         own_code = "trust_remote_code" in str(error)
         reason = f"it needs {_REFUSED}" if own_code else first_line(error)
         raise _no_tokenizer(folder, reason) from error
@@ -133,6 +125,17 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
     return _opened(model, loading)
 
 
+def sketch_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Make the causal language model of ``config`` without memory for its tensors.
+
+    Raises:
+        Exception: Whatever the model's own code raises where the values of ``config`` contradict
+            each other.
+    """
+    with torch.device("meta"):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config)
+
+
 def build_model(
     config: PretrainedConfig, state: Mapping[str, Tensor], dtype: torch.dtype
 ) -> OpenedWeights:
@@ -142,15 +145,23 @@ def build_model(
         config: A dense model's; without a ``quantization_config``.
         state: Its tensors by name.
         dtype: Floating type of the weights.
+
+    Raises:
+        UnsupportedModelError: They do not fit the configuration.
     """
-    model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    try:
+        model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"the tensors do not fit config.json: {first_line(error)}"
+        ) from error
     return _opened(model, loading)
 
 

@@ -7,12 +7,14 @@ replaced by stand-ins that do nothing; the last of them hands out the hidden sta
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from sparseserve.models.hooks import hidden_output, hooks
@@ -20,6 +22,8 @@ from sparseserve.models.structure import ModelStructure
 
 # The largest relative difference of logits that 16-bit arithmetic explains.
 _ROUNDING = 0.05
+
+logger = logging.getLogger(__name__)
 
 
 class PredictionHead:
@@ -54,13 +58,24 @@ def prediction_head(
         device: Where to predict.
 
     Returns:
-        None if the logits are not a function of these hidden states alone.
+        None if the logits are not a function of these hidden states alone, or if the model does
+        not run with stand-ins for its layers.
     """
     if not isinstance(model, PreTrainedModel):
         return None
-    names = [layer.name for layer in structure.layers]
-    output, expected = _run(model, names[-1], window)
-    with _stand_ins(model, names):
+    try:
+        return _tried(model, [layer.name for layer in structure.layers], window, device)
+    except Exception:  # whatever the model's own code raises when its layers are not there
+        logger.info("the last layer is trained towards its dense output", exc_info=True)
+        return None
+
+
+def _tried(
+    model: PreTrainedModel, names: Sequence[str], window: Tensor, device: torch.device
+) -> PredictionHead | None:
+    """Return the head if it predicts what ``model`` does in ``window``."""
+    outputs, expected = _run(model, names, window)
+    with _stand_ins(model, outputs):
         shared = {
             id(tensor): tensor
             for tensor in (*model.parameters(), *model.buffers())
@@ -69,9 +84,8 @@ def prediction_head(
         duplicate = copy.deepcopy(model, shared).to(device=device, dtype=torch.float32)
     last = duplicate.get_submodule(names[-1])
     assert isinstance(last, _SkippedLayer)
-    last.as_tuple = isinstance(output, tuple)
     head = PredictionHead(duplicate.eval().requires_grad_(False), last)
-    hidden = hidden_output(output)
+    hidden = hidden_output(outputs[names[-1]])
     assert hidden is not None
     with torch.no_grad():
         found = head(hidden.to(device, torch.float32)).to(expected)
@@ -79,14 +93,22 @@ def prediction_head(
     return head if float(difference) < _ROUNDING else None
 
 
-def _run(model: PreTrainedModel, layer: str, window: Tensor) -> tuple[object, Tensor]:
-    """Run ``model`` on ``window``; return what ``layer`` returned, and the logits."""
-    outputs: list[object] = []
-    module = model.get_submodule(layer)
-    handle = module.register_forward_hook(lambda *call: outputs.append(call[-1]))
-    with hooks([handle]), torch.no_grad():
+def _run(
+    model: PreTrainedModel, layers: Sequence[str], window: Tensor
+) -> tuple[dict[str, object], Tensor]:
+    """Run ``model`` on ``window``; return what each of ``layers`` returned, and the logits."""
+    outputs: dict[str, object] = {}
+
+    def watch(name: str) -> RemovableHandle:
+        def keep(_: nn.Module, args: tuple[object, ...], output: object) -> None:
+            outputs[name] = output
+
+        module: nn.Module = model.get_submodule(name)
+        return module.register_forward_hook(keep)
+
+    with hooks([watch(name) for name in layers]), torch.no_grad():
         logits = model(window[None].to(model.device), use_cache=False).logits
-    return outputs[0], logits
+    return outputs, logits
 
 
 class _StandIn(nn.Module):
@@ -108,16 +130,30 @@ class _StandIn(nn.Module):
 
 
 class _SkippedLayer(_StandIn):
-    """Returns the hidden states that enter it, or other ones that are given to it."""
+    """Returns the hidden states that enter it, or other ones that are given to it.
+
+    They stand where the layer had them: alone, or before as many None as it returned other things.
+    """
 
     leaving: Tensor | None = None
-    as_tuple: bool = False
+
+    def __init__(self, original: nn.Module, others: int | None) -> None:
+        super().__init__(original)
+        self._others = others
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _SkippedLayer:
+        return type(self)(self.original, self._others)
 
     def forward(self, *args: Any, **kwargs: Any) -> object:
         hidden = self.leaving
         if hidden is None:
             hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if self.as_tuple else hidden
+        return hidden if self._others is None else (hidden, *[None] * self._others)
+
+
+def _others(returned: object) -> int | None:
+    """Return how many things a layer returned after the hidden states; None for these alone."""
+    return len(returned) - 1 if isinstance(returned, tuple | list) else None
 
 
 class _NoEmbedding(_StandIn):
@@ -129,14 +165,14 @@ class _NoEmbedding(_StandIn):
 
 
 @contextmanager
-def _stand_ins(model: PreTrainedModel, layers: Sequence[str]) -> Iterator[None]:
-    """Replace the layers and the embedding of ``model`` while the block runs."""
+def _stand_ins(model: PreTrainedModel, outputs: Mapping[str, object]) -> Iterator[None]:
+    """Replace the embedding of ``model`` and the layers that gave ``outputs`` in the block."""
     embedding = model.get_input_embeddings()
-    originals = {name: model.get_submodule(name) for name in layers}
+    originals = {name: model.get_submodule(name) for name in outputs}
     try:
         model.set_input_embeddings(_NoEmbedding(embedding))
         for name, layer in originals.items():
-            model.set_submodule(name, _SkippedLayer(layer))
+            model.set_submodule(name, _SkippedLayer(layer, _others(outputs[name])))
         yield
     finally:
         model.set_input_embeddings(embedding)

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from sparseserve.devices import DTYPES
-from sparseserve.errors import RecipeError, unknown_name
+from sparseserve.errors import RecipeError, first_line, unknown_name
+from sparseserve.paths import shown
 from sparseserve.pruners import PRUNERS, Pruner
 from sparseserve.pruners.admm import Admm
 from sparseserve.recipe.correction import ErrorCorrection
 from sparseserve.recipe.steps import Reconstruction
+from sparseserve.recipe.values import check_numbers
 from sparseserve.retraining.retrain import Retraining
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 from sparseserve.text.calibration import CalibrationSpec
@@ -50,6 +52,7 @@ class PruneRecipe:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         ErrorCorrection.named(self.error_correction, self.inter_weight)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise RecipeError(unknown_name("dtype", self.dtype, ("auto", *DTYPES)))
@@ -62,9 +65,9 @@ class PruneRecipe:
         for expression in self.ignore:
             try:
                 re.compile(expression)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise RecipeError(
-                    f"ignore '{expression}' is not a regular expression: {error}"
+                    f"ignore {shown(expression)} is not a regular expression: {first_line(error)}"
                 ) from error
 
     @property

@@ -28,6 +28,7 @@ A TOML file states the same keys. A key that it leaves out has the value of ``de
 
     [calibration]
     source = "text.txt"           # file, folder or dataset name; left out: the packaged text
+    text_column = "text"          # of a table or dataset; left out: text, or messages for chats
     samples = 256
     sequence_length = 512
     seed = 0
@@ -40,20 +41,22 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
-from sparseserve.errors import RecipeError, unknown_name
+from sparseserve.errors import RecipeError, first_line, unknown_name
+from sparseserve.paths import local_path, shown_value
 from sparseserve.pruners import PRUNERS, Pruner
 from sparseserve.pruners.fista_paper import ENDING_PAPER_FISTA
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.recipe.settings import RECIPE_VERSION, PruneRecipe
 from sparseserve.recipe.steps import Reconstruction
+from sparseserve.recipe.values import check_type
 from sparseserve.retraining.retrain import Retraining
 from sparseserve.sparsity import SparsityPattern
 from sparseserve.text.calibration import CalibrationSpec
 
 _T = TypeVar("_T")
+_LARGEST_FILE = 2**20
 
 UNTRAINED = PruneRecipe(
     reconstruction=Reconstruction(epochs=0), calibration=CalibrationSpec(scrambled=0)
@@ -94,13 +97,19 @@ def load_recipe(name: str) -> PruneRecipe:
     """
     if name in PRESETS:
         return PRESETS[name]
-    path = Path(name)
+    path = local_path(name, "recipe", RecipeError)
     if not path.is_file():
         raise RecipeError(f"{unknown_name('recipe', name, PRESETS)}; nor is it a file")
     try:
+        if (size := path.stat().st_size) > _LARGEST_FILE:
+            raise RecipeError(
+                f"{path}: {size:,} bytes are more than the {_LARGEST_FILE:,} of a recipe"
+            )
         data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise RecipeError(f"{path}: cannot be read as TOML: nested too deeply") from error
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read as TOML: {error}") from error
+        raise RecipeError(f"{path}: cannot be read as TOML: {first_line(error)}") from error
     try:
         return recipe_from_mapping(data)
     except RecipeError as error:
@@ -135,8 +144,9 @@ def recipe_from_mapping(data: Mapping[str, object]) -> PruneRecipe:
         RecipeError: A key is unknown or a value is of the wrong type or out of range.
     """
     rest = dict(data)
-    if (version := rest.pop("version", RECIPE_VERSION)) != RECIPE_VERSION:
-        raise RecipeError(f"version {version!r} is not {RECIPE_VERSION}")
+    version = rest.pop("version", RECIPE_VERSION)
+    if isinstance(version, bool) or version != RECIPE_VERSION:
+        raise RecipeError(f"version {shown_value(version)} is not {RECIPE_VERSION}")
     method = _table(rest, "method")
     calibration = _table(rest, "calibration")
     reconstruction = _table(rest, "reconstruction")
@@ -176,26 +186,17 @@ def _table(data: dict[str, object], key: str) -> dict[str, object]:
 
 
 def _build(kind: type[_T], values: Mapping[str, object]) -> _T:
-    """Construct a dataclass, refusing unknown keys and values of another type than the default."""
+    """Construct a dataclass, refusing unknown keys and values of another type than its own."""
     known = {item.name for item in fields(kind)}  # type: ignore[arg-type]  # only dataclasses come here
     frozen: dict[str, object] = {}
     for key, value in values.items():
         if key not in known:
             raise RecipeError(unknown_name("key", key, known))
         frozen[key] = tuple(value) if isinstance(value, list) else value
-    default = kind()
+    hints = get_type_hints(kind)
     for key, value in frozen.items():
-        _check_type(key, value, getattr(default, key))
+        check_type(key, value, hints[key])
     try:
         return kind(**frozen)
     except TypeError as error:
         raise RecipeError(f"{kind.__name__}: a value has the wrong type: {error}") from error
-
-
-def _check_type(key: str, value: object, default: object) -> None:
-    if not isinstance(default, bool | int | float | str | tuple):
-        return
-    expected = (int, float) if isinstance(default, float) else (type(default),)
-    if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, expected):
-        wanted = "list" if isinstance(default, tuple) else type(default).__name__
-        raise RecipeError(f"'{key}' is {value!r}, but must be of type {wanted}")

@@ -150,7 +150,9 @@ def _divergence(dense: Tensor, own: Tensor) -> Tensor:
 
 
 def mean_divergence(expected: Tensor, found: Tensor) -> Tensor:
-    """Return the mean over tokens of ``KL(expected || found)`` in nats.
+    """Return the mean over tokens of ``KL(expected || found)`` in nats, at least 0.
+
+    Where the two hardly differ, the sum of rounded terms may fall below zero.
 
     Args:
         expected: Log-probabilities, ``[..., outcomes]``.
@@ -159,4 +161,4 @@ def mean_divergence(expected: Tensor, found: Tensor) -> Tensor:
     weights = expected.exp()
     # An outcome of probability 0 has no weight, but log 0.
     products = torch.where(weights > 0, weights * (expected - found), 0)
-    return products.sum(dim=-1).mean()
+    return products.sum(dim=-1).mean().clamp_min(0)

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from sparseserve.errors import RecipeError
 from sparseserve.text import TextFile, calibration_windows, fit_sequence_length, read_text
+from sparseserve.text.windows import require_known_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEFAULT_SEQUENCE_LENGTH = 512
+MOST_SCRAMBLED = 1000
 _SCRAMBLED_SHARE = 0.5
 
 
@@ -30,7 +32,8 @@ _SCRAMBLED_SHARE = 0.5
 class CalibrationSpec:
     """Which windows to calibrate with.
 
-    ``source`` is a file, a folder, a dataset name, or None for the packaged text.
+    ``source`` is a file, a folder, a dataset name, or None for the packaged text. ``text_column``
+    is the column of its tables; None is ``text``, or ``messages`` for chats.
     ``sequence_length`` None means DEFAULT_SEQUENCE_LENGTH, or what the model takes if that is less.
     ``scrambled`` is how many scrambled copies of each window the first ``scrambled_layers`` decoder
     layers see beside it.
@@ -42,12 +45,16 @@ class CalibrationSpec:
     seed: int = 0
     scrambled: int = 1
     scrambled_layers: int = 4
+    text_column: str | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise RecipeError(f"--samples {self.samples} must be at least 1")
         if self.sequence_length is not None and self.sequence_length < 2:
             raise RecipeError(f"--sequence-length {self.sequence_length} must be at least 2")
+        require_seed(self.seed)
+        if self.scrambled > MOST_SCRAMBLED:
+            raise RecipeError(f"--scrambled {self.scrambled} must be at most {MOST_SCRAMBLED}")
         if self.scrambled < 0 or self.scrambled_layers < 1:
             raise RecipeError(
                 f"calibration: scrambled {self.scrambled} must not be negative, scrambled_layers "
@@ -60,6 +67,7 @@ class CalibrationRecord:
     """What a report says of the calibration: enough to tell whether two runs used the same tokens.
 
     ``digest`` is the SHA-256 of all token ids, window after window, as little-endian int64.
+    ``skipped_rows`` counts the rows of the text's tables that held no text.
     """
 
     name: str
@@ -69,6 +77,7 @@ class CalibrationRecord:
     seed: int
     tokens: int
     digest: str
+    skipped_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,21 +98,32 @@ class CalibrationSet:
 
 
 def load_calibration(
-    spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    spec: CalibrationSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    vocabulary: int | None = None,
 ) -> CalibrationSet:
-    """Read the text of ``spec`` and cut its windows, for a model of ``max_length`` positions.
+    """Read the text of ``spec`` and cut its windows.
+
+    Args:
+        spec: Which windows.
+        tokenizer: The model's.
+        max_length: How many positions the model has; None is any number.
+        vocabulary: How many rows its embedding has; None is enough for every token.
 
     Raises:
         RecipeError: windows are longer than ``max_length``.
-        CalibrationError: the text is missing, unreadable or too short.
+        CalibrationError: the text is missing, unreadable or too short, or its tokens are not the
+            model's.
     """
     length = fit_sequence_length(
         spec.sequence_length, limit=max_length, default=DEFAULT_SEQUENCE_LENGTH
     )
-    source = read_text(spec.source)
+    source = read_text(spec.source, column=spec.text_column)
     windows = calibration_windows(
         tokenizer, source, samples=spec.samples, sequence_length=length, seed=spec.seed
     )
+    require_known_tokens(source.name, windows, vocabulary)
     record = CalibrationRecord(
         name=source.name,
         sources=source.files,
@@ -112,25 +132,39 @@ def load_calibration(
         seed=spec.seed,
         tokens=sum(len(window) for window in windows),
         digest=_digest(windows),
+        skipped_rows=source.skipped,
     )
-    return CalibrationSet(
-        tuple(windows), record, tuple(_scrambled(windows, spec, tokenizer)), spec.scrambled_layers
-    )
+    scrambled = tuple(_scrambled(windows, spec, tokenizer, vocabulary))
+    return CalibrationSet(tuple(windows), record, scrambled, spec.scrambled_layers)
 
 
 def _scrambled(
-    windows: list[Tensor], spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase
+    windows: list[Tensor],
+    spec: CalibrationSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int | None,
 ) -> Iterator[Tensor]:
     """Yield copies of ``windows`` with half of the tokens replaced; special ones stay."""
     special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.int64)
     # Without tokens that were added later, which the model may know nothing of.
-    every = torch.arange(tokenizer.vocab_size)
+    size = tokenizer.vocab_size if vocabulary is None else min(tokenizer.vocab_size, vocabulary)
+    every = torch.arange(size)
     ordinary = every[~torch.isin(every, special)]
     generator = torch.Generator().manual_seed(spec.seed)
     for window in windows * spec.scrambled:
         drawn = ordinary[torch.randint(len(ordinary), window.shape, generator=generator)]
         replaced = torch.rand(window.shape, generator=generator) < _SCRAMBLED_SHARE
         yield torch.where(replaced & ~torch.isin(window, special), drawn, window)
+
+
+def require_seed(seed: int) -> None:
+    """Refuse what no generator takes.
+
+    Raises:
+        RecipeError: It is negative, or longer than 63 bits.
+    """
+    if not 0 <= seed < 2**63:
+        raise RecipeError(f"--seed {seed} must be from 0 to {2**63 - 1}")
 
 
 def _digest(windows: list[Tensor]) -> str:

@@ -3,71 +3,74 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from sparseserve.errors import CalibrationError, first_line
+from sparseserve.paths import local_path, shown
+from sparseserve.text.documents import (
+    DOCUMENT_SEPARATOR,
+    Document,
+    TextFile,
+    TextSource,
+)
+from sparseserve.text.tables import TABLES, Rows, table_documents, utf8_text
 
-TEXT_SUFFIXES = (".jsonl", ".md", ".txt")
-TEXT_COLUMNS = ("text", "content")
-DOCUMENT_SEPARATOR = "\n\n"
+PROSE_SUFFIXES = (".md", ".txt")
+TEXT_SUFFIXES = tuple(sorted((*PROSE_SUFFIXES, *TABLES)))
+COMPRESSED_SUFFIXES = tuple(
+    f".{ending}"
+    for ending in ["7z", "br", "bz2", "gz", "lz4", "rar", "tar", "tgz", "xz", "zip", "zst"]
+)
 DATASET_CHARACTERS = 32_000_000
+LARGEST_FILE = 2**30
 
-
-@dataclass(frozen=True, slots=True)
-class TextFile:
-    """One text that was read: its name and the SHA-256 of its bytes."""
-
-    name: str
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class TextSource:
-    """Documents, and the files they were read from."""
-
-    name: str
-    documents: tuple[str, ...]
-    files: tuple[TextFile, ...]
-
-    def __post_init__(self) -> None:
-        """Refuse a source without a word in it."""
-        if not any(document.strip() for document in self.documents):
-            raise CalibrationError(f"{self.name} is empty: give a text with words in it")
+logger = logging.getLogger(__name__)
 
 
 def read_text(
     source: str | Path | None,
     *,
+    column: str | None = None,
+    prose_has_no_column: bool = False,
     packaged: Literal["calibration", "evaluation"] = "calibration",
 ) -> TextSource:
     """Read a text file, a folder, a dataset or, for None, the text of the package.
 
-    A folder gives its ``.txt``, ``.md`` and ``.jsonl`` files, at any depth, sorted by path. Each
-    line of a ``.jsonl`` file is an object with its text under ``"text"``. Anything that is no path
-    is a dataset: ``name``, ``name:config`` or ``name:config:split`` (split ``train`` by default),
-    read as a stream and cut after DATASET_CHARACTERS, so that large corpora need not be downloaded;
-    ``name`` may be a local dataset folder when a config follows it.
+    The ending of a file's name, in either case, says how it is read: ``.txt`` and ``.md`` are one
+    document; ``.jsonl``, ``.json``, ``.csv`` and ``.parquet`` are tables with a document, or the
+    list of messages of a chat, in one column. A folder gives all its files of these endings, at any
+    depth, sorted by path. Anything that is no path is a dataset: ``name``, ``name:config`` or
+    ``name:config:split`` (split ``train`` by default), read as a stream and cut after
+    DATASET_CHARACTERS, so that large corpora need not be downloaded; ``name`` may be a local
+    dataset folder when a config follows it. Rows that hold null are skipped, and this is logged.
+
+    Args:
+        source: What to read.
+        column: Of tables and datasets; None is ``text``, or ``messages`` for chats.
+        prose_has_no_column: Whether a ``column`` may be given for a text without tables.
+        packaged: Which text of the package None is.
 
     Raises:
-        CalibrationError: nothing is there, it is empty, or it is not UTF-8 text.
+        CalibrationError: nothing is there, it is empty, its ending is unknown, a column is missing
+            or cannot be told, or a file is not UTF-8 text.
     """
     if source is None:
+        _require_table(f"the packaged {packaged} text", (), column, prose_has_no_column)
         return _packaged_text(packaged)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _read_folder(path)
-    if path.exists():
-        data = _read_bytes(path)
-        files = (TextFile(path.name, hashlib.sha256(data).hexdigest()),)
-        return TextSource(path.name, tuple(_documents(path.name, data)), files)
+    path = local_path(source, "text", CalibrationError)
+    if path.is_dir() or path.exists():
+        paths = _paths_of(path) if path.is_dir() else [path]
+        _require_table(str(path), [item.suffix for item in paths], column, prose_has_no_column)
+        return _read_files(path, paths, column)
     if isinstance(source, Path) or _looks_like_a_path(source):
-        raise CalibrationError(f"text {source} does not exist: give a file, a folder or a dataset")
-    return _read_dataset(source)
+        raise CalibrationError(
+            f"text {shown(source)} does not exist: give a file, a folder or a dataset"
+        )
+    return _read_dataset(source, column)
 
 
 def _packaged_text(packaged: Literal["calibration", "evaluation"]) -> TextSource:
@@ -75,69 +78,102 @@ def _packaged_text(packaged: Literal["calibration", "evaluation"]) -> TextSource
     data = resources.files("sparseserve").joinpath("data", name).read_bytes()
     return TextSource(
         f"packaged {name}",
-        tuple(_documents(name, data)),
+        (utf8_text(name, data),),
         (TextFile(f"sparseserve/data/{name}", hashlib.sha256(data).hexdigest()),),
     )
 
 
-def _read_folder(folder: Path) -> TextSource:
-    paths = sorted(
-        path for path in folder.rglob("*") if path.suffix in TEXT_SUFFIXES and path.is_file()
-    )
+def _paths_of(folder: Path) -> list[Path]:
+    """Return the files of a folder that can be read, sorted; say how many others there are."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = [path for path in files if path.suffix.lower() in TEXT_SUFFIXES]
+    for path in files:
+        _refuse_compressed(path)
     if not paths:
         raise CalibrationError(f"{folder} holds no {', '.join(TEXT_SUFFIXES)} file")
-    documents: list[str] = []
+    if others := sorted({path.suffix or path.name for path in set(files) - set(paths)}):
+        logger.warning(
+            "%s: %d files are left out, as no text ends in %s",
+            folder,
+            len(files) - len(paths),
+            ", ".join(others[:5]),
+        )
+    return paths
+
+
+def _read_files(root: Path, paths: list[Path], column: str | None) -> TextSource:
+    rows: list[Document | None] = []
     files: list[TextFile] = []
     for path in paths:
-        name = path.relative_to(folder).as_posix()
+        name = path.name if path == root else path.relative_to(root).as_posix()
         data = _read_bytes(path)
-        documents.extend(_documents(name, data))
+        rows.extend(_documents(name, path.suffix.lower(), data, column))
         files.append(TextFile(name, hashlib.sha256(data).hexdigest()))
-    return TextSource(folder.name, tuple(documents), tuple(files))
+    return _source(root.name, rows, tuple(files))
 
 
 def _read_bytes(path: Path) -> bytes:
+    suffix = path.suffix.lower()
+    _refuse_compressed(path)
+    if suffix not in TEXT_SUFFIXES:
+        raise CalibrationError(
+            f"text {path} ends in {shown(suffix) if suffix else 'nothing'}, which does not say how "
+            f"to read it: known are {', '.join(TEXT_SUFFIXES)}; rename plain text to .txt"
+        )
+    if not path.is_file():  # a pipe without a writer or a device would never end
+        raise CalibrationError(f"text {path} is no plain file: write its text into one")
+    if (size := path.stat().st_size) > LARGEST_FILE:
+        raise CalibrationError(
+            f"text {path} has {size:,} bytes, more than the {LARGEST_FILE:,} that are read: give a "
+            "part of it"
+        )
     try:
         return path.read_bytes()
     except OSError as error:
         raise CalibrationError(f"text {path} cannot be read: {error.strerror}") from error
 
 
-def _documents(name: str, data: bytes) -> Iterator[str]:
-    """Yield the document of a text file, or one for each line of a JSON Lines file."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+def _refuse_compressed(path: Path) -> None:
+    if path.suffix.lower() in COMPRESSED_SUFFIXES:
+        raise CalibrationError(f"text {path} is compressed ({path.suffix}): unpack it first")
+
+
+def _require_table(name: str, suffixes: Iterable[str], column: str | None, prose: bool) -> None:
+    """Refuse a column of a text that has none."""
+    known = [suffix.lower() for suffix in suffixes]
+    if column is not None and not prose and all(suffix in PROSE_SUFFIXES for suffix in known):
         raise CalibrationError(
-            f"{name} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}; "
-            "convert it, for example with iconv"
-        ) from error
-    if not name.endswith(".jsonl"):
-        yield text
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _json_document(f"{name} line {number}", line)
+            f"{name} is plain text without columns: leave --text-column {column} out"
+        )
 
 
-def _json_document(place: str, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise CalibrationError(f"{place} is not JSON: {error}") from error
-    document = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(document, str):
-        raise CalibrationError(f'{place} is not an object with its text under "text"')
-    return document
+def _documents(
+    name: str, suffix: str, data: bytes, column: str | None
+) -> Iterator[Document | None]:
+    """Yield the document of a plain text, or those of a table."""
+    if suffix in PROSE_SUFFIXES:
+        yield utf8_text(name, data)
+    else:
+        yield from table_documents(name, TABLES[suffix](name, data), column)
+
+
+def _source(name: str, rows: list[Document | None], files: tuple[TextFile, ...]) -> TextSource:
+    """Leave out rows that hold null, and say so."""
+    documents = tuple(document for document in rows if document is not None)
+    skipped = len(rows) - len(documents)
+    if skipped:
+        logger.warning("%s: %d rows hold no text (null) and are skipped", name, skipped)
+    return TextSource(name, documents, files, skipped)
 
 
 def _looks_like_a_path(source: str) -> bool:
     if Path(source.partition(":")[0]).is_dir():  # a dataset saved on this machine
         return False
-    return source.startswith(("/", "./", "../", "~")) or source.endswith(TEXT_SUFFIXES)
+    endings = (*TEXT_SUFFIXES, *COMPRESSED_SUFFIXES)
+    return source.startswith(("/", "./", "../", "~")) or source.lower().endswith(endings)
 
 
-def _read_dataset(source: str) -> TextSource:
+def _read_dataset(source: str, column: str | None) -> TextSource:
     """Stream a dataset; its hash is over the documents that were read, joined by blank lines."""
     import datasets  # noqa: PLC0415  # takes a second to import and most runs read a file
 
@@ -145,35 +181,24 @@ def _read_dataset(source: str) -> TextSource:
     config, _, split = rest.partition(":")
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        documents = tuple(_first_documents(source, rows))
+        numbered = ((f"dataset '{source}' row {i}", row) for i, row in enumerate(rows, start=1))
+        found = list(_first_documents(source, numbered, column))
     except CalibrationError:
         raise
     except Exception as error:  # the library and its transports share no base class
         raise CalibrationError(
-            f"text '{source}' is no file or folder and no dataset that can be loaded: "
+            f"text {shown(source)} is no file or folder and no dataset that can be loaded: "
             f"{first_line(error)}"
         ) from error
-    digest = hashlib.sha256(DOCUMENT_SEPARATOR.join(documents).encode()).hexdigest()
-    return TextSource(source, documents, (TextFile(source, digest),))
+    read = DOCUMENT_SEPARATOR.join(str(document) for document in found if document is not None)
+    digest = hashlib.sha256(read.encode()).hexdigest()
+    return _source(source, found, (TextFile(source, digest),))
 
 
-def _first_documents(source: str, rows: Iterable[dict[str, object]]) -> Iterator[str]:
+def _first_documents(source: str, rows: Rows, column: str | None) -> Iterator[Document | None]:
     characters = 0
-    column = None
-    for row in rows:
-        column = column or _text_column(source, row)
-        document = str(row[column])
+    for document in table_documents(f"dataset '{source}'", rows, column):
         yield document
-        characters += len(document)
+        characters += len(str(document or ""))
         if characters >= DATASET_CHARACTERS:
             return
-
-
-def _text_column(source: str, row: dict[str, object]) -> str:
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    known = [name for name in TEXT_COLUMNS if name in strings]
-    if known or len(strings) == 1:
-        return (known or strings)[0]
-    raise CalibrationError(
-        f"dataset '{source}' has no column 'text': its text columns are {', '.join(strings) or '-'}"
-    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import CalibrationError, RecipeError
-from sparseserve.text.sources import DOCUMENT_SEPARATOR, TextSource
+from sparseserve.text.documents import DOCUMENT_SEPARATOR, TextSource
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -42,6 +42,26 @@ def position_limit(config: PretrainedConfig) -> int | None:
     """Return the longest sequence a model of this ``config`` takes, or None if it does not say."""
     limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
+
+
+def vocabulary_size(config: PretrainedConfig) -> int | None:
+    """Return how many rows the embedding of a model of this ``config`` has, or None."""
+    size = getattr(config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def require_known_tokens(name: str, windows: Iterable[Tensor], rows: int | None) -> None:
+    """Refuse token ids that the model's embedding of ``rows`` rows has no row for.
+
+    Raises:
+        CalibrationError: Names the id, the limit and the remedy.
+    """
+    highest = max((int(window.max()) for window in windows if len(window)), default=0)
+    if rows is not None and highest >= rows:
+        raise CalibrationError(
+            f"{name}: the tokenizer gives token id {highest}, but the model's embedding has {rows} "
+            "rows (vocab_size in config.json): take the tokenizer that belongs to the model"
+        )
 
 
 def calibration_windows(
@@ -145,13 +165,16 @@ class TokenStream:
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, source: TextSource) -> TokenStream:
-    """Tokenise all of ``source``, its documents joined by blank lines.
+    """Tokenise all of ``source``: its documents joined by blank lines, then its conversations.
 
     The text goes through the tokenizer in pieces of about PIECE_CHARACTERS cut at blank lines, so
     tens of megabytes need little memory; a tokenizer that marks the start of its input adds
     that one mark to each piece.
+
+    Raises:
+        CalibrationError: A conversation cannot be rendered for this tokenizer's model.
     """
-    text = DOCUMENT_SEPARATOR.join(source.documents)
+    text = source.text(tokenizer)
     pieces = [
         torch.tensor(
             tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"],

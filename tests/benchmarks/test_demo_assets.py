@@ -183,7 +183,7 @@ def test_texts_are_split_without_overlap_whatever_their_order(
 def test_the_mixed_text_is_half_packaged_and_half_of_the_encyclopedia(tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
-    packaged = "\n\n".join(read_text(None).documents)
+    packaged = "\n\n".join(map(str, read_text(None).documents))
     other = "An article. " * (len(packaged) // 6)
     for name in ("calibration", "evaluation"):
         (texts / f"wikipedia-{name}.txt").write_text(other, encoding="utf-8")

@@ -96,6 +96,24 @@ class TestBadInputIsOneLineAndExitCodeOne:
         line = refusal(cli("evaluate", "out", "--text", text, "--sequence-length", 32))
         assert "calibrat" in line
 
+    @pytest.mark.parametrize("name", ["a" * 300, "~nosuchuser/x", "[/x]", "a\nb"])
+    @pytest.mark.parametrize("kind", ["model", "text", "verify", "inspect", "export", "evaluate"])
+    def test_a_name_that_nothing_has(
+        self, cli: Cli, llama: Path, text: Path, name: str, kind: str
+    ) -> None:
+        commands: dict[str, list[object]] = {
+            "model": prune_arguments(Path(name), text, "-o", "out"),
+            "text": prune_arguments(llama, Path(name), "-o", "out"),
+            "export": ["export", name, "-o", "out", "--format", "dense"],
+        }
+        assert refusal(cli(*commands.get(kind, [kind, name])))
+
+    @pytest.mark.parametrize("name", ["o" * 250, "o" * 300, "~nosuchuser/o"])
+    def test_an_output_that_no_disk_can_hold(
+        self, cli: Cli, llama: Path, text: Path, name: str
+    ) -> None:
+        assert name[:10] in refusal(cli(*prune_arguments(llama, text, "-o", name)))
+
     @pytest.mark.parametrize(
         ("options", "part"),
         [
@@ -115,6 +133,19 @@ class TestBadInputIsOneLineAndExitCodeOne:
             ("--samples 100000", "100000"),
             ("--device tpu9", "device 'tpu9'"),
             ("--ignore (", "not a regular expression"),
+            (f"--ignore {'(' * 2000}", "(2000 characters) is not a regular expression"),
+            ("--ignore dwon_proj", "matches no operator: did you mean 'down_proj'?"),
+            ("--ignore k_proj --ignore re:.*v_proj", "leave 're:' out"),
+            ("--ignore dwon_proj --dry-run", "matches no operator"),
+            ("--seed 18446744073709551616", "--seed 18446744073709551616 must be from 0"),
+            ("--scrambled 1001", "--scrambled 1001 must be at most 1000"),
+            ("--inter-weight nan", "inter_weight is nan, but must be finite"),
+            (f"--reconstruct 1{'0' * 30}", "epochs has 100 bits"),
+            (f"--pattern {'1' * 5000}:4", "is not N:M"),
+            ("--device mps", "device 'mps' is not supported"),
+            ("--device cpu:9", "device 'cpu:9'"),
+            ("--text-column text", "is plain text without columns: leave --text-column text out"),
+            (f"--recipe {'r' * 300}", "cannot be looked up: File name too long"),
         ],
     )
     def test_an_option_out_of_range(

@@ -6,6 +6,7 @@ the line above it, such as ``<!-- only parsed: GPU -->``. Its options are parsed
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -113,6 +114,13 @@ def reader(tmp_path: Path, cli: Cli) -> Path:
         lines = (f"Sentence {i} of {i * 7 % 31 + number} words in {name}." for i in range(900))
         (tmp_path / name).write_text("\n\n".join(lines))
     (tmp_path / "validation.txt").rename(tmp_path / "like-what-is-served.txt")
+    answers = [f"Answer {i} of {i * 7 % 31} words." for i in range(300)]
+    for name, rows in (
+        ("answers", [{"question": "Why?", "answer": answer} for answer in answers]),
+        ("chats", [{"messages": [{"role": "user", "content": answer}]} for answer in answers]),
+    ):
+        lines = (json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     (tmp_path / "mine.toml").write_text('[method]\nname = "wanda"\n')
     return tmp_path
 

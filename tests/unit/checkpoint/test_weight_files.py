@@ -71,6 +71,7 @@ def test_a_single_file_beside_the_index_of_others_is_refused(sharded: Path) -> N
         *("other.bin", "other.pt", "model.SAFETENSORS", "weights", ".hidden.safetensors"),
         *("../model.safetensors", "/model.safetensors", "sub/model.safetensors", "..", "."),
         *("", "\0.safetensors", "x" * 300 + ".safetensors", 7, None, ["model.safetensors"]),
+        "\ud800",
     ],
 )
 def test_an_index_that_names_no_plain_safetensors_is_refused(tmp_path: Path, name: object) -> None:

@@ -121,7 +121,10 @@ def test_a_recipe_with_a_method_differs_in_the_solver_alone(name: str, method: s
         ('[method]\nname = "fsta"', "unknown method 'fsta': did you mean 'fista'"),
         ('[method]\nname = "fista"\niteration = 3', "did you mean 'iterations'"),
         ('[method]\nname = "fista"\niterations = "3"', "'iterations' is '3', but must be"),
-        ('[method]\nname = "fista"\npenalties = ["a"]', "wrong type"),
+        (
+            '[method]\nname = "fista"\npenalties = ["a"]',
+            "'penalties' is ['a'], but must be a list, each item a number",
+        ),
         ("[calibration]\nsamples = 0", "samples 0 must be at least 1"),
         ('error_correction = "inter"', "unknown error_correction 'inter'"),
         ('ignore = ["("]', "not a regular expression"),
