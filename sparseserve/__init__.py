@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparseserve.checkpoint.inspection import inspect_checkpoint
     from sparseserve.errors import SparseServeError
     from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
+    from sparseserve.job import Job
     from sparseserve.recipe.settings import PruneRecipe
     from sparseserve.recipe.toml import load_recipe
     from sparseserve.serving.launch.command import server_command
@@ -31,6 +32,7 @@ __all__ = [
     "CalibrationSpec",
     "EvaluationSpec",
     "HeldOutSpec",
+    "Job",
     "KeepDenseFraction",
     "LatencyPlan",
     "MaxPerplexityIncrease",
@@ -58,6 +60,7 @@ _HOMES = {
     "CalibrationSpec": "text.calibration",
     "EvaluationSpec": "evaluation.evaluate",
     "HeldOutSpec": "budget.price_run",
+    "Job": "job",
     "KeepDenseFraction": "budget.report",
     "LatencyPlan": "serving.measure.latency",
     "MaxPerplexityIncrease": "budget.report",

@@ -20,6 +20,7 @@ from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_json, writing
 from sparseserve.errors import ArtifactError, SparseServeError, UnsupportedModelError
 from sparseserve.exporters.side_files import copy_side_files, model_config
+from sparseserve.job import Job
 from sparseserve.layerwise.layer import planned_operators
 from sparseserve.layerwise.pipeline import check_plan
 from sparseserve.layerwise.trial import TRIED_TOKENS, try_layers
@@ -33,23 +34,15 @@ from sparseserve.text.calibration import CalibrationSet
 
 
 def rehearse(
-    loaded: LoadedModel,
-    recipe: PruneRecipe,
-    calibration: CalibrationSet,
-    *,
-    export_format: str | None,
-    place: OutputPlace | None,
-    device: torch.device,
+    job: Job, loaded: LoadedModel, calibration: CalibrationSet, place: OutputPlace | None
 ) -> ModelStructure:
     """Try all that a run does with the model but pruning, and return its structure.
 
     Args:
+        job: What would be done. The rehearsal itself needs no more than a CPU.
         loaded: The model; not changed.
-        recipe: What would be done.
         calibration: What it would be done with.
-        export_format: How the result would be stored; None asks nothing of the format.
         place: Where the result would go; None asks nothing of the disk.
-        device: Where the run would take place; the rehearsal does not use it.
 
     Raises:
         UnsupportedModelError: The structure cannot be found, a layer cannot be run alone or
@@ -58,13 +51,12 @@ def rehearse(
         ArtifactError: The format cannot hold the result, the disk is too small, or a file that goes
             with the weights is missing.
     """
-    model = loaded.model
+    model, recipe = loaded.model, job.recipe
     structure = trace_structure(model, calibration.windows[0][:TRIED_TOKENS])
     check_plan(structure, recipe)
-    if export_format is not None:
-        _rehearse_storing(model, structure, recipe, export_format)
+    _rehearse_storing(model, structure, recipe, job.stored_as)
     if place is not None:
-        needed = _needed_bytes(loaded, structure, recipe, calibration, device)
+        needed = _needed_bytes(loaded, structure, recipe, calibration, job.runs_on)
         there = sum(path.stat().st_size for path in place.partial.rglob("*") if path.is_file())
         require_space(place.partial, needed - there)
     with tempfile.TemporaryDirectory(prefix="sparseserve-") as scratch:

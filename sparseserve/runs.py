@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -13,8 +12,8 @@ from sparseserve.checkpoint.artifact import file_sha256
 from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.run_folder import Fingerprint
-from sparseserve.devices import default_device
 from sparseserve.exporters.side_files import side_files
+from sparseserve.job import Job
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import ModelStructure
 from sparseserve.recipe.settings import PruneRecipe
@@ -31,6 +30,7 @@ class Opening:
     """What every run begins with.
 
     Attributes:
+        job: What is to be done.
         loaded: The dense model.
         calibration: The windows it is pruned with.
         structure: Its decoder layers.
@@ -38,6 +38,7 @@ class Opening:
         fingerprint: Everything that decides the bytes of the pruned layers.
     """
 
+    job: Job
     loaded: LoadedModel
     calibration: CalibrationSet
     structure: ModelStructure
@@ -45,50 +46,29 @@ class Opening:
     fingerprint: Fingerprint
 
 
-def open_run(
-    source: str,
-    recipe: PruneRecipe,
-    *,
-    place: OutputPlace | None,
-    export_format: str | None,
-    device: torch.device | None,
-    on_stage: Callable[[str], None] = lambda stage: None,
-) -> Opening:
+def open_run(job: Job, place: OutputPlace | None) -> Opening:
     """Load the model and its text, and rehearse all that the run will need to end.
 
     Args:
-        source: A folder, or a name on the Hugging Face hub.
-        recipe: What is to be done.
+        job: What is to be done.
         place: Where the result will go; None asks nothing of the disk.
-        export_format: How the result will be stored; None asks nothing of the format.
-        device: Where to prune; None is a CUDA device if there is one.
-        on_stage: Told what is going on.
 
     Raises:
         SparseServeError: Any of its kinds: the run could not end well.
     """
-    if export_format is not None:
-        require_fit(export_format, str(recipe.pattern))
-    device = device or default_device()
-    on_stage(f"loading {source}")
-    loaded = load_model(source, dtype=recipe.torch_dtype)
-    on_stage("reading calibration text")
+    recipe, device, progress = job.recipe, job.runs_on, job.progress
+    require_fit(job.stored_as, str(recipe.pattern))
+    progress.stage(f"loading {job.source}")
+    loaded = load_model(job.source, dtype=recipe.torch_dtype)
+    progress.stage("reading calibration text")
     config = loaded.model.config
     calibration = load_calibration(
         recipe.calibration, loaded.tokenizer, position_limit(config), vocabulary_size(config)
     )
-    on_stage("rehearsing the run")
-    structure = rehearse(
-        loaded,
-        recipe,
-        calibration,
-        export_format=export_format,
-        place=place,
-        device=device,
-    )
-    return Opening(
-        loaded, calibration, structure, device, _fingerprint(loaded, recipe, calibration, device)
-    )
+    progress.stage("rehearsing the run")
+    structure = rehearse(job, loaded, calibration, place)
+    fingerprint = _fingerprint(loaded, recipe, calibration, device)
+    return Opening(job, loaded, calibration, structure, device, fingerprint)
 
 
 def with_part(fingerprint: Fingerprint, name: str, value: object) -> Fingerprint:

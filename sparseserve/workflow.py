@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from sparseserve.checkpoint.artifact import Artifact, Manifest, verify, write_manifest
 from sparseserve.checkpoint.output_place import not_empty
@@ -20,17 +19,16 @@ from sparseserve.checkpoint.run_folder import (
 )
 from sparseserve.checkpoint.tensors import require_space
 from sparseserve.exporters import EXPORTERS
-from sparseserve.layerwise.layer import PruneProgress, Silence, planned_operators
+from sparseserve.job import Job
+from sparseserve.layerwise.layer import planned_operators
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.layerwise.pipeline import LayerStore, ignored_modules, prune_model
 from sparseserve.models.saving import save_weights
-from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.rehearsal import write_model
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.retraining.retrain import retrain
 from sparseserve.runs import Opening, open_run
-from sparseserve.text.calibration import CalibrationSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,91 +48,59 @@ class PrunePlan:
     total_parameters: int
 
 
-def plan(
-    source: str,
-    recipe: PruneRecipe,
-    *,
-    out: Path | None = None,
-    export_format: str | None = None,
-    device: torch.device | None = None,
-) -> PrunePlan:
-    """Find out what ``recipe`` would prune in the model ``source``; rehearse it, prune nothing.
+def plan(job: Job, out: Path | None = None) -> PrunePlan:
+    """Find out what ``job`` would prune; rehearse it, prune nothing.
 
     Args:
-        source: A folder, or a name on the Hugging Face hub.
-        recipe: What would be done.
+        job: What would be done.
         out: Where the result would go; None asks nothing of the disk.
-        export_format: How it would be stored; None asks nothing of the format.
-        device: Where it would be pruned; None is a CUDA device if there is one.
 
     Raises:
         SparseServeError: Whatever would stop the run, at its beginning or at its end.
     """
     place = None if out is None else check_output(out)
-    opening = open_run(source, recipe, place=place, export_format=export_format, device=device)
+    opening = open_run(job, place)
     if place is not None:
         refuse_other_run(place, opening.fingerprint)
     structure = opening.structure
     operators = tuple(
         (f"{layer.name}.{item.name}", (item.out_features, item.in_features))
         for layer in structure.layers
-        for item in planned_operators(layer, recipe)
+        for item in planned_operators(layer, job.recipe)
     )
     parameters = opening.loaded.model.parameters()
     return PrunePlan(
         operators=operators,
-        dense_modules=ignored_modules(structure, recipe),
+        dense_modules=ignored_modules(structure, job.recipe),
         pruned_parameters=sum(rows * columns for _, (rows, columns) in operators),
         total_parameters=sum(parameter.numel() for parameter in parameters),
     )
 
 
-def prune_and_export(
-    source: str,
-    out: Path,
-    recipe: PruneRecipe,
-    *,
-    export_format: str = "packed24",
-    device: torch.device | None = None,
-    store: LayerStore | None = None,
-    progress: PruneProgress | None = None,
-    on_stage: Callable[[str], None] = lambda stage: None,
-) -> Artifact:
-    """Prune the model ``source`` and write the checkpoint to the new folder ``out``.
+def prune_and_export(job: Job, out: Path, *, store: LayerStore | None = None) -> Artifact:
+    """Prune a model and write the checkpoint to the new folder ``out``.
 
     A run that is killed leaves ``OUT.partial``; the same call goes on from its last whole layer.
 
     Args:
-        source: A folder, or a name on the Hugging Face hub.
+        job: The model, and what to do with it.
         out: Must be absent or empty; appears whole at the end.
-        recipe: What to do.
-        export_format: How to store the result.
-        device: Where to prune; None is a CUDA device if there is one.
         store: Keeps finished layers; None for the run's own folder.
-        progress: Told of every layer and operator; None for nobody.
-        on_stage: Told what is going on before, between and after.
 
     Raises:
         SparseServeError: Any of its kinds; nothing is left at ``out``.
     """
     with RunFolder.claim(out) as run:
-        opening = open_run(
-            source,
-            recipe,
-            place=run.place,
-            export_format=export_format,
-            device=device,
-            on_stage=on_stage,
-        )
+        opening = open_run(job, run.place)
         if run.begin(opening.fingerprint):
-            return _finished(out, export_format)
-        layers = store or LayerFolder(run.path / "layers", run.path, on_stage)
-        report = _prune(opening, recipe, run, layers, progress=progress, on_stage=on_stage)
-        on_stage("writing the checkpoint")
-        artifact = _write_dense(run.fresh("dense"), opening, recipe, report)
-        if export_format != "dense":
-            on_stage(f"packing as {export_format}")
-            artifact = EXPORTERS[export_format](artifact, run.fresh(export_format), None)
+            return _finished(out, job.stored_as)
+        layers = store or LayerFolder(run.path / "layers", run.path, job.progress)
+        report = _prune(opening, run, layers)
+        job.progress.stage("writing the checkpoint")
+        artifact = _write_dense(run.fresh("dense"), opening, report)
+        if job.stored_as != "dense":
+            job.progress.stage(f"packing as {job.stored_as}")
+            artifact = EXPORTERS[job.stored_as](artifact, run.fresh(job.stored_as), None)
         run.publish(artifact.path)
     return replace(artifact, path=out)
 
@@ -151,89 +117,57 @@ def _finished(out: Path, export_format: str) -> Artifact:
     return artifact
 
 
-def _prune(
-    opening: Opening,
-    recipe: PruneRecipe,
-    run: RunFolder,
-    layers: LayerStore,
-    *,
-    progress: PruneProgress | None,
-    on_stage: Callable[[str], None],
-) -> PruneReport:
+def _prune(opening: Opening, run: RunFolder, layers: LayerStore) -> PruneReport:
     """Prune the model in place, and retrain it if the recipe says so."""
-    model, calibration, device = opening.loaded.model, opening.calibration, opening.device
-    dense = _dense_predictions(
-        model, recipe, calibration, run=run, device=device, on_stage=on_stage
-    )
-    on_stage("finding the model's structure")
+    job = opening.job
+    dense = _dense_predictions(opening, run)
+    job.progress.stage("finding the model's structure")
     report = prune_model(
-        model,
-        recipe,
-        calibration,
+        opening.loaded.model,
+        job.recipe,
+        opening.calibration,
         store=layers,
-        progress=progress or Silence(),
-        device=device,
+        progress=job.progress,
+        device=opening.device,
     )
-    return _retrained(model, recipe, calibration, report, dense, device=device, on_stage=on_stage)
+    return _retrained(opening, report, dense)
 
 
-def _dense_predictions(
-    model: PreTrainedModel,
-    recipe: PruneRecipe,
-    calibration: CalibrationSet,
-    *,
-    run: RunFolder,
-    device: torch.device,
-    on_stage: Callable[[str], None],
-) -> Sequence[DensePrediction]:
+def _dense_predictions(opening: Opening, run: RunFolder) -> Sequence[DensePrediction]:
     """Return what the dense model predicts, if the recipe retrains towards that."""
-    knobs = recipe.retraining
+    model, knobs = opening.loaded.model, opening.job.recipe.retraining
     if not knobs.epochs or not knobs.distillation:
         return ()
-    on_stage("recording the dense model's predictions")
+    opening.job.progress.stage("recording the dense model's predictions")
     found = StoredPredictions.write(
         run.fresh("predictions"),
-        dense_predictions(model.to(device), calibration.windows, knobs.likeliest),
+        dense_predictions(model.to(opening.device), opening.calibration.windows, knobs.likeliest),
     )
     model.to("cpu")
     return found
 
 
 def _retrained(
-    model: PreTrainedModel,
-    recipe: PruneRecipe,
-    calibration: CalibrationSet,
-    report: PruneReport,
-    dense: Sequence[DensePrediction],
-    *,
-    device: torch.device,
-    on_stage: Callable[[str], None],
+    opening: Opening, report: PruneReport, dense: Sequence[DensePrediction]
 ) -> PruneReport:
     """Retrain the pruned model in place, if the recipe says so, and add that to the report."""
-    if not recipe.retraining.epochs:
+    model, windows = opening.loaded.model, opening.calibration.windows
+    knobs = opening.job.recipe.retraining
+    if not knobs.epochs:
         return report
 
     def say(done: int, total: int, loss: float) -> None:
-        if done % len(calibration.windows) == 0 or done == total:
-            on_stage(f"retraining: {done} of {total} windows, loss {loss:.4f}")
+        if done % len(windows) == 0 or done == total:
+            opening.job.progress.stage(f"retraining: {done} of {total} windows, loss {loss:.4f}")
 
     operators = [operator.name for operator in report.operators]
-    found = retrain(
-        model.to(device),
-        operators,
-        calibration.windows,
-        recipe.retraining,
-        dense=dense,
-        on_window=say,
-    )
+    found = retrain(model.to(opening.device), operators, windows, knobs, dense=dense, on_window=say)
     model.to("cpu")
     return replace(report, retraining=found, seconds=report.seconds + found.seconds)
 
 
-def _write_dense(
-    folder: Path, opening: Opening, recipe: PruneRecipe, report: PruneReport
-) -> Artifact:
-    loaded = opening.loaded
+def _write_dense(folder: Path, opening: Opening, report: PruneReport) -> Artifact:
+    loaded, recipe = opening.loaded, opening.job.recipe
     write_model(loaded, folder, recipe.torch_dtype, save_weights)
     names = [operator.name for operator in report.operators]
     manifest = Manifest(

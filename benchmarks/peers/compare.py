@@ -42,7 +42,7 @@ from benchmarks.peers.timing import ours_timed, time_in_turns, write_timings
 from benchmarks.quality.compare import Setting, perplexities
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.cli.console import quiet_libraries
-from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.job import Job
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.workflow import plan
 
@@ -99,7 +99,7 @@ def measure(setting: Setting, peer: Peer, method: str, seed: int) -> PeerRun:
         PeerError: The tool failed, saw other tokens, or its result is not 2:4.
     """
     python = environment(peer)
-    operators = [name for name, _ in plan(setting.model, PruneRecipe()).operators]
+    operators = [name for name, _ in plan(Job(setting.model)).operators]
     with tempfile.TemporaryDirectory() as scratch:
         windows, out = Path(scratch) / "windows.safetensors", Path(scratch) / "pruned"
         digest = write_windows(setting.model, setting.calibration_spec(seed), windows)

@@ -37,6 +37,7 @@ from sparseserve.budget.within_budget import prune_within_budget
 from sparseserve.cli.budget import parse_share
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
+from sparseserve.job import Job
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.toml import PRESETS, recipe_from_mapping
 from sparseserve.testing import save_tiny_model
@@ -114,17 +115,13 @@ def perplexities(
 
 
 def measure(setting: Setting, share: float, spec: EvaluationSpec) -> tuple[Run, BudgetReport]:
-    recipe = recipe_from_mapping(setting.recipe)
     with tempfile.TemporaryDirectory() as scratch, pruning_progress() as progress:
         started = time.perf_counter()
         artifact, report = prune_within_budget(
-            setting.model,
+            Job(setting.model, recipe_from_mapping(setting.recipe), progress=progress),
             Path(scratch) / "pruned",
-            recipe,
             MaxPerplexityIncrease(share),
             held_out=_held_out(setting),
-            progress=progress,
-            on_stage=progress.stage,
         )
         seconds = time.perf_counter() - started
         found = perplexities(str(artifact.path), setting.texts, spec)

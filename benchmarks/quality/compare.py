@@ -36,6 +36,7 @@ from benchmarks.harness.results import RESULTS, stored, write_result
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
+from sparseserve.job import Job
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.toml import PRESETS, recipe_from_mapping
 from sparseserve.report import PruneReport
@@ -139,13 +140,9 @@ def measure(setting: Setting, variant: str, seed: int, scratch: Path) -> Run:
         artifact = Artifact.open(out)
     else:
         with pruning_progress() as progress:
-            artifact = prune_and_export(
-                setting.model,
-                out,
-                recipe_of(variant, setting, seed),
-                export_format="dense",
-                progress=progress,
-            )
+            recipe = recipe_of(variant, setting, seed)
+            job = Job(setting.model, recipe, "dense", progress=progress)
+            artifact = prune_and_export(job, out)
     report = PruneReport.from_json(artifact.manifest.report)
     run = Run(
         variant=variant,

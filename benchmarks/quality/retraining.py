@@ -33,6 +33,7 @@ from benchmarks.quality.tables import calibration_text
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.perplexity import perplexity
+from sparseserve.job import Job
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.dsnot import Dsnot
 from sparseserve.pruners.magnitude import Magnitude
@@ -126,9 +127,7 @@ def prune(setting: Setting, recipe: PruneRecipe, folder: Path) -> Artifact:
     drawn = CalibrationSpec(**setting.calibration)
     recipe = replace(recipe, calibration=replace(drawn, scrambled=recipe.calibration.scrambled))
     with pruning_progress() as progress:
-        return prune_and_export(
-            setting.model, folder, recipe, export_format="dense", progress=progress
-        )
+        return prune_and_export(Job(setting.model, recipe, "dense", progress=progress), folder)
 
 
 def measure(artifact: Artifact, pruner: str, kind: str, setting: Setting, have: Materials) -> Run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,8 @@ from sparseserve.checkpoint.output_place import not_empty
 from sparseserve.checkpoint.run_folder import RunFolder
 from sparseserve.checkpoint.sealed import read_sealed, write_sealed
 from sparseserve.errors import RecipeError
-from sparseserve.layerwise.layer import PrunedLayer, PruneProgress
+from sparseserve.job import Job
+from sparseserve.layerwise.layer import PrunedLayer
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.layerwise.pipeline import prune_model
 from sparseserve.models.loading import load_model
@@ -70,8 +71,7 @@ class SensitivityRun:
     """An opened run.
 
     Attributes:
-        source: The dense model, a folder or a hub name.
-        recipe: How it would be pruned.
+        job: The dense model, and how it would be pruned.
         folder: Where everything unfinished lies.
         calibration: What it would be pruned with.
         texts: What is measured on.
@@ -79,8 +79,7 @@ class SensitivityRun:
         dense_bytes: Size of the dense model's parameters in the dtype of the recipe.
     """
 
-    source: str
-    recipe: PruneRecipe
+    job: Job
     folder: RunFolder
     calibration: CalibrationSet
     texts: tuple[HeldOutText, ...]
@@ -89,17 +88,7 @@ class SensitivityRun:
 
     @classmethod
     @contextmanager
-    def open(
-        cls,
-        source: str,
-        out: Path,
-        recipe: PruneRecipe,
-        spec: HeldOutSpec,
-        device: torch.device | None,
-        *,
-        export_format: str | None = None,
-        on_stage: Callable[[str], None] = lambda stage: None,
-    ) -> Iterator[SensitivityRun]:
+    def open(cls, job: Job, out: Path, spec: HeldOutSpec) -> Iterator[SensitivityRun]:
         """Start a run that will end in the new folder ``out``, or go on with an unfinished one.
 
         The folder of the run is this process's while the block runs.
@@ -109,32 +98,12 @@ class SensitivityRun:
                 ``out`` is not empty.
         """
         with RunFolder.claim(out) as folder:
-            yield cls._opened(
-                folder,
-                open_run(
-                    source,
-                    recipe,
-                    place=folder.place,
-                    export_format=export_format,
-                    device=device,
-                    on_stage=on_stage,
-                ),
-                source,
-                recipe,
-                spec,
-            )
+            yield cls._opened(folder, open_run(job, folder.place), spec)
 
     @classmethod
-    def _opened(
-        cls,
-        folder: RunFolder,
-        opening: Opening,
-        source: str,
-        recipe: PruneRecipe,
-        spec: HeldOutSpec,
-    ) -> SensitivityRun:
+    def _opened(cls, folder: RunFolder, opening: Opening, spec: HeldOutSpec) -> SensitivityRun:
         loaded, calibration = opening.loaded, opening.calibration
-        texts = _held_out_texts(spec, recipe, calibration, loaded.tokenizer)
+        texts = _held_out_texts(spec, opening.job.recipe, calibration, loaded.tokenizer)
         for text in texts:
             windows = (*text.sensitivity, *text.validation)
             require_known_tokens(text.name, windows, vocabulary_size(loaded.model.config))
@@ -142,8 +111,7 @@ class SensitivityRun:
         if folder.begin(with_part(opening.fingerprint, "held-out text", held_out)):
             raise not_empty(folder.out)  # with which goal it was made is not known
         return cls(
-            source=source,
-            recipe=recipe,
+            job=opening.job,
             folder=folder,
             calibration=calibration,
             texts=texts,
@@ -154,11 +122,9 @@ class SensitivityRun:
     @property
     def dtype(self) -> torch.dtype | None:
         """What to measure in; None is the model's own. CPUs are slow in 16 bits, and inexact."""
-        return torch.float32 if self.device.type == "cpu" else self.recipe.torch_dtype
+        return torch.float32 if self.device.type == "cpu" else self.job.recipe.torch_dtype
 
-    def sensitivities(
-        self, progress: PruneProgress, on_stage: Callable[[str], None]
-    ) -> tuple[UnitSensitivity, ...]:
+    def sensitivities(self) -> tuple[UnitSensitivity, ...]:
         """Measure every unit that the recipe would prune, each alone, or read what was measured.
 
         The weights are those of SparseGPT on dense inputs: a price should not depend on what else
@@ -167,40 +133,41 @@ class SensitivityRun:
         Raises:
             SparseServeError: The model cannot be pruned or run.
         """
+        progress = self.job.progress
         stored = self.folder.path / "sensitivities.json"
         units = _read_units(stored)
         if units is None:
             folder = self.folder.path / "alone"
-            store = _AloneFolder(LayerFolder(folder / "layers", folder, on_stage))
-            on_stage("pruning every operator alone")
-            self._prune_alone(store.layers, progress)
-            on_stage("measuring what each costs")
-            model = load_model(self.source, dtype=self.dtype).model.to(self.device)
+            store = _AloneFolder(LayerFolder(folder / "layers", folder, progress))
+            progress.stage("pruning every operator alone")
+            self._prune_alone(store.layers)
+            progress.stage("measuring what each costs")
+            model = load_model(self.job.source, dtype=self.dtype).model.to(self.device)
             windows = [window for text in self.texts for window in text.sensitivity]
             units = measure_sensitivities(
-                model, self.recipe, windows, store, on_layer=progress.layer_started
+                model, self.job.recipe, windows, store, on_layer=progress.layer_started
             )
             write_sealed(stored, [asdict(unit) for unit in units])
         return units
 
-    def _prune_alone(self, store: LayerFolder, progress: PruneProgress) -> None:
+    def _prune_alone(self, store: LayerFolder) -> None:
         recipe = replace(
             UNTRAINED,
-            pattern=self.recipe.pattern,
+            pattern=self.job.recipe.pattern,
             pruner=SparseGPT(),
             error_correction="none",
-            calibration=self.recipe.calibration,
-            ignore=self.recipe.ignore,
-            dtype=self.recipe.dtype,
+            calibration=self.job.recipe.calibration,
+            ignore=self.job.recipe.ignore,
+            dtype=self.job.recipe.dtype,
         )
         every = max(len(self.calibration.windows) // _WINDOWS_ALONE, 1)
         windows = self.calibration.windows[::every][:_WINDOWS_ALONE]
         prune_model(
-            load_model(self.source, dtype=recipe.torch_dtype).model,
+            load_model(self.job.source, dtype=recipe.torch_dtype).model,
             recipe,
             CalibrationSet(windows, self.calibration.record),
             store=store,
-            progress=progress,
+            progress=self.job.progress,
             device=self.device,
         )
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,12 +17,11 @@ from sparseserve.budget.price_run import SensitivityRun
 from sparseserve.budget.prices import UnitSensitivity
 from sparseserve.budget.report import Round, TextIncrease
 from sparseserve.checkpoint.artifact import Artifact, verify
-from sparseserve.checkpoint.run_folder import RunFolder
 from sparseserve.checkpoint.sealed import read_sealed, write_sealed
 from sparseserve.errors import ArtifactError
 from sparseserve.evaluation.evaluate import load_for_evaluation
 from sparseserve.evaluation.perplexity import perplexity
-from sparseserve.layerwise.layer import PrunedLayer, PruneProgress
+from sparseserve.layerwise.layer import PrunedLayer
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.models.model_folder import find_model_folder
 from sparseserve.models.opening import open_config
@@ -36,16 +35,10 @@ class BudgetWork:
     Attributes:
         run: The model, the texts, and the folder everything unfinished lies in.
         units: What may be pruned or left dense, in the order of the model.
-        export_format: How models are stored.
-        progress: Told of every layer and operator.
-        on_stage: Told what is going on before, between and after.
     """
 
     run: SensitivityRun
     units: tuple[UnitSensitivity, ...]
-    export_format: str
-    progress: PruneProgress
-    on_stage: Callable[[str], None]
 
     @property
     def prunable(self) -> int:
@@ -66,10 +59,12 @@ class BudgetWork:
         measured = read_sealed(stored)
         if isinstance(measured, dict):
             return Round.from_json(measured)
-        dense_losses = _dense_losses(self.run, self.on_stage)
-        self.on_stage(f"pruning {share:.1%} of the weights, predicted {allocation.price:.4f} nats")
+        dense_losses = _dense_losses(self.run)
+        self.run.job.progress.stage(
+            f"pruning {share:.1%} of the weights, predicted {allocation.price:.4f} nats"
+        )
         artifact = self.artifact(dense)
-        losses = _losses(self.run, artifact.path, self.on_stage)
+        losses = _losses(self.run, artifact.path)
         found = Round(
             dense_operators=dense,
             sparse_share=share,
@@ -80,7 +75,7 @@ class BudgetWork:
             ),
         )
         write_sealed(stored, asdict(found))
-        self.on_stage(
+        self.run.job.progress.stage(
             f"measured {max(item.increase for item in found.measured):.4f} nats, "
             f"at most {found.bound:.4f}"
         )
@@ -97,21 +92,14 @@ class BudgetWork:
             try:
                 return verify(folder)
             except ArtifactError as error:
-                self.on_stage(f"{error}: pruning that model again")
+                self.run.job.progress.stage(f"{error}: pruning that model again")
                 shutil.rmtree(folder)
         exact = tuple(f"^{re.escape(name)}$" for name in dense)
-        recipe = replace(self.run.recipe, ignore=(*self.run.recipe.ignore, *exact))
+        recipe = replace(self.run.job.recipe, ignore=(*self.run.job.recipe.ignore, *exact))
         return prune_and_export(
-            self.run.source,
+            replace(self.run.job, recipe=recipe, device=self.run.device),
             folder,
-            recipe,
-            export_format=self.export_format,
-            device=self.run.device,
-            store=_RoundLayers(
-                self.run.folder, self.on_stage, tuple(dense), not recipe.correction.chained
-            ),
-            progress=self.progress,
-            on_stage=self.on_stage,
+            store=_RoundLayers(self.run, tuple(dense), not recipe.correction.chained),
         )
 
 
@@ -122,8 +110,7 @@ class _RoundLayers:
     ``independent`` says that a pruned layer depends only on what is dense within it.
     """
 
-    run: RunFolder
-    on_stage: Callable[[str], None]
+    run: SensitivityRun
     dense: tuple[str, ...]
     independent: bool
 
@@ -137,35 +124,34 @@ class _RoundLayers:
 
     def fresh(self, name: str) -> Path:
         """Return the path of a folder, not there yet, for what need not outlive the round."""
-        return self.run.fresh(name)
+        return self.run.folder.fresh(name)
 
     def _folder(self, layer: str) -> LayerFolder:
+        root = self.run.folder.path
         own = [name for name in self.dense if name.startswith(f"{layer}.")]
         key = _key(own if self.independent else self.dense)
-        return LayerFolder(self.run.path / "rounds" / key, self.run.path, self.on_stage)
+        return LayerFolder(root / "rounds" / key, root, self.run.job.progress)
 
 
-def _dense_losses(run: SensitivityRun, on_stage: Callable[[str], None]) -> list[list[float]]:
+def _dense_losses(run: SensitivityRun) -> list[list[float]]:
     """Return the dense model's losses, measured once."""
     stored = run.folder.path / "dense-losses.json"
     losses = read_sealed(stored)
     if isinstance(losses, list):
         return losses
-    on_stage("measuring the dense model")
-    measured = _losses(run, find_model_folder(run.source), on_stage)
+    run.job.progress.stage("measuring the dense model")
+    measured = _losses(run, find_model_folder(run.job.source))
     write_sealed(stored, measured)
     return measured
 
 
-def _losses(
-    run: SensitivityRun, folder: Path, on_stage: Callable[[str], None]
-) -> list[list[float]]:
+def _losses(run: SensitivityRun, folder: Path) -> list[list[float]]:
     """Return the mean negative log-likelihood of each validation window of each text."""
     dtype = run.dtype or open_config(folder).dtype or torch.float32
     model = load_for_evaluation(folder, dtype).to(run.device)
     found = []
     for text in run.texts:
-        on_stage(f"measuring {len(text.validation)} windows of {text.name}")
+        run.job.progress.stage(f"measuring {len(text.validation)} windows of {text.name}")
         found.append([math.log(perplexity(model, [w]).perplexity) for w in text.validation])
     return found
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-
-import torch
 
 from sparseserve.budget.knapsack import Frontier, Unit
 from sparseserve.budget.price_run import HeldOutSpec, SensitivityRun
@@ -24,53 +22,40 @@ from sparseserve.budget.rounds import BudgetWork
 from sparseserve.budget.search import Trial, next_prediction
 from sparseserve.checkpoint.artifact import Artifact, write_manifest
 from sparseserve.errors import RecipeError
-from sparseserve.layerwise.layer import PruneProgress, Silence
-from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.job import Job
 
 # A further round must promise to prune so much more of the weights that may be pruned.
 WORTH_A_ROUND = 0.005
 
 
 def prune_within_budget(
-    source: str,
+    job: Job,
     out: Path,
-    recipe: PruneRecipe,
     goal: Goal,
     *,
     held_out: HeldOutSpec | None = None,
     rounds: int = 4,
-    export_format: str = "packed24",
-    device: torch.device | None = None,
-    progress: PruneProgress | None = None,
-    on_stage: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Artifact, BudgetReport]:
-    """Prune ``source`` into ``out``, with some operators left dense as ``goal`` demands.
+    """Prune a model into ``out``, with some operators left dense as ``goal`` demands.
 
     A run that is killed leaves ``OUT.partial``; the same call, also with another goal, goes on.
 
     Args:
-        source: A folder, or a name on the Hugging Face hub.
+        job: The model, and how to prune it. What its recipe ignores stays dense and is no part of
+            the shares.
         out: Must be absent or empty; appears whole at the end.
-        recipe: How to prune. What it ignores stays dense and is no part of the shares.
         goal: How much loss, or how much that is dense.
         held_out: What to measure on.
         rounds: Most models that are pruned and measured in search of a budget.
-        export_format: How to store the result.
-        device: Where to prune and measure; None is a CUDA device if there is one.
-        progress: Told of every layer and operator; None for nobody.
-        on_stage: Told what is going on before, between and after.
 
     Raises:
         RecipeError: Only the dense model is within the budget, or nothing better was found.
         SparseServeError: Of another kind, from pruning; nothing is left at ``out``.
     """
     spec = held_out or HeldOutSpec()
-    with SensitivityRun.open(
-        source, out, recipe, spec, device, export_format=export_format, on_stage=on_stage
-    ) as run:
-        progress = progress or Silence()
-        units = run.sensitivities(progress, on_stage)
-        work = BudgetWork(run, units, export_format, progress, on_stage)
+    with SensitivityRun.open(job, out, spec) as run:
+        units = run.sensitivities()
+        work = BudgetWork(run, units)
         frontier = Frontier.of([Unit(unit.weights, unit.divergence) for unit in units])
         if isinstance(goal, MaxPerplexityIncrease):
             tried = _search(work, frontier, goal, rounds)

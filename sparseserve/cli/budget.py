@@ -13,8 +13,7 @@ from sparseserve.cli.options import Command, collected
 if TYPE_CHECKING:
     from sparseserve.budget.report import BudgetReport, Goal
     from sparseserve.checkpoint.artifact import Artifact
-    from sparseserve.cli.console import PruningProgress
-    from sparseserve.recipe.settings import PruneRecipe
+    from sparseserve.job import Job
 
 validation_option = click.option(
     "--validation",
@@ -99,14 +98,7 @@ def parse_share(option: str, text: str) -> float:
 
 
 def prune_to_budget(
-    model: str,
-    output: Path,
-    options: BudgetOptions,
-    *,
-    recipe: PruneRecipe,
-    export_format: str,
-    device: str | None,
-    progress: PruningProgress,
+    job: Job, output: Path, options: BudgetOptions
 ) -> tuple[Artifact, BudgetReport]:
     """Prune as much as ``options`` allow.
 
@@ -115,19 +107,9 @@ def prune_to_budget(
     """
     from sparseserve.budget.price_run import HeldOutSpec
     from sparseserve.budget.within_budget import prune_within_budget
-    from sparseserve.devices import torch_device
 
-    return prune_within_budget(
-        model,
-        output,
-        recipe,
-        _goal(options),
-        held_out=HeldOutSpec(texts=options.validation),
-        export_format=export_format,
-        device=torch_device(device),
-        progress=progress,
-        on_stage=progress.stage,
-    )
+    held_out = HeldOutSpec(texts=options.validation)
+    return prune_within_budget(job, output, _goal(options), held_out=held_out)
 
 
 def _goal(options: BudgetOptions) -> Goal:

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.inspection import Inspection
+from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.report import LayerReport, OperatorReport
 
 
@@ -50,7 +51,7 @@ def warn_of_missing_kernels() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class PruningProgress:
+class PruningProgress(PruneProgress):
     """A bar over decoder layers, and one line for each operator."""
 
     bar: Progress

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sparseserve.checkpoint.formats import default_format
 from sparseserve.cli.budget import BudgetOptions, budget_options, print_budget, prune_to_budget
 from sparseserve.cli.options import (
     LOCAL_PATH,
@@ -20,7 +19,7 @@ from sparseserve.cli.options import (
 from sparseserve.cli.recipe_options import RecipeOptions, recipe_options
 
 if TYPE_CHECKING:
-    from sparseserve.recipe.settings import PruneRecipe
+    from sparseserve.job import Job
 
 
 @click.command("prune-and-export", short_help="Prune a model and write the checkpoint.")
@@ -47,64 +46,37 @@ def prune_command(
 
     A run that is interrupted goes on when the same command is given again.
     """
+    from dataclasses import replace
+
     from sparseserve.cli.console import pruning_progress, quiet_libraries, show_artifact
     from sparseserve.devices import torch_device
+    from sparseserve.job import Job
     from sparseserve.workflow import prune_and_export
 
     quiet_libraries()
     budget.check(dry_run=dry_run)
-    chosen = recipe.chosen()
-    stored_as = export_format or default_format(str(chosen.pattern))
+    job = Job(model, recipe.chosen(), export_format, torch_device(device))
     if dry_run:
-        _print_plan(
-            model, output, recipe=chosen, export_format=stored_as, device=device, as_json=as_json
-        )
+        _print_plan(job, output, as_json)
         return
     out = required_output(output)
     with pruning_progress() as progress:
+        job = replace(job, progress=progress)
         if budget.given:
-            artifact, report = prune_to_budget(
-                model,
-                out,
-                budget,
-                recipe=chosen,
-                export_format=stored_as,
-                device=device,
-                progress=progress,
-            )
+            artifact, report = prune_to_budget(job, out, budget)
         else:
-            report = None
-            artifact = prune_and_export(
-                model,
-                out,
-                chosen,
-                export_format=stored_as,
-                device=torch_device(device),
-                progress=progress,
-                on_stage=progress.stage,
-            )
+            artifact, report = prune_and_export(job, out), None
     show_artifact(artifact, as_json=as_json)
     if report and not as_json:
         print_budget(report)
 
 
-def _print_plan(
-    model: str,
-    output: Path | None,
-    *,
-    recipe: PruneRecipe,
-    export_format: str,
-    device: str | None,
-    as_json: bool,
-) -> None:
+def _print_plan(job: Job, output: Path | None, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from sparseserve.devices import torch_device
     from sparseserve.workflow import plan
 
-    found = plan(
-        model, recipe, out=output, export_format=export_format, device=torch_device(device)
-    )
+    found = plan(job, output)
     if as_json:
         click.echo(json.dumps(asdict(found)))
         return
@@ -115,5 +87,5 @@ def _print_plan(
     share = found.pruned_parameters / found.total_parameters
     click.echo(
         f"{len(found.operators)} operators with {found.pruned_parameters:,} of "
-        f"{found.total_parameters:,} parameters ({share:.1%}) to {recipe.pattern}"
+        f"{found.total_parameters:,} parameters ({share:.1%}) to {job.recipe.pattern}"
     )

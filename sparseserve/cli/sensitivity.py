@@ -45,20 +45,14 @@ def sensitivity_command(
     from sparseserve.budget.ranking_plot import require_plotly
     from sparseserve.cli.console import pruning_progress, quiet_libraries
     from sparseserve.devices import torch_device
+    from sparseserve.job import Job
 
     quiet_libraries()
     require_plotly()
     folder = output or Path(f"{Path(model).name}-sensitivity")
     with pruning_progress() as progress:
-        units = measure_and_report(
-            model,
-            folder,
-            recipe.chosen(),
-            held_out=HeldOutSpec(texts=validation),
-            device=torch_device(device),
-            progress=progress,
-            on_stage=progress.stage,
-        )
+        job = Job(model, recipe.chosen(), device=torch_device(device), progress=progress)
+        units = measure_and_report(job, folder, held_out=HeldOutSpec(texts=validation))
     if as_json:
         click.echo((folder / "sensitivity.json").read_text(encoding="utf-8"))
     else:

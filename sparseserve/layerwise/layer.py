@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sparseserve.errors import NumericalError, SparseServeError
 from sparseserve.layerwise.group_statistics import GroupStatistics
+from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.reconstruction import OutputError, reconstruct
 from sparseserve.layerwise.streams import LayerContext
 from sparseserve.models.layers import copy_layer, layer_weight, set_layer_weight
@@ -36,36 +36,6 @@ class PrunedLayer:
         """Copy the parameters into the decoder layer ``module``."""
         for name, value in self.parameters.items():
             module.get_parameter(name).detach().copy_(value)
-
-
-class PruneProgress(Protocol):
-    """What a user interface wants to hear of a run."""
-
-    def layer_started(self, name: str, number: int, total: int) -> None:
-        """A decoder layer is about to be pruned; ``number`` counts from 1."""
-        ...
-
-    def operator_pruned(self, report: OperatorReport) -> None:
-        """An operator is done."""
-        ...
-
-    def layer_finished(self, report: LayerReport) -> None:
-        """A decoder layer is done, or was found on disk."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Silence:
-    """A progress that shows nothing."""
-
-    def layer_started(self, name: str, number: int, total: int) -> None:
-        """Say nothing."""
-
-    def operator_pruned(self, report: OperatorReport) -> None:
-        """Say nothing."""
-
-    def layer_finished(self, report: LayerReport) -> None:
-        """Say nothing."""
 
 
 def planned_operators(layer: LayerStructure, recipe: PruneRecipe) -> list[Operator]:

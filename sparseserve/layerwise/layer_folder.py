@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from sparseserve.checkpoint.artifact import file_sha256
 from sparseserve.checkpoint.sealed import read_sealed, write_sealed
 from sparseserve.checkpoint.tensors import Checkpoint, save_tensors, writing
 from sparseserve.layerwise.layer import PrunedLayer
+from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.report import LayerReport
 
 _WEIGHTS = "model.safetensors"
@@ -24,12 +24,12 @@ class LayerFolder:
     Attributes:
         path: Where the layers lie, each in a folder of its name.
         scratch: Where folders lie that need not outlive the run.
-        on_stage: Told of a stored layer that is damaged and will be pruned again.
+        progress: Told of a stored layer that is damaged and will be pruned again.
     """
 
     path: Path
     scratch: Path
-    on_stage: Callable[[str], None] = lambda stage: None
+    progress: PruneProgress
 
     def load(self, layer: str) -> PrunedLayer | None:
         """Return a finished layer; None if it is not there, or not as it was stored."""
@@ -45,7 +45,7 @@ class LayerFolder:
         )
         if not whole:
             if (folder / _REPORT).exists():
-                self.on_stage(f"{folder}: damaged since it was stored: pruning {layer} again")
+                self.progress.stage(f"{folder}: damaged since it was stored: pruning {layer} again")
             return None
         assert isinstance(stored, dict)
         return PrunedLayer(

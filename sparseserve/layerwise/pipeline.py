@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseserve.errors import RecipeError
-from sparseserve.layerwise.layer import PrunedLayer, PruneProgress, planned_operators, prune_layer
+from sparseserve.layerwise.layer import PrunedLayer, planned_operators, prune_layer
+from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.reconstruction import OutputError, PredictionError, RelativeError
 from sparseserve.layerwise.streams import HiddenStreams
 from sparseserve.models.layers import capture_layer_calls, entering_states

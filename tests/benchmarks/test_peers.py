@@ -38,7 +38,7 @@ from benchmarks.peers.timing import (
     write_timings,
 )
 from benchmarks.quality.compare import Setting
-from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.job import Job
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import save_tiny_model
 from sparseserve.text.calibration import CalibrationSpec, load_calibration
@@ -91,7 +91,7 @@ def run_worker(
 
 
 def operators(model: Path) -> list[str]:
-    return [name for name, _ in plan(str(model), PruneRecipe()).operators]
+    return [name for name, _ in plan(Job(str(model))).operators]
 
 
 def test_the_file_holds_the_windows_that_our_methods_calibrate_on(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparseserve.job import Job
 from sparseserve.pruners import PRUNERS
 from sparseserve.recipe.toml import PRESETS, UNTRAINED
 from sparseserve.report import PruneReport
@@ -26,7 +27,7 @@ def test_errors_on_cuda_are_those_on_the_cpu(tmp_path: Path, method: str) -> Non
     reports = [
         PruneReport.from_json(
             prune_and_export(
-                source, tmp_path / kind, recipe, device=torch.device(kind)
+                Job(source, recipe, device=torch.device(kind)), tmp_path / kind
             ).manifest.report
         )
         for kind in ("cpu", "cuda")
@@ -43,7 +44,8 @@ def test_layers_trained_on_cuda_come_as_close_as_on_the_cpu(tmp_path: Path) -> N
     )
     errors = []
     for kind in ("cpu", "cuda"):
-        artifact = prune_and_export(source, tmp_path / kind, recipe, device=torch.device(kind))
+        job = Job(source, recipe, device=torch.device(kind))
+        artifact = prune_and_export(job, tmp_path / kind)
         layers = PruneReport.from_json(artifact.manifest.report).layers
         trained = [layer.reconstruction for layer in layers if layer.reconstruction]
         assert len(trained) == len(layers)

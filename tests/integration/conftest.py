@@ -11,7 +11,8 @@ import pytest
 
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.cli import main
-from sparseserve.layerwise.layer import PruneProgress
+from sparseserve.job import Job
+from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.pruners.wanda import Wanda
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.toml import UNTRAINED
@@ -50,13 +51,8 @@ def prune(tmp_path: Path, quick: PruneRecipe) -> Prune:
         source = model if isinstance(model, Path) else tmp_path / f"model-{model}"
         if not source.exists():
             save_tiny_model(str(model), source)
-        return prune_and_export(
-            str(source),
-            tmp_path / name,
-            recipe,
-            export_format=export_format,
-            progress=progress,
-        )
+        job = Job(str(source), recipe, export_format, progress=progress or PruneProgress())
+        return prune_and_export(job, tmp_path / name)
 
     return run
 

@@ -21,8 +21,10 @@ from sparseserve.budget.within_budget import prune_within_budget
 from sparseserve.checkpoint.artifact import Artifact, verify
 from sparseserve.errors import ArtifactError, CalibrationError, RecipeError
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
+from sparseserve.job import Job
+from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.report import LayerReport, OperatorReport
+from sparseserve.report import OperatorReport
 
 FEW = HeldOutSpec(sensitivity_windows=2, validation_windows=4)
 ALL = 14  # linears of the two layers of a tiny Llama
@@ -33,15 +35,16 @@ Within = Callable[..., tuple[Artifact, BudgetReport]]
 @pytest.fixture
 def within(llama: Path, tmp_path: Path, quick: PruneRecipe) -> Within:
     def run(
-        goal: Goal, name: str = "out", recipe: PruneRecipe = quick, **more: object
+        goal: Goal,
+        name: str = "out",
+        *,
+        recipe: PruneRecipe = quick,
+        progress: PruneProgress | None = None,
+        held_out: HeldOutSpec = FEW,
+        rounds: int = 4,
     ) -> tuple[Artifact, BudgetReport]:
-        return prune_within_budget(
-            str(llama),
-            tmp_path / name,
-            recipe,
-            goal,
-            **{"held_out": FEW, **more},  # type: ignore[arg-type]  # the tests' own keywords
-        )
+        job = Job(str(llama), recipe, progress=progress or PruneProgress())
+        return prune_within_budget(job, tmp_path / name, goal, held_out=held_out, rounds=rounds)
 
     return run
 
@@ -118,38 +121,32 @@ class Killed(Exception):
     pass
 
 
-class Watch:
-    """Notes every pruned operator, and dies after so many."""
+class Watch(PruneProgress):
+    """Notes every pruned operator; dies after so many, or before the checkpoint is written."""
 
-    def __init__(self, dies_after: int | None = None) -> None:
+    def __init__(self, dies_after: int | None = None, *, dies_at_the_end: bool = False) -> None:
         self.names: list[str] = []
         self.dies_after = dies_after
+        self.dies_at_the_end = dies_at_the_end
 
-    def layer_started(self, name: str, number: int, total: int) -> None:
-        pass
+    def stage(self, text: str) -> None:
+        if self.dies_at_the_end and text == "writing the checkpoint":
+            raise Killed
 
     def operator_pruned(self, report: OperatorReport) -> None:
         self.names.append(report.name)
         if len(self.names) == self.dies_after:
             raise Killed
 
-    def layer_finished(self, report: LayerReport) -> None:
-        pass
-
-
-def killed_when_written(stage: str) -> None:
-    if stage == "writing the checkpoint":
-        raise Killed
-
 
 def test_layers_that_stay_the_same_are_not_pruned_again(within: Within, quick: PruneRecipe) -> None:
     recipe = replace(quick, error_correction="intra")
     _, before = within(KeepDenseFraction(0.06), "before", recipe=recipe)
     with pytest.raises(Killed):
-        within(KeepDenseFraction(0.06), recipe=recipe, on_stage=killed_when_written)
-    again, other = Watch(), Watch()
+        within(KeepDenseFraction(0.06), recipe=recipe, progress=Watch(dies_at_the_end=True))
+    again, other = Watch(dies_at_the_end=True), Watch()
     with pytest.raises(Killed):
-        within(KeepDenseFraction(0.06), recipe=recipe, progress=again, on_stage=killed_when_written)
+        within(KeepDenseFraction(0.06), recipe=recipe, progress=again)
     assert again.names == []
     _, after = within(KeepDenseFraction(0.12), recipe=recipe, progress=other)
     moved = set(before.chosen.dense_operators) ^ set(after.chosen.dense_operators)
@@ -211,7 +208,7 @@ def test_two_texts_are_both_kept_within_the_budget(within: Within, tmp_path: Pat
 def test_the_ranking_alone_is_written_as_json_and_as_a_page_that_needs_no_network(
     llama: Path, tmp_path: Path, quick: PruneRecipe
 ) -> None:
-    units = measure_and_report(str(llama), tmp_path / "ranking", quick, held_out=FEW)
+    units = measure_and_report(Job(str(llama), quick), tmp_path / "ranking", held_out=FEW)
     assert len(units) == 8
     page = (tmp_path / "ranking" / "sensitivity.html").read_text(encoding="utf-8")
     assert "self_attn.q_proj+k_proj+v_proj" in page

@@ -15,6 +15,7 @@ from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, file_sha256
 from sparseserve.checkpoint.sealed import read_sealed, write_sealed
 from sparseserve.checkpoint.tensors import save_tensors
 from sparseserve.errors import ArtifactError
+from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.report import OperatorReport
 
@@ -137,24 +138,18 @@ class Killed(Exception):
     """Stands for the death of the process."""
 
 
-class KilledAfter:
+class KilledAfter(PruneProgress):
     """A progress that dies when it has heard of a number of operators."""
 
     def __init__(self, operators: int) -> None:
         self.left = operators
         self.seen: list[str] = []
 
-    def layer_started(self, name: str, number: int, total: int) -> None:
-        pass
-
     def operator_pruned(self, report: OperatorReport) -> None:
         self.seen.append(report.name)
         self.left -= 1
         if self.left == 0:
             raise Killed
-
-    def layer_finished(self, report: Any) -> None:
-        pass
 
 
 @pytest.mark.parametrize("correction", ["intra", "intra+inter"])

@@ -17,6 +17,7 @@ from sparseserve.checkpoint.inspection import inspect_checkpoint
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError, NumericalError, RecipeError
 from sparseserve.exporters import EXPORTERS, export_packed24, load_dense_state
+from sparseserve.job import Job
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista import Fista
@@ -299,7 +300,7 @@ def test_a_weight_that_overflows_its_dtype_is_named(prune: Any, tmp_path: Path, 
 
 def test_a_plan_lists_what_would_be_pruned(tmp_path: Path, quick: Any) -> None:
     save_tiny_model("gpt2", tmp_path / "m")
-    found = plan(str(tmp_path / "m"), replace(quick, ignore=("c_fc",)))
+    found = plan(Job(str(tmp_path / "m"), replace(quick, ignore=("c_fc",))))
     names = [name for name, _ in found.operators]
     assert names[:2] == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
     assert found.dense_modules == ("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc")

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.errors import ArtifactError
+from sparseserve.job import Job
+from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.retraining.retrain import Retraining
 from sparseserve.testing import save_tiny_model, tiny_tokenizer
@@ -122,7 +124,7 @@ def test_a_rehearsal_changes_nothing_of_the_result(
 ) -> None:
     source = save_tiny_model(family, tmp_path / family)
     before = prune(source, "before", recipe=quick)
-    plan(str(source), quick, out=tmp_path / "after", export_format="packed24")
+    plan(Job(str(source), quick), tmp_path / "after")
     after = prune(source, "after", recipe=quick)
     names = ("model.safetensors", "config.json")
     assert all(
@@ -134,7 +136,7 @@ def test_a_run_that_retrains_is_rehearsed_too(model: Path, quick: PruneRecipe) -
     recipe = PruneRecipe(
         pruner=quick.pruner, calibration=quick.calibration, retraining=Retraining(epochs=1)
     )
-    assert len(plan(str(model), recipe).operators) == 14
+    assert len(plan(Job(str(model), recipe)).operators) == 14
 
 
 SETTINGS = {
@@ -183,14 +185,10 @@ def interrupted(prune: Prune, model: Path, recipe: PruneRecipe) -> None:
     class Killed(Exception):
         pass
 
-    class AfterOneLayer:
+    class AfterOneLayer(PruneProgress):
         def layer_started(self, name: str, number: int, total: int) -> None:
             if number > 1:
                 raise Killed
-
-        def operator_pruned(self, report: object) -> None: ...
-
-        def layer_finished(self, report: object) -> None: ...
 
     with pytest.raises(Killed):
         prune(model, recipe=recipe, progress=AfterOneLayer())

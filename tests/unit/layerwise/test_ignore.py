@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseserve.errors import RecipeError
+from sparseserve.job import Job
 from sparseserve.layerwise.pipeline import check_plan, ignored_modules
 from sparseserve.models.structure import trace_structure
 from sparseserve.recipe.toml import PRESETS
@@ -79,9 +80,9 @@ def test_the_remedy_is_named(expression: str, remedy: str) -> None:
 
 def test_a_run_and_its_rehearsal_refuse_it_alike(tmp_path: Path) -> None:
     source = str(save_tiny_model("llama", tmp_path / "model"))
-    recipe = replace(QUICK, ignore=("dwon_proj",))
+    job = Job(source, replace(QUICK, ignore=("dwon_proj",)))
     with pytest.raises(RecipeError, match="matches no operator"):
-        plan(source, recipe)
+        plan(job)
     with pytest.raises(RecipeError, match="matches no operator"):
-        prune_and_export(source, tmp_path / "out", recipe)
+        prune_and_export(job, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
