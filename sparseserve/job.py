@@ -8,7 +8,7 @@ import torch
 
 from sparseserve.checkpoint.formats import default_format
 from sparseserve.devices import default_device
-from sparseserve.layerwise.progress import PruneProgress, Silence
+from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
 
 
@@ -29,7 +29,7 @@ class Job:
     recipe: PruneRecipe = field(default_factory=PruneRecipe)
     export_format: str | None = None
     device: torch.device | None = None
-    progress: PruneProgress = field(default_factory=Silence)
+    progress: PruneProgress = field(default_factory=PruneProgress)
 
     @property
     def stored_as(self) -> str:
