@@ -59,6 +59,14 @@ def computes_natively(machine: Machine) -> bool:
     return machine.gpu is not None or machine.native_bfloat16
 
 
+def pruning_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return what a model stored in ``stored`` is pruned, trained and priced in on ``device``.
+
+    The 16-bit arithmetic of CPUs is slow where it is exact and inexact where it is not.
+    """
+    return torch.float32 if device.type == "cpu" else stored
+
+
 def evaluation_dtype(stored: torch.dtype | None, machine: Machine) -> torch.dtype:
     """Return what a model stored in ``stored`` (None is unknown) is evaluated in on ``machine``."""
     return stored if stored is not None and computes_natively(machine) else torch.float32

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_json, writing
+from sparseserve.devices import pruning_dtype
 from sparseserve.errors import ArtifactError, SparseServeError, UnsupportedModelError
 from sparseserve.exporters.side_files import copy_side_files, model_config
 from sparseserve.job import Job
@@ -131,8 +132,7 @@ def _needed_bytes(
     weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
     windows = (*calibration.windows, *calibration.scrambled)
     tokens = sum(len(window) for window in windows)
-    storage = next(loaded.model.parameters()).dtype
-    item = 4 if device.type == "cpu" else storage.itemsize
+    item = pruning_dtype(next(loaded.model.parameters()).dtype, device).itemsize
     inputs = [
         [group.operators[0].in_features for group in layer.groups] for layer in structure.layers
     ]

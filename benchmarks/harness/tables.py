@@ -31,7 +31,7 @@ MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL
 TABLES: dict[str, Callable[[Result], str]] = {
     **QUALITY_TABLES,
     "retraining-smollm2-2of4": retraining_table,
-    "dial-smollm2-2of4": budget_table,
+    "budget-smollm2-2of4": budget_table,
     "calibration-memory": calibration_memory_table,
     **PEER_TABLES,
     **SERVING_TABLES,

@@ -160,7 +160,7 @@ def _held_out(setting: Setting) -> HeldOutSpec:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--result", default="dial-smollm2-2of4.json", show_default=True)
+@click.option("--result", default="budget-smollm2-2of4.json", show_default=True)
 @click.option("--budget", "budgets", multiple=True, default=("10%",), show_default=True)
 @click.option("--calibration", help="Calibration text; default: the packaged one.")
 @click.option("--samples", default=16, show_default=True, help="Calibration windows.")

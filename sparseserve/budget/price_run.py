@@ -15,6 +15,7 @@ from sparseserve.budget.prices import UnitSensitivity, measure_sensitivities
 from sparseserve.checkpoint.output_place import not_empty
 from sparseserve.checkpoint.run_folder import RunFolder
 from sparseserve.checkpoint.sealed import read_sealed, write_sealed
+from sparseserve.devices import pruning_dtype
 from sparseserve.errors import RecipeError
 from sparseserve.job import Job
 from sparseserve.layerwise.layer import PrunedLayer
@@ -76,6 +77,7 @@ class SensitivityRun:
         calibration: What it would be pruned with.
         texts: What is measured on.
         device: Where models run.
+        dtype: What they compute in.
         dense_bytes: Size of the dense model's parameters in the dtype of the recipe.
     """
 
@@ -84,6 +86,7 @@ class SensitivityRun:
     calibration: CalibrationSet
     texts: tuple[HeldOutText, ...]
     device: torch.device
+    dtype: torch.dtype
     dense_bytes: int
 
     @classmethod
@@ -116,13 +119,9 @@ class SensitivityRun:
             calibration=calibration,
             texts=texts,
             device=opening.device,
+            dtype=pruning_dtype(next(loaded.model.parameters()).dtype, opening.device),
             dense_bytes=sum(parameter.nbytes for parameter in loaded.model.parameters()),
         )
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """What to measure in; None is the model's own. CPUs are slow in 16 bits, and inexact."""
-        return torch.float32 if self.device.type == "cpu" else self.job.recipe.torch_dtype
 
     def sensitivities(self) -> tuple[UnitSensitivity, ...]:
         """Measure every unit that the recipe would prune, each alone, or read what was measured.

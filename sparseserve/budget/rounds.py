@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from sparseserve.budget.knapsack import Allocation
 from sparseserve.budget.price_run import SensitivityRun
 from sparseserve.budget.prices import UnitSensitivity
@@ -24,7 +22,6 @@ from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.layerwise.layer import PrunedLayer
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.models.model_folder import find_model_folder
-from sparseserve.models.opening import open_config
 from sparseserve.workflow import prune_and_export
 
 
@@ -147,8 +144,7 @@ def _dense_losses(run: SensitivityRun) -> list[list[float]]:
 
 def _losses(run: SensitivityRun, folder: Path) -> list[list[float]]:
     """Return the mean negative log-likelihood of each validation window of each text."""
-    dtype = run.dtype or open_config(folder).dtype or torch.float32
-    model = load_for_evaluation(folder, dtype).to(run.device)
+    model = load_for_evaluation(folder, run.dtype).to(run.device)
     found = []
     for text in run.texts:
         run.job.progress.stage(f"measuring {len(text.validation)} windows of {text.name}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparseserve.checkpoint.tensor_file import HiddenStates
 from sparseserve.checkpoint.tensors import writing
+from sparseserve.devices import pruning_dtype
 from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.layers import copy_layer, group_input, layer_inputs, run_layer
 from sparseserve.models.structure import LayerStructure, OperatorGroup
@@ -158,8 +159,7 @@ class HiddenStreams:
             ArtifactError: The disk is full or cannot be written.
         """
         storage = next(module.parameters()).dtype
-        # The 16-bit arithmetic of CPUs is slow where it is exact and inexact where it is not.
-        dtype = torch.float32 if device.type == "cpu" else storage
+        dtype = pruning_dtype(storage, device)
         copied, call = copy_layer(module, device, dtype), call.to(device, dtype)
         dense = None
         if self.dense is not None:

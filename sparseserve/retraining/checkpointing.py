@@ -10,20 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sparseserve.devices import pruning_dtype
 from sparseserve.models.layer_list import find_decoder_layers
 
 
 @contextmanager
-def float32_on_cpu(model: nn.Module) -> Iterator[dict[nn.Parameter, torch.dtype]]:
-    """Let a model on the CPU compute in float32 while the block runs; yield the stored dtypes.
-
-    The 16-bit arithmetic of CPUs is slow where it is exact and inexact where it is not.
-    """
+def in_pruning_dtype(model: nn.Module) -> Iterator[dict[nn.Parameter, torch.dtype]]:
+    """Let a model compute in ``devices.pruning_dtype`` in the block; yield the stored dtypes."""
     stored_as = {parameter: parameter.dtype for parameter in model.parameters()}
     try:
         for parameter in stored_as:
-            if parameter.device.type == "cpu":
-                parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(pruning_dtype(parameter.dtype, parameter.device))
         yield stored_as
     finally:
         for parameter, dtype in stored_as.items():

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from sparseserve.errors import NumericalError, RecipeError
 from sparseserve.report import HeldOutLoss, RetrainReport
-from sparseserve.retraining.checkpointing import checkpointed_layers, float32_on_cpu
+from sparseserve.retraining.checkpointing import checkpointed_layers, in_pruning_dtype
 from sparseserve.retraining.losses import DensePrediction, Example, prediction_loss
 from sparseserve.retraining.low_rank import Update, installed, low_rank_updates, vector_updates
 from sparseserve.text.held_out import held_out_count, spread_places
@@ -140,7 +140,7 @@ def retrain(
     updates = _updates(model, operators, knobs)
     parameters = [parameter for update in updates for parameter in update.change.parameters()]
     with ExitStack() as stack:
-        stored_as = stack.enter_context(float32_on_cpu(model))
+        stored_as = stack.enter_context(in_pruning_dtype(model))
         if knobs.checkpointing:
             stack.enter_context(checkpointed_layers(model, windows[0]))
         measure = partial(_held_out_loss, model, held_out, knobs.distillation)
