@@ -23,7 +23,7 @@ from typing import Protocol
 import click
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from benchmarks.harness.evaluation_texts import text_option
 from benchmarks.harness.machine import Machine
@@ -34,6 +34,8 @@ from sparseserve.cli.console import quiet_libraries
 from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.models.layers import layer_weight, set_layer_weight
 from sparseserve.models.loading import load_model
+from sparseserve.models.model_folder import find_model_folder
+from sparseserve.models.opening import open_tokenizer
 from sparseserve.models.structure import Operator
 from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista import Fista
@@ -256,7 +258,7 @@ def main(
     }
     runs = [] if smoke else [Run(**row) for row in stored(RESULT, setting, "rows")]
     layers = list(decoder_layers(model, numbers, drawn))
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = open_tokenizer(find_model_folder(model))
     evaluation = Evaluation(
         load_model(model, dtype=torch.float32).model,
         {

@@ -19,12 +19,12 @@ from pathlib import Path
 import click
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from benchmarks.harness.results import RESULTS, write_result
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.devices import dtype_name
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
+from sparseserve.models.opening import open_tokenizer
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import Engine, engine_options
 from sparseserve.serving.measure.perplexity import engine_perplexity
@@ -80,7 +80,7 @@ def _stored(checkpoint: Path) -> str:
 def _windows(checkpoint: Path, spec: EvaluationSpec) -> list[Tensor]:
     assert spec.sequence_length is not None
     return evaluation_windows(
-        AutoTokenizer.from_pretrained(checkpoint),
+        open_tokenizer(checkpoint),
         read_text(spec.text, packaged="evaluation"),
         sequence_length=spec.sequence_length,
         samples=spec.samples,
