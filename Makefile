@@ -41,15 +41,9 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml .ci/install
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, not ' + sys.version.split()[0] + ': make PYTHON=python3.11 venv' or 0)"
 	$(PYTHON) -m venv $(VENV)
-	.ci/install $(VENV) serve-cpu,demo,dev
+	.ci/install $(VENV) serve-cpu,demo,dev,docs
 	touch $@
 
 # The references are made from the installed command line and from docstrings. A warning fails.
-DOCS_INSTALLED := $(VENV)/.docs-installed
-
-docs: $(DOCS_INSTALLED)
+docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
-
-$(DOCS_INSTALLED): $(INSTALLED)
-	$(VENV)/bin/python -m pip install --editable ".[docs]"
-	touch $@

@@ -24,6 +24,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("llama", tmp_path_factory.mktemp("model") / "tiny")
 
 
+@pytest.mark.further
 def test_a_smoke_run_measures_memory_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     smoke_run(calibration_memory, monkeypatch)
 

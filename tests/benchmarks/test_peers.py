@@ -104,6 +104,7 @@ def test_the_file_holds_the_windows_that_our_methods_calibrate_on(
     assert recorded == expected.record.digest == peer_worker.digest(read_windows(path))
 
 
+@pytest.mark.further
 def test_ours_is_timed_on_the_windows_that_the_tools_are_given(dense: Path, tmp_path: Path) -> None:
     source = tmp_path / "own.txt"
     source.write_text("The quick brown fox jumps over the lazy dog again. " * 40, encoding="utf-8")

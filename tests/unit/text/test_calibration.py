@@ -73,9 +73,14 @@ def test_scrambled_copies_keep_half_of_the_tokens_and_all_special_ones(tmp_path:
     assert not plain.scrambled
 
 
-def test_scrambled_copies_follow_the_seed() -> None:
+def test_scrambled_copies_follow_the_seed(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog " * 20)
+
     def copy(seed: int) -> list[int]:
-        spec = CalibrationSpec(samples=1, sequence_length=64, seed=seed, scrambled=1)
+        spec = CalibrationSpec(
+            source=str(path), samples=1, sequence_length=64, seed=seed, scrambled=1
+        )
         found: list[int] = load_calibration(spec, tiny_tokenizer(), None).scrambled[0].tolist()
         return found
 
