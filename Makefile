@@ -2,14 +2,16 @@
 
 PYTHON ?= python3
 VENV := .venv
+PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv test test-all lint demo docs wheel
+.PHONY: help venv test coverage test-all lint demo docs wheel
 
 help:
 	@echo "make demo       prune, export and serve a small real model, and compare it with the dense one;"
 	@echo "                FULL=1 takes the default recipe, which needs several times as long"
-	@echo "make test       run the tests, with coverage"
+	@echo "make test       run the tests"
+	@echo "make coverage   run them, and say which lines they reach"
 	@echo "make test-all   run every test, on each supported Python that this machine has"
 	@echo "make lint       run the linters, the type checker and the import contracts"
 	@echo "make docs       build the documentation site in build/site"
@@ -20,8 +22,10 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.demo $(if $(FULL),--full)
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-	  --cov --cov-report=term
+	$(PYTEST)
+
+coverage: $(INSTALLED)
+	$(PYTEST) --cov --cov-report=term
 
 # Takes an hour or more; its result is committed.
 test-all: $(INSTALLED)

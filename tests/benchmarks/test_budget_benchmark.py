@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from benchmarks.quality import budget
 
 
+@pytest.mark.further
 def test_a_smoke_run_measures_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a smoke run wrote a result")

@@ -173,6 +173,7 @@ def test_a_changed_weight_is_counted(
     assert (one.changed, others.changed) == (1, 0)
 
 
+@pytest.mark.further
 def test_a_checkpoint_that_is_not_two_four_is_refused_by_name(
     run_worker: Callable[[peer_worker.Prune], WorkerReport], dense: Path, tmp_path: Path
 ) -> None:

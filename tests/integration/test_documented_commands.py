@@ -29,6 +29,8 @@ from tests.integration.command_line import Cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Run by `make test-all` only: faster pages show the same, or it has tests of its own.
+SLOW = {"docs/how-to/budget.md", "docs/how-to/compare.md", "docs/how-to/serve.md"}
 NEEDS = {"GPU", "hub", "cluster", "long"}
 
 # Given last, they win over what the page says.
@@ -100,6 +102,7 @@ def page_cases() -> list[ParameterSet]:
     for page in dict.fromkeys(shown.page for shown in SHOWN if is_run(shown)):
         engines = any(s.page == page and s.name in ENGINES and is_run(s) for s in SHOWN)
         marks: list[pytest.MarkDecorator] = [pytest.mark.vllm] if engines else []
+        marks += [pytest.mark.further] if page in SLOW else []
         cases.append(pytest.param(page, marks=[*marks, pytest.mark.timeout(900)], id=page))
     return cases
 

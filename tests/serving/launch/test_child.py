@@ -135,7 +135,13 @@ def test_started_as_a_module_the_program_leaves_the_current_folder_alone(
 
 @pytest.mark.vllm
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("arguments", [["serve", ".", "--", "--no-such-option"], ["tune", "."]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["serve", ".", "--", "--no-such-option"], marks=pytest.mark.further),
+        ["tune", "."],
+    ],
+)
 def test_serve_and_tune_run_no_code_of_the_model_folder_they_are_in(
     pair: tuple[Path, Path], tmp_path: Path, arguments: list[str]
 ) -> None:

@@ -36,6 +36,7 @@ def test_perplexity_of_windows_as_long_as_the_model_takes(pair: tuple[Path, Path
     assert found.perplexity == pytest.approx(torch.tensor(total / 294).exp().item(), rel=1e-5)
 
 
+@pytest.mark.further
 def test_an_engine_that_fails_says_why_and_one_that_dies_is_noticed(
     pair: tuple[Path, Path],
 ) -> None:

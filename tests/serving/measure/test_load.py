@@ -118,6 +118,7 @@ class TestWithVllm:
         assert "at concurrency 1, 8 tokens in" in str(found.value)
         assert len(str(found.value).splitlines()) == 1
 
+    @pytest.mark.further
     def test_a_server_that_does_not_start_gives_its_reason_and_leaves_no_process(
         self, folder: Path
     ) -> None:
