@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from sparseserve.checkpoint.inspection import inspect_checkpoint
     from sparseserve.errors import SparseServeError
     from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-    from sparseserve.job import Job
     from sparseserve.recipe.settings import PruneRecipe
     from sparseserve.recipe.toml import load_recipe
     from sparseserve.serving.launch.command import server_command
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
     from sparseserve.serving.measure.tuner import tune
     from sparseserve.sparsity import SparsityPattern
     from sparseserve.text.calibration import CalibrationSpec
-    from sparseserve.workflow import export, plan, prune_and_export
+    from sparseserve.workflow.job import Job
+    from sparseserve.workflow.run import export, plan, prune_and_export
 
 __all__ = [
     "Artifact",
@@ -60,7 +60,7 @@ _HOMES = {
     "CalibrationSpec": "text.calibration",
     "EvaluationSpec": "evaluation.evaluate",
     "HeldOutSpec": "budget.price_run",
-    "Job": "job",
+    "Job": "workflow.job",
     "KeepDenseFraction": "budget.report",
     "LatencyPlan": "serving.measure.latency",
     "MaxPerplexityIncrease": "budget.report",
@@ -70,11 +70,11 @@ _HOMES = {
     "compare": "serving.measure.comparison",
     "prune_within_budget": "budget.within_budget",
     "evaluate": "evaluation.evaluate",
-    "export": "workflow",
+    "export": "workflow.run",
     "inspect_checkpoint": "checkpoint.inspection",
     "load_recipe": "recipe.toml",
-    "plan": "workflow",
-    "prune_and_export": "workflow",
+    "plan": "workflow.run",
+    "prune_and_export": "workflow.run",
     "server_command": "serving.launch.command",
     "tune": "serving.measure.tuner",
     "verify": "checkpoint.artifact",

@@ -42,9 +42,9 @@ from benchmarks.peers.timing import ours_timed, time_in_turns, write_timings
 from benchmarks.quality.compare import Setting, perplexities
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.cli.console import quiet_libraries
-from sparseserve.job import Job
 from sparseserve.sparsity import TWO_FOUR
-from sparseserve.workflow import plan
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.run import plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,10 +37,10 @@ from sparseserve.budget.within_budget import prune_within_budget
 from sparseserve.cli.budget import parse_share
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-from sparseserve.job import Job
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.toml import PRESETS, recipe_from_mapping
 from sparseserve.testing import save_tiny_model
+from sparseserve.workflow.job import Job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

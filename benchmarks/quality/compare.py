@@ -36,12 +36,12 @@ from benchmarks.harness.results import RESULTS, stored, write_result
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-from sparseserve.job import Job
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.toml import PRESETS, recipe_from_mapping
 from sparseserve.report import PruneReport
 from sparseserve.text.calibration import CalibrationSpec
-from sparseserve.workflow import prune_and_export
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.run import prune_and_export
 
 UNFINISHED = Path("demo/unfinished")
 VARIANTS = (

@@ -33,7 +33,6 @@ from benchmarks.quality.tables import calibration_text
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.perplexity import perplexity
-from sparseserve.job import Job
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.dsnot import Dsnot
 from sparseserve.pruners.magnitude import Magnitude
@@ -47,7 +46,8 @@ from sparseserve.retraining.losses import DensePrediction, dense_predictions
 from sparseserve.retraining.retrain import Retraining, retrain
 from sparseserve.text import evaluation_windows, read_text
 from sparseserve.text.calibration import CalibrationSpec, load_calibration
-from sparseserve.workflow import prune_and_export
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.run import prune_and_export
 
 PRUNERS = {
     "wanda": replace(UNTRAINED, pruner=Wanda(), error_correction="none"),

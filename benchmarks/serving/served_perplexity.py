@@ -29,7 +29,7 @@ from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import Engine, engine_options
 from sparseserve.serving.measure.perplexity import engine_perplexity
 from sparseserve.text import evaluation_windows, read_text
-from sparseserve.workflow import export
+from sparseserve.workflow.run import export
 
 DECODED = 16
 

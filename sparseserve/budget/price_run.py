@@ -17,7 +17,6 @@ from sparseserve.checkpoint.run_folder import RunFolder
 from sparseserve.checkpoint.sealed import read_sealed, write_sealed
 from sparseserve.devices import pruning_dtype
 from sparseserve.errors import RecipeError
-from sparseserve.job import Job
 from sparseserve.layerwise.layer import PrunedLayer
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.layerwise.pipeline import prune_model
@@ -25,11 +24,12 @@ from sparseserve.models.loading import load_model
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.toml import UNTRAINED
-from sparseserve.runs import Opening, open_run, with_part
 from sparseserve.text import TextFile, read_text, vocabulary_size
 from sparseserve.text.calibration import CalibrationSet
 from sparseserve.text.held_out import held_out_windows, spread_places
 from sparseserve.text.windows import require_known_tokens
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.opening import Opening, open_run, with_part
 
 # Calibration windows that the units are pruned with when they are pruned alone.
 _WINDOWS_ALONE = 16

@@ -10,7 +10,7 @@ from sparseserve.budget.price_run import HeldOutSpec, SensitivityRun
 from sparseserve.budget.prices import UnitSensitivity
 from sparseserve.budget.ranking_plot import require_plotly, write_sensitivity_plot
 from sparseserve.checkpoint.tensors import write_json, writing
-from sparseserve.job import Job
+from sparseserve.workflow.job import Job
 
 
 def measure_and_report(

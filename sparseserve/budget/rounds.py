@@ -22,7 +22,7 @@ from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.layerwise.layer import PrunedLayer
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.models.model_folder import find_model_folder
-from sparseserve.workflow import prune_and_export
+from sparseserve.workflow.run import prune_and_export
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from sparseserve.budget.rounds import BudgetWork
 from sparseserve.budget.search import Trial, next_prediction
 from sparseserve.checkpoint.artifact import Artifact, write_manifest
 from sparseserve.errors import RecipeError
-from sparseserve.job import Job
+from sparseserve.workflow.job import Job
 
 # A further round must promise to prune so much more of the weights that may be pruned.
 WORTH_A_ROUND = 0.005

@@ -13,7 +13,7 @@ from sparseserve.cli.options import Command, collected
 if TYPE_CHECKING:
     from sparseserve.budget.report import BudgetReport, Goal
     from sparseserve.checkpoint.artifact import Artifact
-    from sparseserve.job import Job
+    from sparseserve.workflow.job import Job
 
 validation_option = click.option(
     "--validation",

@@ -21,7 +21,7 @@ def export_command(
 ) -> None:
     """Write a pruned CHECKPOINT again in another format."""
     from sparseserve.devices import DTYPES
-    from sparseserve.workflow import export
+    from sparseserve.workflow.run import export
 
     artifact = export(checkpoint, output, export_format, DTYPES.get(dtype))
     size = artifact.checkpoint.weight_bytes

@@ -19,7 +19,7 @@ from sparseserve.cli.options import (
 from sparseserve.cli.recipe_options import RecipeOptions, recipe_options
 
 if TYPE_CHECKING:
-    from sparseserve.job import Job
+    from sparseserve.workflow.job import Job
 
 
 @click.command("prune-and-export", short_help="Prune a model and write the checkpoint.")
@@ -50,8 +50,8 @@ def prune_command(
 
     from sparseserve.cli.console import pruning_progress, quiet_libraries, show_artifact
     from sparseserve.devices import torch_device
-    from sparseserve.job import Job
-    from sparseserve.workflow import prune_and_export
+    from sparseserve.workflow.job import Job
+    from sparseserve.workflow.run import prune_and_export
 
     quiet_libraries()
     budget.check(dry_run=dry_run)
@@ -74,7 +74,7 @@ def prune_command(
 def _print_plan(job: Job, output: Path | None, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from sparseserve.workflow import plan
+    from sparseserve.workflow.run import plan
 
     found = plan(job, output)
     if as_json:

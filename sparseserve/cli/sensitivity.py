@@ -45,7 +45,7 @@ def sensitivity_command(
     from sparseserve.budget.ranking_plot import require_plotly
     from sparseserve.cli.console import pruning_progress, quiet_libraries
     from sparseserve.devices import torch_device
-    from sparseserve.job import Job
+    from sparseserve.workflow.job import Job
 
     quiet_libraries()
     require_plotly()

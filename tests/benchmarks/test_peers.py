@@ -38,11 +38,11 @@ from benchmarks.peers.timing import (
     write_timings,
 )
 from benchmarks.quality.compare import Setting
-from sparseserve.job import Job
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import save_tiny_model
 from sparseserve.text.calibration import CalibrationSpec, load_calibration
-from sparseserve.workflow import plan
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.run import plan
 
 SPEC = CalibrationSpec(samples=3, sequence_length=16, seed=5)
 SETTING = Setting(

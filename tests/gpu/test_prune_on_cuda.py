@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparseserve.job import Job
 from sparseserve.pruners import PRUNERS
 from sparseserve.recipe.toml import PRESETS, UNTRAINED
 from sparseserve.report import PruneReport
 from sparseserve.testing import save_tiny_model
 from sparseserve.text.calibration import CalibrationSpec
-from sparseserve.workflow import prune_and_export
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.run import prune_and_export
 
 pytestmark = pytest.mark.gpu
 

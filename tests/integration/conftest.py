@@ -11,14 +11,14 @@ import pytest
 
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.cli import main
-from sparseserve.job import Job
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.pruners.wanda import Wanda
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.toml import UNTRAINED
 from sparseserve.testing import save_tiny_model
 from sparseserve.text.calibration import CalibrationSpec
-from sparseserve.workflow import prune_and_export
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.run import prune_and_export
 from tests.integration.command_line import Cli, Done
 
 TEXT = "\n\n".join(f"Line {i}: the {i * i % 97} quick brown foxes jump over it." for i in range(99))

@@ -21,10 +21,10 @@ from sparseserve.budget.within_budget import prune_within_budget
 from sparseserve.checkpoint.artifact import Artifact, verify
 from sparseserve.errors import ArtifactError, CalibrationError, RecipeError
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-from sparseserve.job import Job
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import OperatorReport
+from sparseserve.workflow.job import Job
 
 FEW = HeldOutSpec(sensitivity_windows=2, validation_windows=4)
 ALL = 14  # linears of the two layers of a tiny Llama

@@ -17,7 +17,6 @@ from sparseserve.checkpoint.inspection import inspect_checkpoint
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError, NumericalError, RecipeError
 from sparseserve.exporters import EXPORTERS, export_packed24, load_dense_state
-from sparseserve.job import Job
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista import Fista
@@ -31,7 +30,8 @@ from sparseserve.retraining.retrain import Retraining
 from sparseserve.sparsity import TWO_FOUR, UnstructuredPattern
 from sparseserve.testing import TINY_FAMILIES, save_tiny_model
 from sparseserve.text.calibration import load_calibration
-from sparseserve.workflow import export, plan
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.run import export, plan
 
 IDS = torch.arange(20)[None]
 

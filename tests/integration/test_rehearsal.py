@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.errors import ArtifactError
-from sparseserve.job import Job
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.retraining.retrain import Retraining
 from sparseserve.testing import save_tiny_model, tiny_tokenizer
-from sparseserve.workflow import plan
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.run import plan
 from tests.integration.command_line import Cli, prune_arguments, refusal
 from tests.integration.conftest import Prune
 

@@ -21,7 +21,7 @@ from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
 from sparseserve.models.loading import load_model
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.testing import save_tiny_model
-from sparseserve.workflow import export
+from sparseserve.workflow.run import export
 from tests.integration.command_line import Cli, refusal
 
 SPEC = EvaluationSpec(samples=1, sequence_length=32)

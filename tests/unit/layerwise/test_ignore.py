@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseserve.errors import RecipeError
-from sparseserve.job import Job
 from sparseserve.layerwise.pipeline import check_plan, ignored_modules
 from sparseserve.models.structure import trace_structure
 from sparseserve.recipe.toml import PRESETS
 from sparseserve.testing import TINY_FAMILIES, save_tiny_model, tiny_model
 from sparseserve.text.calibration import CalibrationSpec
-from sparseserve.workflow import plan, prune_and_export
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.run import plan, prune_and_export
 
 QUICK = replace(PRESETS["fast"], calibration=CalibrationSpec(samples=2, sequence_length=16))
 STRUCTURES = {

@@ -21,7 +21,6 @@ from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_json
 from sparseserve.devices import pruning_dtype
 from sparseserve.errors import ArtifactError, SparseServeError, UnsupportedModelError
 from sparseserve.exporters.side_files import copy_side_files, model_config
-from sparseserve.job import Job
 from sparseserve.layerwise.layer import planned_operators
 from sparseserve.layerwise.pipeline import check_plan
 from sparseserve.layerwise.trial import TRIED_TOKENS, try_layers
@@ -32,6 +31,7 @@ from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.paths import local_path
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.text.calibration import CalibrationSet
+from sparseserve.workflow.job import Job
 
 
 def rehearse(

@@ -19,16 +19,16 @@ from sparseserve.checkpoint.run_folder import (
 )
 from sparseserve.checkpoint.tensors import require_space
 from sparseserve.exporters import EXPORTERS
-from sparseserve.job import Job
 from sparseserve.layerwise.layer import planned_operators
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.layerwise.pipeline import LayerStore, ignored_modules, prune_model
 from sparseserve.models.saving import save_weights
-from sparseserve.rehearsal import write_model
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.retraining.retrain import retrain
-from sparseserve.runs import Opening, open_run
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.opening import Opening, open_run
+from sparseserve.workflow.rehearsal import write_model
 
 
 @dataclass(frozen=True, slots=True)

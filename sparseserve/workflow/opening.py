@@ -13,13 +13,13 @@ from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.run_folder import Fingerprint
 from sparseserve.exporters.side_files import side_files
-from sparseserve.job import Job
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import ModelStructure
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.rehearsal import rehearse
 from sparseserve.text import position_limit, vocabulary_size
 from sparseserve.text.calibration import CalibrationSet, load_calibration
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.rehearsal import rehearse
 
 # Whose releases decide the bytes of a result.
 _PACKAGES = ("sparseserve", "torch", "transformers", "tokenizers")
