@@ -5,6 +5,9 @@ VENV := .venv
 PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 INSTALLED := $(VENV)/.installed
 
+# Tests start many processes: what Python compiled once is kept, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help venv test coverage test-all lint demo docs wheel
 
 help:

@@ -17,25 +17,29 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
-def bench(
-    pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], str]:
+def run_bench(pair: tuple[Path, Path], output: Path, *more: str) -> tuple[dict[str, Any], str]:
     """What one run printed, and its standard error."""
     packed, dense = pair
-    output = tmp_path_factory.mktemp("bench") / "bench.json"
     result = sparseserve(
         *("bench", str(packed), "--baseline", str(dense), "--json", "-o", str(output)),
-        *("--batch-sizes", "1,64", "--input-length", "8,24", "--output-length", "4"),
-        *("--repeats", "2", "--samples", "2", "--sequence-length", "32"),
-        *("--http", "--concurrency", "2", "--request-rate", "20", "--requests", "2"),
+        *("--output-length", "4", "--samples", "2", "--sequence-length", "32"),
         # Where a processor has bfloat16, vLLM would compute in it.
         *("--dtype", "float32"),
+        *more,
     )
     assert result.returncode == 0, result.stderr[-2000:]
     found: dict[str, Any] = json.loads(result.stdout)
     assert found == json.loads(output.read_text())
     return found, result.stderr
+
+
+@pytest.fixture(scope="module")
+def bench(
+    pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], str]:
+    output = tmp_path_factory.mktemp("bench") / "bench.json"
+    plan = ("--batch-sizes", "1,64", "--input-length", "8,24", "--repeats", "2")
+    return run_bench(pair, output, *plan)
 
 
 def test_bench_tells_what_it_measured_and_where(
@@ -84,9 +88,15 @@ def test_bench_measures_the_memory_of_both_engines(bench: tuple[dict[str, Any], 
         assert 0 < memory["weight_bytes"] + memory["cache_bytes"] < memory["resident_bytes"]
 
 
-def test_bench_puts_every_level_of_load_on_both_servers(bench: tuple[dict[str, Any], str]) -> None:
+@pytest.mark.further
+def test_bench_puts_every_level_of_load_on_both_servers(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plan = ("--batch-sizes", "1", "--input-length", "8,24", "--repeats", "1", "--http")
+    http = ("--concurrency", "1,2", "--request-rate", "20", "--requests", "2")
+    bench = run_bench(pair, tmp_path / "bench.json", *plan, *http)
     rows = bench[0]["http"]["rows"]
-    levels = [(2, None), (None, 20.0)]
+    levels = [(1, None), (2, None), (None, 20.0)]
     assert [(row["input_length"], row["concurrency"], row["request_rate"]) for row in rows] == [
         (length, *level) for length in (8, 24) for level in levels
     ]
