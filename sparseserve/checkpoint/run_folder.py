@@ -150,6 +150,16 @@ def check_output(out: Path) -> OutputPlace:
     return place
 
 
+def refuse_busy(out: Path) -> None:
+    """Refuse an output that another process is filling; change nothing.
+
+    Raises:
+        ArtifactError: Names the process.
+    """
+    for folder in leftovers(out):
+        refuse_locked(folder)
+
+
 def refuse_other_run(place: OutputPlace, fingerprint: Fingerprint) -> None:
     """Refuse a place that holds an unfinished run of another ``fingerprint``; change nothing.
 

@@ -117,11 +117,17 @@ def dtype_option(meaning: str) -> Callable[[AnyCommand], AnyCommand]:
 def required_output(output: Path | None) -> Path:
     """Return ``output``, which a command needs in some of its uses only.
 
+    That another process is filling it is told here, before the libraries that take seconds to load.
+
     Raises:
         click.UsageError: It was not given.
+        ArtifactError: Another process is working there.
     """
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    from sparseserve.checkpoint.run_folder import refuse_busy
+
+    refuse_busy(output)
     return output
 
 

@@ -46,20 +46,27 @@ def prune_command(
 
     A run that is interrupted goes on when the same command is given again.
     """
-    from dataclasses import replace
-
-    from sparseserve.cli.console import pruning_progress, quiet_libraries, show_artifact
+    budget.check(dry_run=dry_run)
+    out = None if dry_run else required_output(output)
+    # Only now: these load libraries for seconds.
+    from sparseserve.cli.console import quiet_libraries
     from sparseserve.devices import torch_device
     from sparseserve.workflow.job import Job
-    from sparseserve.workflow.run import prune_and_export
 
     quiet_libraries()
-    budget.check(dry_run=dry_run)
     job = Job(model, recipe.chosen(), export_format, torch_device(device))
-    if dry_run:
+    if out is None:
         _print_plan(job, output, as_json)
-        return
-    out = required_output(output)
+    else:
+        _prune(job, out, budget, as_json)
+
+
+def _prune(job: Job, out: Path, budget: BudgetOptions, as_json: bool) -> None:
+    from dataclasses import replace
+
+    from sparseserve.cli.console import pruning_progress, show_artifact
+    from sparseserve.workflow.run import prune_and_export
+
     with pruning_progress() as progress:
         job = replace(job, progress=progress)
         if budget.given:

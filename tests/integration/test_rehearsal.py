@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparseserve.checkpoint.artifact import Artifact
+from sparseserve.checkpoint.folder_lock import locked
 from sparseserve.errors import ArtifactError
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
@@ -231,3 +232,12 @@ def test_a_stored_layer_that_was_changed_is_pruned_again(
     found = prune(model, recipe=quick)
     weights = "model.safetensors"
     assert (found.path / weights).read_bytes() == (expected.path / weights).read_bytes()
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--keep-dense-fraction", "10%"]])
+def test_an_output_that_another_process_fills_is_refused(
+    cli: Cli, model: Path, text: Path, tmp_path: Path, more: list[str]
+) -> None:
+    with locked(tmp_path / "out.partial"):
+        done = cli(*prune_arguments(model, text, "-o", tmp_path / "out", *more))
+    assert f"another process (process {os.getpid()}) is working in it" in refusal(done)
