@@ -76,8 +76,7 @@ class SensitivityRun:
         folder: Where everything unfinished lies.
         calibration: What it would be pruned with.
         texts: What is measured on.
-        device: Where models run.
-        dtype: What they compute in.
+        dtype: What models compute in.
         dense_bytes: Size of the dense model's parameters in the dtype of the recipe.
     """
 
@@ -85,7 +84,6 @@ class SensitivityRun:
     folder: RunFolder
     calibration: CalibrationSet
     texts: tuple[HeldOutText, ...]
-    device: torch.device
     dtype: torch.dtype
     dense_bytes: int
 
@@ -118,8 +116,7 @@ class SensitivityRun:
             folder=folder,
             calibration=calibration,
             texts=texts,
-            device=opening.device,
-            dtype=pruning_dtype(next(loaded.model.parameters()).dtype, opening.device),
+            dtype=pruning_dtype(next(loaded.model.parameters()).dtype, opening.job.runs_on),
             dense_bytes=sum(parameter.nbytes for parameter in loaded.model.parameters()),
         )
 
@@ -141,7 +138,7 @@ class SensitivityRun:
             progress.stage("pruning every operator alone")
             self._prune_alone(store.layers)
             progress.stage("measuring what each costs")
-            model = load_model(self.job.source, dtype=self.dtype).model.to(self.device)
+            model = load_model(self.job.source, dtype=self.dtype).model.to(self.job.runs_on)
             windows = [window for text in self.texts for window in text.sensitivity]
             units = measure_sensitivities(
                 model, self.job.recipe, windows, store, on_layer=progress.layer_started
@@ -167,7 +164,7 @@ class SensitivityRun:
             CalibrationSet(windows, self.calibration.record),
             store=store,
             progress=self.job.progress,
-            device=self.device,
+            device=self.job.runs_on,
         )
 
 

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparseserve.errors import NumericalError
-from sparseserve.layerwise.layer import PrunedLayer, planned_operators
+from sparseserve.layerwise.layer import PrunedLayer
+from sparseserve.layerwise.plan import planned_operators
 from sparseserve.models.hooks import ForwardStopped, hidden_output, hooks, run_model
 from sparseserve.models.structure import LayerStructure, trace_structure
 from sparseserve.recipe.settings import PruneRecipe

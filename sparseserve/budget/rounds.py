@@ -94,7 +94,7 @@ class BudgetWork:
         exact = tuple(f"^{re.escape(name)}$" for name in dense)
         recipe = replace(self.run.job.recipe, ignore=(*self.run.job.recipe.ignore, *exact))
         return prune_and_export(
-            replace(self.run.job, recipe=recipe, device=self.run.device),
+            replace(self.run.job, recipe=recipe),
             folder,
             store=_RoundLayers(self.run, tuple(dense), not recipe.correction.chained),
         )
@@ -144,7 +144,7 @@ def _dense_losses(run: SensitivityRun) -> list[list[float]]:
 
 def _losses(run: SensitivityRun, folder: Path) -> list[list[float]]:
     """Return the mean negative log-likelihood of each validation window of each text."""
-    model = load_for_evaluation(folder, run.dtype).to(run.device)
+    model = load_for_evaluation(folder, run.dtype).to(run.job.runs_on)
     found = []
     for text in run.texts:
         run.job.progress.stage(f"measuring {len(text.validation)} windows of {text.name}")

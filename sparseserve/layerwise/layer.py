@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from sparseserve.errors import NumericalError, SparseServeError
 from sparseserve.layerwise.group_statistics import GroupStatistics
+from sparseserve.layerwise.plan import planned_operators
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.reconstruction import OutputError, reconstruct
 from sparseserve.layerwise.streams import LayerContext
 from sparseserve.models.layers import copy_layer, layer_weight, set_layer_weight
-from sparseserve.models.structure import LayerStructure, Operator
+from sparseserve.models.structure import Operator
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import LayerReport, OperatorReport
 from sparseserve.solvers.statistics import InputStatistics, relative_output_error
@@ -36,16 +37,6 @@ class PrunedLayer:
         """Copy the parameters into the decoder layer ``module``."""
         for name, value in self.parameters.items():
             module.get_parameter(name).detach().copy_(value)
-
-
-def planned_operators(layer: LayerStructure, recipe: PruneRecipe) -> list[Operator]:
-    """Return the operators of a layer that the recipe prunes."""
-    return [
-        operator
-        for group in layer.groups
-        for operator in group.operators
-        if not recipe.ignores(f"{layer.name}.{operator.name}")
-    ]
 
 
 def prune_layer(

@@ -110,7 +110,7 @@ def _retrain_nothing(model: PreTrainedModel, window: Tensor, recipe: PruneRecipe
 def _gradients(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise UnsupportedModelError(
             f"{what}: cannot be trained ({first_line(error)}): {remedy}"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -12,17 +11,20 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparseserve.checkpoint.formats import METHOD
+from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.weight_files import weight_files
 from sparseserve.errors import ArtifactError, UnsupportedModelError, first_line
 from sparseserve.models.asked_size import check_asked_size, check_layer_counts, stored_shapes
 from sparseserve.models.opening import open_config
 from sparseserve.paths import local_path, shown
 
+# What is read, and what comes along with the weights: a licence, and code, which is never run.
+WANTED_FILES = (
+    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"),
+    *("LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"),
+)
 # Top level of the repository only; "consolidated" files repeat the weights in another layout.
-_WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-_UNWANTED_FILES = ("*/*", "consolidated*")
-# The index of the largest published model takes 10 MiB.
-_LARGEST_JSON = 256 * 2**20
+UNWANTED_FILES = ("*/*", "consolidated*")
 
 
 def find_model_folder(source: str | Path) -> Path:
@@ -42,8 +44,8 @@ def find_model_folder(source: str | Path) -> Path:
         # Falls back to the local cache when the hub cannot be reached.
         folder = snapshot_download(
             str(source),
-            allow_patterns=list(_WANTED_FILES),
-            ignore_patterns=list(_UNWANTED_FILES),
+            allow_patterns=list(WANTED_FILES),
+            ignore_patterns=list(UNWANTED_FILES),
         )
     except (OSError, HFValidationError) as error:
         raise UnsupportedModelError(
@@ -79,7 +81,7 @@ def _check_settings(folder: Path) -> None:
         raise UnsupportedModelError(
             f"{folder} has no config.json: give a folder saved by transformers' save_pretrained"
         )
-    settings = _read_json_object(path)
+    settings = read_json(path, UnsupportedModelError)
     check_layer_counts(path, settings)
     quantization = settings.get("quantization_config")
     if not quantization:
@@ -121,20 +123,3 @@ def _check_shard(path: Path) -> None:
             f"{path} is cut short or damaged ({path.stat().st_size} bytes; {first_line(error)}): "
             "download it again"
         ) from error
-
-
-def _read_json_object(path: Path) -> dict[str, object]:
-    if not path.is_file():  # a pipe without a writer would never end
-        raise UnsupportedModelError(f"{path} is no plain file")
-    if (size := path.stat().st_size) > _LARGEST_JSON:
-        raise UnsupportedModelError(
-            f"{path} has {size:,} bytes, more than the {_LARGEST_JSON:,} that are read as JSON: "
-            "download it again"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UnsupportedModelError(f"{path} is not readable JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UnsupportedModelError(f"{path} is not a JSON object")
-    return content

@@ -34,7 +34,6 @@ class Opening:
         loaded: The dense model.
         calibration: The windows it is pruned with.
         structure: Its decoder layers.
-        device: Where it is pruned.
         fingerprint: Everything that decides the bytes of the pruned layers.
     """
 
@@ -42,7 +41,6 @@ class Opening:
     loaded: LoadedModel
     calibration: CalibrationSet
     structure: ModelStructure
-    device: torch.device
     fingerprint: Fingerprint
 
 
@@ -68,7 +66,7 @@ def open_run(job: Job, place: OutputPlace | None) -> Opening:
     progress.stage("rehearsing the run")
     structure = rehearse(job, loaded, calibration, place)
     fingerprint = _fingerprint(loaded, recipe, calibration, device)
-    return Opening(job, loaded, calibration, structure, device, fingerprint)
+    return Opening(job, loaded, calibration, structure, fingerprint)
 
 
 def with_part(fingerprint: Fingerprint, name: str, value: object) -> Fingerprint:

@@ -19,9 +19,9 @@ from sparseserve.checkpoint.run_folder import (
 )
 from sparseserve.checkpoint.tensors import require_space
 from sparseserve.exporters import EXPORTERS
-from sparseserve.layerwise.layer import planned_operators
 from sparseserve.layerwise.layer_folder import LayerFolder
-from sparseserve.layerwise.pipeline import LayerStore, ignored_modules, prune_model
+from sparseserve.layerwise.pipeline import LayerStore, prune_model
+from sparseserve.layerwise.plan import ignored_modules, planned_operators
 from sparseserve.models.saving import save_weights
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
@@ -128,7 +128,7 @@ def _prune(opening: Opening, run: RunFolder, layers: LayerStore) -> PruneReport:
         opening.calibration,
         store=layers,
         progress=job.progress,
-        device=opening.device,
+        device=opening.job.runs_on,
     )
     return _retrained(opening, report, dense)
 
@@ -141,7 +141,9 @@ def _dense_predictions(opening: Opening, run: RunFolder) -> Sequence[DensePredic
     opening.job.progress.stage("recording the dense model's predictions")
     found = StoredPredictions.write(
         run.fresh("predictions"),
-        dense_predictions(model.to(opening.device), opening.calibration.windows, knobs.likeliest),
+        dense_predictions(
+            model.to(opening.job.runs_on), opening.calibration.windows, knobs.likeliest
+        ),
     )
     model.to("cpu")
     return found
@@ -161,7 +163,9 @@ def _retrained(
             opening.job.progress.stage(f"retraining: {done} of {total} windows, loss {loss:.4f}")
 
     operators = [operator.name for operator in report.operators]
-    found = retrain(model.to(opening.device), operators, windows, knobs, dense=dense, on_window=say)
+    found = retrain(
+        model.to(opening.job.runs_on), operators, windows, knobs, dense=dense, on_window=say
+    )
     model.to("cpu")
     return replace(report, retraining=found, seconds=report.seconds + found.seconds)
 

@@ -13,9 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sparseserve.checkpoint.artifact import verify, write_manifest
-from sparseserve.checkpoint.inspection import inspect_checkpoint
-from sparseserve.checkpoint.tensors import Checkpoint
-from sparseserve.errors import ArtifactError, NumericalError, RecipeError
+from sparseserve.errors import ArtifactError, NumericalError
 from sparseserve.exporters import EXPORTERS, export_packed24, load_dense_state
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.admm import Admm
@@ -30,8 +28,7 @@ from sparseserve.retraining.retrain import Retraining
 from sparseserve.sparsity import TWO_FOUR, UnstructuredPattern
 from sparseserve.testing import TINY_FAMILIES, save_tiny_model
 from sparseserve.text.calibration import load_calibration
-from sparseserve.workflow.job import Job
-from sparseserve.workflow.run import export, plan
+from sparseserve.workflow.run import export
 
 IDS = torch.arange(20)[None]
 
@@ -296,38 +293,3 @@ def test_a_weight_that_overflows_its_dtype_is_named(prune: Any, tmp_path: Path, 
     model.save_pretrained(source)
     with pytest.raises(NumericalError, match="up_proj"):
         prune(source, recipe=replace(quick, dtype="float16"))
-
-
-def test_a_plan_lists_what_would_be_pruned(tmp_path: Path, quick: Any) -> None:
-    save_tiny_model("gpt2", tmp_path / "m")
-    found = plan(Job(str(tmp_path / "m"), replace(quick, ignore=("c_fc",))))
-    names = [name for name, _ in found.operators]
-    assert names[:2] == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
-    assert found.dense_modules == ("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc")
-    assert 0 < found.pruned_parameters < found.total_parameters
-
-
-def test_nothing_left_to_prune_is_an_error(prune: Any, quick: Any) -> None:
-    with pytest.raises(RecipeError, match="nothing is left to prune"):
-        prune("llama", recipe=replace(quick, ignore=(".",)))
-
-
-def test_inspection_tells_formats_and_sparsity_apart(prune: Any, tmp_path: Path) -> None:
-    packed = inspect_checkpoint(prune("llama").path)
-    plain = inspect_checkpoint(tmp_path / "model-llama")
-    assert packed.manifest is not None
-    assert plain.manifest is None
-    facts = {item.name: item for item in packed.matrices}
-    pruned = facts["model.layers.0.mlp.up_proj"]
-    assert pruned.two_four
-    assert pruned.sparsity >= 0.5
-    assert not facts["model.embed_tokens"].two_four
-    assert not any(item.two_four for item in plain.matrices)
-    assert {item.name: item.shape for item in plain.matrices} == {
-        name: item.shape for name, item in facts.items()
-    }
-
-
-def test_checkpoints_without_the_pruned_weight_cannot_be_opened_as_dense(prune: Any) -> None:
-    packed = prune("llama")
-    assert not any(name.endswith("q_proj.weight") for name in Checkpoint.open(packed.path).files)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.folder_lock import locked
-from sparseserve.errors import ArtifactError
+from sparseserve.errors import ArtifactError, RecipeError
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.retraining.retrain import Retraining
@@ -49,6 +50,20 @@ def refused(cli: Cli, text: Path, tmp_path: Path) -> Callable[..., str]:
 
 def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_plan_lists_what_would_be_pruned(tmp_path: Path, quick: PruneRecipe) -> None:
+    save_tiny_model("gpt2", tmp_path / "m")
+    found = plan(Job(str(tmp_path / "m"), replace(quick, ignore=("c_fc",))))
+    names = [name for name, _ in found.operators]
+    assert names[:2] == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
+    assert found.dense_modules == ("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc")
+    assert 0 < found.pruned_parameters < found.total_parameters
+
+
+def test_nothing_left_to_prune_is_an_error(prune: Prune, quick: PruneRecipe) -> None:
+    with pytest.raises(RecipeError, match="nothing is left to prune"):
+        prune("llama", recipe=replace(quick, ignore=(".",)))
 
 
 def test_a_layer_that_cannot_run_alone_is_refused(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseserve.errors import RecipeError
-from sparseserve.layerwise.pipeline import check_plan, ignored_modules
+from sparseserve.layerwise.plan import check_plan, ignored_modules
 from sparseserve.models.structure import trace_structure
 from sparseserve.recipe.toml import PRESETS
 from sparseserve.testing import TINY_FAMILIES, save_tiny_model, tiny_model
