@@ -21,5 +21,7 @@ from sparseserve.models.model_folder import UNWANTED_FILES, WANTED_FILES
     ],
 )
 def test_what_comes_along_is_downloaded(name: str, wanted: bool) -> None:
-    patterns = {"allow_patterns": [*WANTED_FILES], "ignore_patterns": [*UNWANTED_FILES]}
-    assert list(filter_repo_objects([name], **patterns)) == [name] * wanted
+    found = filter_repo_objects(
+        [name], allow_patterns=[*WANTED_FILES], ignore_patterns=[*UNWANTED_FILES]
+    )
+    assert list(found) == [name] * wanted
