@@ -68,7 +68,7 @@ def test_a_config_that_would_never_end_or_is_nested_too_deeply_is_refused(tmp_pa
     folder = save_tiny_model("llama", tmp_path / "model")
     path = folder / "config.json"
     path.write_text('{"a":' * 100_000)
-    assert "is not readable JSON" in refusal(folder)
+    assert "cannot be read as JSON" in refusal(folder)
     with path.open("wb") as file:
         file.truncate(2**40)
     assert "1,099,511,627,776 bytes" in refusal(folder)

@@ -132,7 +132,7 @@ def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("{", "is not readable JSON"),
+        ("{", "cannot be read as JSON"),
         ("[]", "is not a JSON object"),
         ("{}", "is not understood: Unrecognized model"),
         ('{"model_type": "nothing-known"}', "is not understood"),
