@@ -48,7 +48,8 @@ def export_stored(
     copy_side_files(artifact.path, folder)
     config = model_config(artifact.path, dtype)
     config.pop("quantization_config", None)
-    if (said := storage.quantization_config(artifact.manifest.pruned)) is not None:
+    pruned = artifact.manifest.pruned
+    if (said := storage.quantization_config(pruned, dtype or _pruned_dtype(artifact))) is not None:
         config["quantization_config"] = said
     write_json(folder / "config.json", config)
     return write_manifest(folder, replace(artifact.manifest, format=name, files={}))
@@ -63,17 +64,16 @@ def dense_tensors(
         ArtifactError: The artifact is damaged, or a weight is too large for ``dtype``.
     """
     checkpoint = artifact.checkpoint
-    pruned = set(artifact.manifest.pruned)
-    first, *others = storage_of(artifact.manifest.format).TENSORS
+    parts = artifact.parts(checkpoint)
     for name in sorted(checkpoint.files):
-        module, _, leaf = name.rpartition(".")
-        if module in pruned and leaf == first:
+        if name not in parts:
+            yield name, _rounded(artifact, name, checkpoint.tensor(name), dtype)
+        elif parts[name].stands_for_all:
+            module = parts[name].module
             weight = artifact.pruned_weight(checkpoint, module)
             transposed = module in artifact.manifest.transposed
             dense = f"{module}.weight"
             yield dense, _rounded(artifact, dense, weight.T if transposed else weight, dtype)
-        elif module not in pruned or leaf not in others:
-            yield name, _rounded(artifact, name, checkpoint.tensor(name), dtype)
 
 
 def load_dense_state(folder: Path) -> dict[str, Tensor]:
@@ -101,6 +101,12 @@ def _stored_tensors(
             raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
         for suffix, part in zip(storage.TENSORS, parts, strict=True):
             yield f"{module}.{suffix}", part
+
+
+def _pruned_dtype(artifact: Artifact) -> torch.dtype:
+    first = artifact.manifest.pruned[:1]
+    kinds = [artifact.pruned_weight(artifact.checkpoint, module).dtype for module in first]
+    return kinds[0] if kinds else torch.get_default_dtype()
 
 
 def _rounded(artifact: Artifact, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

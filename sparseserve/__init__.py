@@ -5,8 +5,10 @@ Names are imported when they are first used, so ``import sparseserve`` is quick.
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING
+
+from sparseserve.huggingface.autoload import register as _register_with_transformers
 
 if TYPE_CHECKING:
     from sparseserve.budget.price_run import HeldOutSpec
@@ -53,8 +55,6 @@ __all__ = [
     "verify",
 ]
 
-__version__ = metadata.version("sparseserve")
-
 _HOMES = {
     "Artifact": "checkpoint.artifact",
     "CalibrationSpec": "text.calibration",
@@ -83,6 +83,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     """Import the module that holds ``name``."""
+    if name == "__version__":
+        # Every program that imports torch imports this package: metadata is read when it is asked.
+        return import_module("importlib.metadata").version("sparseserve")
     if name not in _HOMES:
         raise AttributeError(f"module 'sparseserve' has no attribute '{name}'")
     return getattr(import_module(f"sparseserve.{_HOMES[name]}"), name)
@@ -91,3 +94,6 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     """List the public names."""
     return __all__
+
+
+_register_with_transformers()

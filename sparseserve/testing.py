@@ -65,12 +65,36 @@ TINY_FAMILIES: dict[str, dict[str, object]] = {
 }
 
 
+_MAMBA = {
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+#: Families that differ from those in how vLLM runs them: by its Transformers backend, or with
+#: Mamba mixers beside or instead of attention.
+MORE_TINY_FAMILIES: dict[str, dict[str, object]] = {
+    "smollm3": {**_GATED, "tie_word_embeddings": True, "no_rope_layer_interval": 2},
+    "falcon_h1": {**_GATED, **_MAMBA, "head_dim": 32, "mamba_d_ssm": 64, "mamba_n_heads": 2},
+    "granitemoehybrid": {
+        **_GATED,
+        **_MAMBA,
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 128,
+    },
+}
+
+
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Return a random float32 model of a ``family`` of :data:`TINY_FAMILIES`, ready to run.
+    """Return a random float32 model of a ``family`` of the tables above, ready to run.
 
     Biases and norm weights are drawn too, so that a test sees when one is dropped.
     """
-    config = AutoConfig.for_model(family, **TINY_FAMILIES[family])
+    settings = {**TINY_FAMILIES, **MORE_TINY_FAMILIES}[family]
+    config = AutoConfig.for_model(family, **settings)
     # The generator is forked: building a model does not disturb the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -43,7 +43,7 @@ class Road:
 
 
 LIGHT = Road(
-    ("--recipe", "fast", "--reconstruct", "1", "--samples", "8", "--sequence-length", "512"),
+    ("--recipe", "fast", "--reconstruct", "1", "--samples", "8", "--sequence-length", "256"),
     ("--batch-sizes", "1", "--repeats", "3", "--samples", "4"),
     "This is a first look: SparseGPT, one epoch of training, 8 calibration windows. The default "
     "recipe with 32 windows loses less and takes several times as long: --full, or "

@@ -32,10 +32,10 @@ from benchmarks.research.gradient_blocks import Block, Weights, operator_by_oper
 from benchmarks.research.operator_data import LayerWindows, Windows, decoder_layers
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.evaluation.perplexity import perplexity
+from sparseserve.huggingface.opening import open_tokenizer
 from sparseserve.models.layers import layer_weight, set_layer_weight
 from sparseserve.models.loading import load_model
 from sparseserve.models.model_folder import find_model_folder
-from sparseserve.models.opening import open_tokenizer
 from sparseserve.models.structure import Operator
 from sparseserve.pruners.admm import Admm
 from sparseserve.pruners.fista import Fista

@@ -24,7 +24,7 @@ from benchmarks.harness.results import RESULTS, write_result
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.devices import dtype_name
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
-from sparseserve.models.opening import open_tokenizer
+from sparseserve.huggingface.opening import open_tokenizer
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import Engine, engine_options
 from sparseserve.serving.measure.perplexity import engine_perplexity

@@ -13,14 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from sparseserve.checkpoint.formats import METHOD
-from sparseserve.errors import ServingError
 from sparseserve.machine import Machine, installed_versions, this_machine
 from sparseserve.serving.launch.child import SAFE_PATH, python_module
 from sparseserve.serving.launch.policy import runs_eagerly, server_cache, vllm_dtype
 from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.launch.served_model import ServedModel
-from sparseserve.serving.plugin.method import LORA_REFUSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,6 @@ def server_command(folder: Path, options: Sequence[str], *, verify: bool = False
     """
     require_vllm("serving")
     model = ServedModel.open(folder, verified=verify)
-    _refuse_lora(model, options)
     defaults = default_options(model, this_machine(), options, os.environ)
     return ServerCommand(
         arguments=(*_server_program(), str(folder), *defaults, *options),
@@ -107,12 +103,6 @@ def _cache_options(
     if too_long and not _given(options, "--max-model-len"):
         sized += ["--max-model-len", str(cache.longest)]
     return sized
-
-
-def _refuse_lora(model: ServedModel, options: Sequence[str]) -> None:
-    values = {option.rpartition("=")[2] for option in options}
-    if (model.packed or METHOD in values) and _given(options, "--enable-lora"):
-        raise ServingError(f"{model.folder}: {LORA_REFUSED}")
 
 
 def _bytes_per_number(options: Sequence[str], defaults: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import safe_open
 
 from sparseserve.checkpoint import packed24
@@ -76,7 +77,7 @@ class ServedModel:
 
 
 def _text_config(folder: Path) -> PretrainedConfig:
-    from sparseserve.models.opening import open_config
+    from sparseserve.huggingface.opening import open_config
 
     try:
         return open_config(folder).get_text_config()
@@ -89,7 +90,8 @@ def _dense_parameters(checkpoint: Checkpoint) -> int:
     for file in sorted(set(checkpoint.files.values())):
         with safe_open(checkpoint.folder / file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118  # a shard is not iterable
-                total += packed24.dense_size(name, shard.get_slice(name).get_shape())
+                shape = shard.get_slice(name).get_shape()
+                total += torch.Size(packed24.dense_shape(name, shape, checkpoint.files)).numel()
     return total
 
 

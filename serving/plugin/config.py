@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from sparseserve.checkpoint import packed24
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, check_before_reading
 from sparseserve.checkpoint.formats import METHOD
 from sparseserve.errors import ArtifactError, ServingError
-from sparseserve.serving.plugin.method import LORA_REFUSED
 from sparseserve.sparsity import TWO_FOUR
 
 if TYPE_CHECKING:
@@ -28,23 +28,36 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
     from sparseserve.serving.kernels.choice.choose import TimedLayers
-    from sparseserve.serving.plugin.linear import CheckpointModule
+    from sparseserve.serving.plugin.shards import CheckpointModule
+
+logger = init_logger("vllm.sparseserve")
 
 
 class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is checked as Any
     """Tells vLLM how each layer of one checkpoint is stored and computed.
 
     Attributes:
-        packed: Modules stored as ``packed24``; empty for a dense checkpoint.
+        packed: Modules stored as ``packed24``, by the checkpoint's names, and vLLM's name of each,
+            None where vLLM has no such module; empty for a dense checkpoint.
+        transposed: Those whose dense weight is stored ``[in, out]``.
         dense: Modules of a dense checkpoint that must be 2:4; None is every linear.
         is_packed: Which of the two kinds the checkpoint is.
     """
+
+    def __new__(cls, *_: object) -> SparseServeConfig:
+        """Watch models from now on: also in a worker process, which is sent a made config."""
+        from sparseserve.serving.plugin.incoming import watch_models
+
+        watch_models()
+        made: SparseServeConfig = super().__new__(cls)
+        return made
 
     def __init__(self, packed: frozenset[str] | None = None) -> None:
         """Describe a packed checkpoint, or with no argument a dense one, as vLLM asks for."""
         super().__init__()
         self.is_packed = packed is not None
-        self.packed = packed or frozenset()
+        self.packed: dict[str, str | None] = {name: name for name in packed or ()}
+        self.transposed: frozenset[str] = frozenset()
         self.dense: frozenset[str] | None = None
         self._timed: TimedLayers | None = None
 
@@ -88,7 +101,8 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Follow vLLM's names for the modules of this model."""
-        self.packed = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.packed)))
+        for name in self.packed:
+            self.packed[name] = next(iter(hf_to_vllm_mapper.apply_list([name])), None)
         if self.dense is not None:
             self.dense = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.dense)))
 
@@ -105,9 +119,12 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
 
         if Path(model_name).is_dir():
             check_before_reading(Path(model_name), verified=False)
-        if self.is_packed or not file_or_path_exists(model_name, MANIFEST_FILE, revision):
+        if not file_or_path_exists(model_name, MANIFEST_FILE, revision):
             return
         manifest = get_hf_file_to_dict(MANIFEST_FILE, model_name, revision) or {}
+        if self.is_packed:
+            self.transposed = frozenset(manifest.get("transposed", ()))
+            return
         if manifest.get("pattern") != str(TWO_FOUR):
             raise ServingError(
                 f"{model_name}: {MANIFEST_FILE} gives the pattern {manifest.get('pattern')!r}, "
@@ -121,8 +138,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         """Return how the layer ``prefix`` is loaded and run; None leaves it to vLLM.
 
         Raises:
-            ServingError: The checkpoint packs a module that vLLM does not run as a linear, or
-                LoRA is asked for.
+            ServingError: The checkpoint packs only part of a layer that vLLM runs as one.
         """
         from vllm.config import get_current_vllm_config_or_none
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -134,12 +150,14 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
 
         engine = get_current_vllm_config_or_none()
         if engine is not None and engine.lora_config is not None:
-            raise ServingError(LORA_REFUSED)
-        if not isinstance(layer, LinearBase):
-            self._refuse_packed(layer, prefix)
-            return (
-                PanelEmbeddingMethod(prefix) if isinstance(layer, VocabParallelEmbedding) else None
+            logger.warning_once(
+                "with LoRA, 2:4 layers run dense: vLLM's LoRA layers read dense ones"
             )
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if isinstance(layer, VocabParallelEmbedding):
+            return PanelEmbeddingMethod(prefix)
+        if not isinstance(layer, LinearBase):
+            return None
         modules = self.checkpoint_modules(prefix)
         if not any(module.sparse for module in modules):
             return UnquantizedLinearMethod()
@@ -149,28 +167,20 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
 
     def checkpoint_modules(self, prefix: str) -> tuple[CheckpointModule, ...]:
         """Return the modules of the checkpoint that vLLM merges into its layer ``prefix``."""
-        from sparseserve.serving.plugin.linear import CheckpointModule
+        from sparseserve.serving.plugin.shards import CheckpointModule
 
         parent, dot, leaf = prefix.rpartition(".")
         merged = self.packed_modules_mapping.get(leaf, [leaf])
         names = [f"{parent}{dot}{name}" for name in merged]
         # A checkpoint may store as one what the model's own mapping expects in parts.
-        if prefix in (self.packed if self.is_packed else self.dense or ()):
+        if prefix in (self.packed.values() if self.is_packed else self.dense or ()):
             names = [prefix]
         return tuple(CheckpointModule(name, self._is_sparse(name)) for name in names)
 
     def _is_sparse(self, name: str) -> bool:
         if self.is_packed:
-            return name in self.packed
+            return name in self.packed.values()
         return self.dense is None or name in self.dense
-
-    def _refuse_packed(self, layer: torch.nn.Module, prefix: str) -> None:
-        for name in sorted(self.packed):
-            if name == prefix or name.startswith(f"{prefix}."):
-                raise ServingError(
-                    f"{name} is packed, but vLLM runs it inside {type(layer).__name__}, "
-                    "not as a linear: export the checkpoint with --format dense"
-                )
 
 
 @contextmanager

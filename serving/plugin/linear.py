@@ -11,7 +11,7 @@ still has any of it after loading is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -37,57 +37,22 @@ from sparseserve.serving.kernels import (
 )
 from sparseserve.serving.kernels.choice.choose import TimedLayers
 from sparseserve.serving.plugin.engine_dense import EngineDense
+from sparseserve.serving.plugin.shards import (
+    CheckpointModule,
+    Shard,
+    require_whole_bytes,
+    require_whole_groups,
+    shards_of,
+)
 from sparseserve.sparsity import TWO_FOUR
 
 logger = init_logger("vllm.sparseserve")
 
+# Names of the parameters of a packed layer. The values are not called ``weight``, as in a
+# checkpoint: several modules may share a layer, and some models turn what they call a weight.
+VALUES, INDICES = "weight_values", "weight_indices"
+
 NOT_LOADED = "is missing, not whole or holds NaN: check the folder with sparseserve verify"
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointModule:
-    """A linear module by its name in the checkpoint; ``sparse`` if it is, or must be, 2:4."""
-
-    name: str
-    sparse: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The rows ``start`` to ``stop`` of a layer, which come from one checkpoint module."""
-
-    name: str
-    sparse: bool
-    start: int
-    stop: int
-
-
-def shards_of(
-    prefix: str, modules: tuple[CheckpointModule, ...], row_counts: list[int]
-) -> tuple[Shard, ...]:
-    """Return which rows of the layer ``prefix`` come from which module.
-
-    Args:
-        prefix: vLLM's name of the layer.
-        modules: The checkpoint modules merged into it, in the order of their rows.
-        row_counts: Rows of each part of the layer on this rank.
-
-    Raises:
-        ServingError: Only some modules are sparse and vLLM does not say which rows they have.
-    """
-    if len({module.sparse for module in modules}) == 1 and len(modules) != len(row_counts):
-        name = modules[0].name if len(modules) == 1 else prefix
-        return (Shard(name, modules[0].sparse, 0, sum(row_counts)),)
-    if len(modules) != len(row_counts):
-        raise ServingError(
-            f"{prefix}: some of its {len(modules)} modules are packed and some not, but vLLM runs "
-            f"it in {len(row_counts)} parts: prune all of them, or none with --ignore"
-        )
-    starts = [sum(row_counts[:index]) for index in range(len(row_counts))]
-    return tuple(
-        Shard(module.name, module.sparse, start, start + rows)
-        for module, start, rows in zip(modules, starts, row_counts, strict=True)
-    )
 
 
 class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is checked as Any
@@ -172,12 +137,27 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
         require_whole_bytes(self.prefix, columns, input_size)
         loader = extra_weight_attrs["weight_loader"]
         empty = packed24.not_loaded(rows, columns, params_dtype)
-        _register(layer, packed24.VALUES, empty.values, loader)
-        _register(layer, packed24.INDICES, empty.indices, loader)
+        _register(layer, VALUES, empty.values, loader)
+        _register(layer, INDICES, empty.indices, loader)
         self.settle(columns, output_partition_sizes, empty.values)
-        if not all(shard.sparse for shard in self.shards):
-            dense = torch.full((rows, columns), torch.nan, dtype=params_dtype)
-            _register(layer, "weight", dense, loader)
+        # Where nothing is loaded into it, it only shows whether the model replaces its loader.
+        device = "meta" if self._spec.two_four else None
+        dense = torch.full((rows, columns), torch.nan, dtype=params_dtype, device=device)
+        _register(layer, "weight", dense, loader)
+        self._loader = _loader_of(layer)
+
+    def is_loaded_by_the_model(self, layer: nn.Module) -> bool:
+        """Whether the model cuts and places the rows of ``layer`` in a way of its own."""
+        return _loader_of(layer) != self._loader
+
+    def become_dense(self, layer: nn.Module) -> None:
+        """Let vLLM load and run ``layer`` as it does without us; nothing is loaded yet."""
+        empty, loader = layer.get_parameter("weight"), _loader_of(layer)
+        for name in (VALUES, INDICES, "weight"):
+            delattr(layer, name)
+        dense = torch.full(empty.shape, torch.nan, dtype=empty.dtype)
+        _register(layer, "weight", dense, loader)
+        layer.quant_method = self._dense
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that all was loaded and give it to the kernels.
@@ -186,9 +166,8 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
             ServingError: A tensor of the checkpoint is missing or damaged.
         """
         weight = LoadedWeight(tuple(_loaded_block(layer, shard) for shard in self.shards))
-        for name in (*packed24.TENSORS, "weight"):
-            if hasattr(layer, name):
-                delattr(layer, name)
+        for name in (VALUES, INDICES, "weight"):
+            delattr(layer, name)
         self.give(layer, weight)
 
 
@@ -246,42 +225,13 @@ def chosen_kernels(model: nn.Module) -> dict[str, LayerKernels]:
     return {name: method.kernels for name, method in methods.items() if method.kernels}
 
 
-def require_whole_groups(prefix: str, columns: int, input_size: int) -> None:
-    """Refuse a share of the input features that cuts a group of four.
-
-    Raises:
-        ServingError: Names the layer and both figures.
-    """
-    _require_multiple(prefix, columns, input_size, TWO_FOUR.column_multiple)
-
-
-def require_whole_bytes(prefix: str, columns: int, input_size: int) -> None:
-    """Refuse a share of the input features that cuts a byte of indices, which holds two groups.
-
-    A layer that is not cut may end in half a byte.
-
-    Raises:
-        ServingError: Names the layer and both figures.
-    """
-    whole = columns == input_size
-    multiple = TWO_FOUR.column_multiple if whole else packed24.COLUMNS_PER_BYTE
-    _require_multiple(prefix, columns, input_size, multiple)
-
-
-def _require_multiple(prefix: str, columns: int, input_size: int, multiple: int) -> None:
-    if columns % multiple == 0:
-        return
-    share = f", cut into {input_size // columns}," if columns != input_size else ""
-    remedy = "use a smaller --tensor-parallel-size" if share else "it cannot be 2:4"
-    raise ServingError(
-        f"{prefix}: {input_size} input features{share} give {columns}, "
-        f"not a multiple of {multiple}: {remedy}"
-    )
-
-
 def _register(layer: nn.Module, name: str, data: Tensor, loader: object) -> None:
     parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
     layer.register_parameter(name, parameter)
+
+
+def _loader_of(layer: nn.Module) -> object:
+    return getattr(layer, "weight").weight_loader  # noqa: B009  # a Parameter of vLLM's class
 
 
 def _loaded_block(layer: nn.Module, shard: Shard) -> RowBlock:
@@ -290,7 +240,7 @@ def _loaded_block(layer: nn.Module, shard: Shard) -> RowBlock:
         dense = layer.get_parameter("weight").data[rows]
         _require_loaded(f"{shard.name}.weight", dense)
         return RowBlock(shard.name, dense)
-    values, indices = (layer.get_parameter(name).data[rows] for name in packed24.TENSORS)
+    values, indices = (layer.get_parameter(name).data[rows] for name in (VALUES, INDICES))
     packed = packed24.Packed24(values, indices)
     if missing := packed24.missing_tensor(packed):
         raise ServingError(f"{shard.name}.{missing} {NOT_LOADED}")

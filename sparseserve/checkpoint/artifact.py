@@ -106,6 +106,18 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class PartOfWeight:
+    """A stored tensor that is all or part of the weight of a pruned ``module``.
+
+    Of several, one ``stands_for_all``, so that whoever goes through the tensors meets each weight
+    once.
+    """
+
+    module: str
+    stands_for_all: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Artifact:
     """A folder and its manifest."""
 
@@ -158,6 +170,15 @@ class Artifact:
     def checkpoint(self) -> Checkpoint:
         """The tensors."""
         return Checkpoint.open(self.path)
+
+    def parts(self, checkpoint: Checkpoint) -> dict[str, PartOfWeight]:
+        """Return which stored tensors are parts of pruned weights, by name."""
+        storage = storage_of(self.manifest.format)
+        return {
+            name: PartOfWeight(module, stands_for_all=number == 0)
+            for module in self.manifest.pruned
+            for number, name in enumerate(storage.names(checkpoint, module))
+        }
 
     def pruned_weight(self, checkpoint: Checkpoint, module: str) -> Tensor:
         """Read the dense ``[out, in]`` weight of a pruned module, whatever the format.

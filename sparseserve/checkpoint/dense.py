@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.tensors import Checkpoint
 
 TENSORS = ("weight",)
+
+
+def names(checkpoint: Checkpoint, module: str) -> tuple[str]:
+    """Return the name of the weight of ``module``."""
+    return (f"{module}.weight",)
 
 
 def stored(weight: Tensor, *, transposed: bool) -> tuple[Tensor, ...]:
@@ -28,5 +34,5 @@ def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
     """Ask nothing more: every tensor is a valid dense weight."""
 
 
-def quantization_config(modules: tuple[str, ...]) -> None:
+def quantization_config(modules: tuple[str, ...], dtype: torch.dtype) -> None:
     """Say nothing in config.json: any program reads a dense checkpoint."""

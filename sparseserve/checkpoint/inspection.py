@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, Manifest
-from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.devices import dtype_name
 from sparseserve.errors import ArtifactError
@@ -56,13 +55,11 @@ def inspect_checkpoint(path: Path) -> Inspection:
 
 
 def _matrices(checkpoint: Checkpoint, artifact: Artifact | None) -> Iterator[tuple[str, Tensor]]:
-    pruned = set(artifact.manifest.pruned) if artifact else set()
-    stands_for_weight = storage_of(artifact.manifest.format).TENSORS[0] if artifact else "weight"
+    parts = artifact.parts(checkpoint) if artifact else {}
     for name in sorted(checkpoint.files):
-        module, _, leaf = name.rpartition(".")
-        if artifact and module in pruned:
-            if leaf == stands_for_weight:
-                yield module, artifact.pruned_weight(checkpoint, module)
+        if artifact and name in parts:
+            if parts[name].stands_for_all:
+                yield parts[name].module, artifact.pruned_weight(checkpoint, parts[name].module)
         elif (tensor := checkpoint.tensor(name)).dim() == 2:
             yield name.removesuffix(".weight"), tensor
 

@@ -6,7 +6,7 @@ so a change of the format is a change of this file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,11 @@ from sparseserve.errors import ArtifactError
 from sparseserve.sparsity import TWO_FOUR
 
 FORMAT = "packed24"
-VERSION = 1
-VALUES = "weight_values"
+# Version 1 named its values so. A program that does not know the format then found no weight at
+# all and made one up; a ``weight`` of another shape stops it.
+VERSION_1_VALUES = "weight_values"
+VERSION = 2
+VALUES = "weight"
 INDICES = "weight_indices"
 TENSORS = (VALUES, INDICES)
 # Sharding may cut the input features at multiples of it, so that no byte of indices is cut.
@@ -100,6 +103,12 @@ def kept_positions(packed: Packed24) -> Tensor:
     return torch.stack((first, second), dim=-1)
 
 
+def names(checkpoint: Checkpoint, module: str) -> tuple[str, str]:
+    """Return the names under which values and indices of ``module`` are stored, or should be."""
+    first = f"{module}.{VERSION_1_VALUES}"
+    return first if first in checkpoint else f"{module}.{VALUES}", f"{module}.{INDICES}"
+
+
 def stored(weight: Tensor, *, transposed: bool = False) -> tuple[Tensor, ...]:
     """Return values and indices of a 2:4 ``weight``, which is ``[out, in]`` in every model.
 
@@ -116,9 +125,8 @@ def read_packed(checkpoint: Checkpoint, module: str) -> Packed24:
     Raises:
         ArtifactError: A tensor is missing, or the two do not belong together.
     """
-    return Packed24(
-        checkpoint.tensor(f"{module}.{VALUES}"), checkpoint.tensor(f"{module}.{INDICES}")
-    )
+    values, indices = names(checkpoint, module)
+    return Packed24(checkpoint.tensor(values), checkpoint.tensor(indices))
 
 
 def read_weight(checkpoint: Checkpoint, module: str, *, transposed: bool = False) -> Tensor:
@@ -142,14 +150,16 @@ def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
         raise ArtifactError("encoding is not the canonical one")
 
 
-def quantization_config(modules: Sequence[str]) -> dict[str, object]:
-    """Return what config.json says under ``quantization_config``."""
+def quantization_config(modules: Sequence[str], dtype: torch.dtype) -> dict[str, object]:
+    """Return what config.json says under ``quantization_config``; ``dtype`` is that of values."""
     return {
         "quant_method": METHOD,
         "version": VERSION,
         "format": FORMAT,
         "pattern": str(TWO_FOUR),
         "modules": list(modules),
+        "weights": {"type": "float", "bits": 8 * dtype.itemsize, "group_size": None},
+        "activations": None,
     }
 
 
@@ -159,14 +169,19 @@ def packed_modules(config: Mapping[str, object]) -> frozenset[str]:
     Raises:
         ArtifactError: A key is missing or has a value that this release does not read.
     """
-    readable = {"version": VERSION, "format": FORMAT, "pattern": str(TWO_FOUR)}
-    for key, value in readable.items():
-        if config.get(key) != value:
-            raise ArtifactError(
-                f"quantization_config: {key} is {config.get(key)!r}, this release reads only "
-                f"{value!r}: install the sparseserve release that wrote the checkpoint, "
-                "or export it again"
-            )
+    version = config.get("version")
+    readable = {"version": (1, VERSION), "format": (FORMAT,), "pattern": (str(TWO_FOUR),)}
+    for key, values in readable.items():
+        # True equals 1.
+        if type(config.get(key)) is not type(values[0]) or config.get(key) not in values:
+            raise _unreadable(key, config.get(key), " or ".join(map(repr, values)))
+    if version != 1:
+        weights = config.get("weights")
+        kind = weights.get("type") if isinstance(weights, dict) else weights
+        if kind != "float":
+            raise _unreadable("the type of weights", kind, "'float'")
+        if config.get("activations") is not None:
+            raise _unreadable("activations", config.get("activations"), "null")
     return module_names(config.get("modules"), "quantization_config: modules")
 
 
@@ -185,17 +200,26 @@ def module_names(value: object, where: str) -> frozenset[str]:
 
 def is_packed(checkpoint: Checkpoint) -> bool:
     """Whether any weight is stored packed."""
-    return any(name.endswith(f".{VALUES}") for name in checkpoint.files)
+    return any(name.endswith(f".{INDICES}") for name in checkpoint.files)
 
 
-def dense_size(name: str, shape: Sequence[int]) -> int:
-    """Return how many weights the stored tensor ``name`` of ``shape`` has after unpacking."""
-    size = 1
-    for length in shape:
-        size *= length
-    if name.endswith(f".{INDICES}"):
-        return 0
-    return 2 * size if name.endswith(f".{VALUES}") else size
+def dense_shape(name: str, shape: Sequence[int], stored: Container[str]) -> tuple[int, ...]:
+    """Return the shape that the stored tensor ``name`` of ``shape`` has after unpacking.
+
+    Args:
+        name: Full name of the tensor, packed or not.
+        shape: As it is stored.
+        stored: The names of all tensors of the checkpoint.
+
+    Returns:
+        ``shape`` of what is not packed, and nothing, ``(0,)``, for indices.
+    """
+    module, _, leaf = name.rpartition(".")
+    if leaf == INDICES:
+        return (0,)
+    if leaf in {VALUES, VERSION_1_VALUES} and f"{module}.{INDICES}" in stored:
+        return (*shape[:-1], 2 * shape[-1])
+    return tuple(shape)
 
 
 def not_loaded(rows: int, columns: int, dtype: torch.dtype) -> Packed24:
@@ -207,11 +231,18 @@ def not_loaded(rows: int, columns: int, dtype: torch.dtype) -> Packed24:
 
 
 def missing_tensor(packed: Packed24) -> str | None:
-    """Return which tensor still has what ``not_loaded`` put there, or NaN; None if neither."""
+    """Return which of ``TENSORS`` has NaN or what ``not_loaded`` put there; None if neither."""
     if bool(packed.values.isnan().any()):
         return VALUES
     # Positions ascend, so the low half of a byte that was loaded is never zero.
     return INDICES if bool((packed.indices == 0).any()) else None
+
+
+def _unreadable(key: str, found: object, readable: str) -> ArtifactError:
+    return ArtifactError(
+        f"quantization_config: {key} is {found!r}, this release reads only {readable}: "
+        "install the sparseserve release that wrote the checkpoint, or export it again"
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.formats import FORMATS
@@ -17,7 +18,14 @@ class WeightStorage(Protocol):
 
     @property
     def TENSORS(self) -> tuple[str, ...]:  # a constant of a module
-        """Last parts of the names of the tensors that stand for ``NAME.weight``."""
+        """Last parts of the names of what is written in place of ``NAME.weight``."""
+        ...
+
+    def names(self, checkpoint: Checkpoint, module: str) -> tuple[str, ...]:
+        """Return the names of those tensors of ``module`` in ``checkpoint``.
+
+        They are in the order of ``TENSORS``, but may differ in a checkpoint of an older version.
+        """
         ...
 
     def stored(self, weight: Tensor, *, transposed: bool) -> tuple[Tensor, ...]:
@@ -35,8 +43,10 @@ class WeightStorage(Protocol):
         """Refuse a stored form of ``weight`` that is not the one the format prescribes."""
         ...
 
-    def quantization_config(self, modules: tuple[str, ...]) -> Mapping[str, object] | None:
-        """Return what config.json says of the pruned ``modules``; None for nothing."""
+    def quantization_config(
+        self, modules: tuple[str, ...], dtype: torch.dtype
+    ) -> Mapping[str, object] | None:
+        """Return what config.json says of the pruned ``modules`` in ``dtype``; None for nothing."""
         ...
 
 

@@ -180,7 +180,7 @@ def _windows(
 ) -> list[Tensor]:
     """Cut the windows of ``text``, a source and its column."""
     from sparseserve.evaluation.contamination import assert_not_calibration
-    from sparseserve.models.opening import open_tokenizer
+    from sparseserve.huggingface.opening import open_tokenizer
     from sparseserve.serving.launch.served_model import ServedModel
     from sparseserve.text import evaluation_windows, fit_sequence_length, read_text
     from sparseserve.text.windows import require_known_tokens

@@ -14,15 +14,13 @@ from transformers import PreTrainedModel
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, check_before_reading
 from sparseserve.devices import default_device, dtype_name, evaluation_dtype
-from sparseserve.errors import ArtifactError
 from sparseserve.evaluation.contamination import assert_not_calibration
 from sparseserve.evaluation.perplexity import perplexity
-from sparseserve.exporters import load_dense_state
+from sparseserve.huggingface.checkpoint_model import open_checkpoint
+from sparseserve.huggingface.opening import open_config, open_tokenizer
 from sparseserve.machine import this_machine
-from sparseserve.models.asked_size import check_asked_size
 from sparseserve.models.loading import load_model
 from sparseserve.models.model_folder import check_model_folder, find_model_folder
-from sparseserve.models.opening import build_model, open_config, open_tokenizer
 from sparseserve.report import PerplexityResult
 from sparseserve.serving.measure.perplexity import vllm_perplexity
 from sparseserve.text import (
@@ -140,14 +138,7 @@ def load_for_evaluation(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     if not _is_packed(folder):
         return load_model(folder, dtype=dtype, check_hashes=False).model
-    config = open_config(folder)
-    del config.quantization_config
-    state = load_dense_state(folder)
-    check_asked_size(folder, config, {name: tuple(item.shape) for name, item in state.items()})
-    opened = build_model(config, state, dtype)
-    if opened.missing:
-        raise ArtifactError(f"{folder}: tensor {opened.missing[0]} is missing")
-    return opened.model.eval().requires_grad_(False)
+    return open_checkpoint(folder, dtype)
 
 
 def _measure(

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.errors import NumericalError, UnsupportedModelError
+from sparseserve.huggingface.opening import open_tokenizer, open_weights
 from sparseserve.models.model_folder import check_model_folder, find_model_folder
-from sparseserve.models.opening import open_tokenizer, open_weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from sparseserve.checkpoint.formats import METHOD
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.weight_files import weight_files
 from sparseserve.errors import ArtifactError, UnsupportedModelError, first_line
-from sparseserve.models.asked_size import check_asked_size, check_layer_counts, stored_shapes
-from sparseserve.models.opening import open_config
+from sparseserve.huggingface.asked_size import check_asked_size, check_layer_counts, dense_shapes
+from sparseserve.huggingface.opening import open_config
 from sparseserve.paths import local_path, shown
 
 # What is read, and what comes along with the weights: a licence, and code, which is never run.
@@ -72,7 +72,7 @@ def check_model_folder(folder: Path) -> None:
         raise UnsupportedModelError(str(error)) from error
     for shard in shards:
         _check_shard(shard)
-    check_asked_size(folder, config, stored_shapes(shards))
+    check_asked_size(folder, config, dense_shapes(shards))
 
 
 def _check_settings(folder: Path) -> None:

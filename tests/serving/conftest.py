@@ -113,17 +113,19 @@ def pack_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pa
             if module in pruned and leaf == "weight":
                 weight = tensor.T if config["model_type"] == "gpt2" else tensor
                 packed = pack24(weight.contiguous())
-                tensors[f"{module}.weight_values"] = packed.values
+                tensors[f"{module}.weight"] = packed.values
                 tensors[f"{module}.weight_indices"] = packed.indices
             else:
                 tensors[name] = tensor
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config["quantization_config"] = {
             "quant_method": "sparseserve",
-            "version": 1,
+            "version": 2,
             "format": "packed24",
             "pattern": "2:4",
             "modules": pruned,
+            "weights": {"type": "float", "bits": 32, "group_size": None},
+            "activations": None,
         }
         (folder / "config.json").write_text(json.dumps(config))
         return folder

@@ -219,16 +219,6 @@ class TestTheCommand:
         assert found["vllm"] == ("vllm.entrypoints.cli.main", "serve", str(folder))
         assert found["vllm-cpu"][1:] == ("--model", str(folder))
 
-    @pytest.mark.parametrize("flag", ["--enable-lora", "--enable_lora"])
-    def test_with_lora_is_refused_for_two_four_weights_only(
-        self, folder: Path, pack_folder: Callable[[Path], Path], flag: str
-    ) -> None:
-        with pytest.raises(ServingError, match=r"--enable-lora .* export .* --format dense"):
-            server_command(pack_folder(folder), [flag])
-        with pytest.raises(ServingError, match="--enable-lora"):
-            server_command(folder, [flag, "--quantization=sparseserve"])
-        assert flag in server_command(folder, [flag]).arguments
-
     def test_is_not_made_for_other_tensors_than_were_written(
         self, folder: Path, tmp_path: Path
     ) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import engine_options
-from sparseserve.serving.measure.worker import generate, negative_log_likelihoods, start
+from sparseserve.serving.measure.worker import generate, start
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -33,15 +33,32 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     try:
         engine = start({**asdict(options), **job["options"]})
         windows = job["windows"]
-        totals = negative_log_likelihoods(engine, {"windows": windows})["totals"]
+        found = log_probabilities(engine, windows) if job["log_probabilities"] else None
         tokens = generate(engine, {"prompts": windows, "new_tokens": job["new_tokens"]})["tokens"]
         del engine
-        return {"totals": totals, "tokens": tokens}
+        return {"log_probabilities": found, "tokens": tokens}
     except Exception as error:  # the test asserts on it
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def log_probabilities(engine: Any, windows: list[list[int]]) -> list[list[float]]:
+    """Return the log-probability of every token of each window but its first."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False)
+    prompts = [{"prompt_token_ids": window} for window in windows]
+    return [
+        [
+            entry[token].logprob
+            for token, entry in zip(window[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+        for window, output in zip(
+            windows, engine.generate(prompts, parameters, use_tqdm=False), strict=True
+        )
+    ]
 
 
 if __name__ == "__main__":

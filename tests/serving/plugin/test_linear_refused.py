@@ -37,7 +37,7 @@ def test_a_row_parallel_share_that_cuts_a_byte_of_indices_is_refused(
             )
 
 
-@pytest.mark.parametrize("missing", ["weight_values", "weight_indices"])
+@pytest.mark.parametrize("missing", ["weight", "weight_indices"])
 def test_a_packed_tensor_that_was_not_in_the_checkpoint_is_refused(
     monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
@@ -51,7 +51,7 @@ def test_a_packed_tensor_that_was_not_in_the_checkpoint_is_refused(
             prefix=f"{PARENT}.gate_up_proj",
         )
         load_packed(layer, random_two_four(24, 32), 0)
-        other = {"weight_values": "weight_indices", "weight_indices": "weight_values"}[missing]
+        other = {"weight": "weight_indices", "weight_indices": "weight_values"}[missing]
         packed = pack24(random_two_four(24, 32, seed=1))
         tensor = packed.values if other == "weight_values" else packed.indices
         getattr(layer, other).weight_loader(getattr(layer, other), tensor, 1)
@@ -122,7 +122,7 @@ def test_a_dense_weight_that_was_not_loaded_is_refused(monkeypatch: pytest.Monke
 
 
 def test_half_packed_modules_without_rows_of_their_own_are_refused() -> None:
-    from sparseserve.serving.plugin.linear import CheckpointModule, shards_of
+    from sparseserve.serving.plugin.shards import CheckpointModule, shards_of
 
     modules = (CheckpointModule("a.x", True), CheckpointModule("a.y", False))
     with pytest.raises(ServingError, match=r"a\.xy: some of its 2 modules are packed"):

@@ -75,7 +75,7 @@ def test_indices_of_the_wrong_shape_are_refused() -> None:
 
 def test_what_config_json_says_is_read_back() -> None:
     modules = ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
-    config = packed24.quantization_config(modules)
+    config = packed24.quantization_config(modules, torch.bfloat16)
     assert packed24.packed_modules(config) == frozenset(modules)
     assert config["quant_method"] == "sparseserve"
     for key in ("version", "format", "pattern", "modules"):
@@ -94,13 +94,19 @@ def test_what_was_never_loaded_is_told_from_every_packed_weight(
     assert empty.values.shape == packed.values.shape
     assert empty.indices.shape == packed.indices.shape
     assert packed24.missing_tensor(packed) is None
-    assert packed24.missing_tensor(Packed24(empty.values, packed.indices)) == "weight_values"
+    assert packed24.missing_tensor(Packed24(empty.values, packed.indices)) == "weight"
     assert packed24.missing_tensor(Packed24(packed.values, empty.indices)) == "weight_indices"
 
 
 @given(two_four_weights())
-def test_sizes_after_unpacking_add_up_to_the_dense_weight(weight: torch.Tensor) -> None:
-    shapes = zip(packed24.TENSORS, (part.shape for part in packed24.stored(weight)), strict=True)
-    sizes = [packed24.dense_size(f"layer.{name}", shape) for name, shape in shapes]
-    assert sum(sizes) == weight.numel()
-    assert packed24.dense_size("layer.bias", (7,)) == 7
+@pytest.mark.parametrize("values", ["weight", "weight_values"])
+def test_the_dense_shape_is_told_from_names_and_shapes_alone(
+    values: str, weight: torch.Tensor
+) -> None:
+    packed = pack24(weight)
+    stored = {f"layer.{values}", "layer.weight_indices", "layer.bias", "norm.weight"}
+    shape = tuple(packed.values.shape)
+    assert packed24.dense_shape(f"layer.{values}", shape, stored) == tuple(weight.shape)
+    assert packed24.dense_shape("layer.weight_indices", packed.indices.shape, stored) == (0,)
+    assert packed24.dense_shape("layer.bias", (7,), stored) == (7,)
+    assert packed24.dense_shape("norm.weight", (8,), stored) == (8,)

@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig
 
+from sparseserve.checkpoint import packed24
 from sparseserve.errors import UnsupportedModelError, first_line
-from sparseserve.models.opening import sketch_model
+from sparseserve.huggingface.opening import sketch_model
 
 #: More decoder layers than any model has; a configuration makes lists as long as this.
 MOST_LAYERS = 10_000
@@ -26,14 +27,14 @@ _LAYER_COUNT = re.compile(r"(num|n)_(\w+_)?layers?")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def stored_shapes(shards: Iterable[Path]) -> Shapes:
-    """Return the shapes of all tensors in safetensors files, by name."""
-    found = {}
+def dense_shapes(shards: Iterable[Path]) -> Shapes:
+    """Return the shapes of all tensors in safetensors files, by name; of packed ones, unpacked."""
+    found: dict[str, tuple[int, ...]] = {}
     for path in shards:
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118  # the file is no mapping
                 found[name] = tuple(shard.get_slice(name).get_shape())
-    return found
+    return {name: packed24.dense_shape(name, shape, found) for name, shape in found.items()}
 
 
 def check_layer_counts(path: Path, settings: Mapping[str, object]) -> None:
@@ -60,7 +61,7 @@ def check_asked_size(folder: Path, config: PretrainedConfig, stored: Shapes) -> 
     Args:
         folder: The model's, for the message.
         config: What is asked for.
-        stored: Shapes of the tensors in the files.
+        stored: Shapes of the tensors in the files, unpacked.
 
     Raises:
         UnsupportedModelError: Names a tensor and its two shapes, or the two numbers of weights.

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -134,35 +133,6 @@ def sketch_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     with torch.device("meta"):
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config)
-
-
-def build_model(
-    config: PretrainedConfig, state: Mapping[str, Tensor], dtype: torch.dtype
-) -> OpenedWeights:
-    """Make the causal language model of ``config`` from tensors in memory.
-
-    Args:
-        config: A dense model's; without a ``quantization_config``.
-        state: Its tensors by name.
-        dtype: Floating type of the weights.
-
-    Raises:
-        UnsupportedModelError: They do not fit the configuration.
-    """
-    try:
-        model, loading = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except (ValueError, RuntimeError) as error:
-        raise UnsupportedModelError(
-            f"the tensors do not fit config.json: {first_line(error)}"
-        ) from error
-    return _opened(model, loading)
 
 
 def _opened(model: PreTrainedModel, loading: Mapping[str, Any]) -> OpenedWeights:

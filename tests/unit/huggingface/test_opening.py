@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import PreTrainedConfig
 
 from sparseserve.errors import UnsupportedModelError
-from sparseserve.models.opening import build_model, open_config, open_tokenizer, open_weights
+from sparseserve.huggingface.opening import open_config, open_tokenizer, open_weights
 from sparseserve.testing import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,19 +100,6 @@ def test_a_model_that_transformers_knows_is_opened_by_transformers_code_alone(tr
     assert not (trap.parent / "mark").exists()
 
 
-def test_a_model_can_be_built_from_tensors_in_memory(trap: Path) -> None:
-    opened = open_weights(trap)
-    config = open_config(trap)
-    assert isinstance(config, PreTrainedConfig)
-    state = opened.model.state_dict()
-    rebuilt = build_model(config, state, torch.float32)
-    assert not rebuilt.missing
-    assert not rebuilt.mismatched
-    assert all(torch.equal(state[name], t) for name, t in rebuilt.model.state_dict().items())
-    del state["model.norm.weight"]
-    assert build_model(config, state, torch.float32).missing == ("model.norm.weight",)
-
-
 def test_a_config_that_is_not_understood_is_one_line(trap: Path) -> None:
     change(trap / "config.json", hidden_size="wide")
     with pytest.raises(UnsupportedModelError, match=r"config\.json is not understood") as found:
@@ -130,4 +115,4 @@ def test_nothing_else_calls_from_pretrained() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "from_pretrained"
     }
-    assert callers == {"sparseserve/models/opening.py"}
+    assert callers == {"sparseserve/huggingface/opening.py"}

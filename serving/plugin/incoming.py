@@ -1,0 +1,132 @@
+"""The tensors of a packed24 checkpoint, on their way from the files into vLLM's model.
+
+Most packed modules are run by a layer of ours. But vLLM builds some in its own way (experts, and
+whatever it runs without asking us), loads some in its own way (the input projections of Mamba) and
+changes some (LoRA). The weights of those are unpacked before the model sees them, so they are
+loaded and run as those of the dense model are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from sparseserve.checkpoint import packed24
+from sparseserve.errors import ArtifactError, ServingError
+from sparseserve.serving.plugin.config import SparseServeConfig
+from sparseserve.serving.plugin.linear import INDICES, VALUES, Packed24LinearMethod
+
+logger = init_logger("vllm.sparseserve")
+
+Weights = Iterable[tuple[str, Tensor]]
+_LEAVES = {
+    packed24.VALUES: VALUES,
+    packed24.VERSION_1_VALUES: VALUES,
+    packed24.INDICES: INDICES,
+}
+
+
+def watch_models() -> None:
+    """See every model that vLLM makes, before its weights are loaded.
+
+    vLLM has no hook there: a quantization method is asked about each layer, but never told of the
+    model, nor of tensors. A second call changes nothing.
+    """
+    original = BaseModelLoader.create_model
+    if getattr(original, "watched", False):
+        return
+
+    @wraps(original)
+    def create_model(
+        self: BaseModelLoader, vllm_config: Any, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        model: nn.Module = original(self, vllm_config, *args, **kwargs)
+        config = vllm_config.quant_config
+        if isinstance(config, SparseServeConfig) and config.is_packed:
+            _take_over(model, config)
+        return model
+
+    create_model.watched = True  # type: ignore[attr-defined]
+    BaseModelLoader.create_model = create_model
+
+
+def incoming(
+    weights: Weights, packed: Iterable[str], taken: frozenset[str], transposed: frozenset[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``weights`` under the names of the parameters that they are loaded into.
+
+    Args:
+        weights: Tensors of the checkpoint by name.
+        packed: Its packed modules.
+        taken: Those that a layer of ours runs; the others are unpacked.
+        transposed: Those whose dense weight is stored ``[in, out]``.
+
+    Raises:
+        ServingError: One of the tensors of a packed module is missing or damaged.
+    """
+    held: dict[str, dict[str, Tensor]] = {}
+    packed = frozenset(packed)
+    for name, tensor in weights:
+        module, _, leaf = name.rpartition(".")
+        if module not in packed or leaf not in _LEAVES:
+            yield name, tensor
+        elif module in taken:
+            yield f"{module}.{_LEAVES[leaf]}", tensor
+        else:
+            parts = held.setdefault(module, {})
+            parts[_LEAVES[leaf]] = tensor
+            if len(parts) == len({VALUES, INDICES}):
+                del held[module]
+                yield f"{module}.weight", _dense(module, parts, module in transposed)
+    for module, parts in held.items():
+        there = next(iter(parts))
+        raise ServingError(
+            f"{module} has {there}, but not what belongs to it: check the folder with "
+            "sparseserve verify"
+        )
+
+
+def _take_over(model: Any, config: SparseServeConfig) -> None:
+    vllm_names = _names_run_by_us(model)
+    taken = frozenset(name for name, known in config.packed.items() if known in vllm_names)
+    if left := sorted(config.packed.keys() - taken):
+        logger.info(
+            "%d packed modules run dense, because vLLM makes or loads them in its own way; "
+            "the first is %s",
+            len(left),
+            left[0],
+        )
+    load: Callable[..., Any] = model.load_weights
+
+    @wraps(load)
+    def load_weights(weights: Weights, *args: Any, **kwargs: Any) -> Any:
+        return load(incoming(weights, config.packed, taken, config.transposed), *args, **kwargs)
+
+    model.load_weights = load_weights
+
+
+def _names_run_by_us(model: nn.Module) -> frozenset[str]:
+    """Return vLLM's names of the packed modules in layers of ours; leave to vLLM what it loads."""
+    names: set[str] = set()
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if not isinstance(method, Packed24LinearMethod):
+            continue
+        if method.is_loaded_by_the_model(layer):
+            method.become_dense(layer)
+        else:
+            names |= {module.name for module in method.modules if module.sparse}
+    return frozenset(names)
+
+
+def _dense(module: str, parts: dict[str, Tensor], transposed: bool) -> Tensor:
+    try:
+        weight = packed24.unpack24(packed24.Packed24(parts[VALUES], parts[INDICES]))
+    except ArtifactError as error:
+        raise ServingError(f"{module}: {error}") from error
+    return weight.T.contiguous() if transposed else weight

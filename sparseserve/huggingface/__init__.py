@@ -1,0 +1,1 @@
+"""Opening packed24 checkpoints with plain transformers; ``autoload`` says how it comes to that."""

@@ -1,0 +1,181 @@
+"""How transformers opens a packed24 checkpoint: as the dense model, unpacked while it is read.
+
+transformers calls whatever stores weights in another form a quantizer. Ours changes nothing but the
+reading: afterwards the model is an ordinary dense one, which can be trained, saved and adapted.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparseserve.checkpoint import packed24
+from sparseserve.checkpoint.formats import METHOD
+from sparseserve.errors import ArtifactError
+
+if TYPE_CHECKING:
+    # transformers imports its models after its table of quantizers, and this module with the table.
+    from transformers import PreTrainedModel
+
+# transformers searches these expressions in the names of tensors, and takes the first that fits.
+_VALUES = (f"{packed24.VALUES}$", f"{packed24.VERSION_1_VALUES}$")
+_INDICES = f"{packed24.INDICES}$"
+
+
+def add_to(table: ModuleType) -> None:
+    """Add packed24 to transformers' ``table`` of quantizers; a second call changes nothing."""
+    if METHOD not in table.AUTO_QUANTIZER_MAPPING:
+        table.register_quantization_config(METHOD)(Packed24Config)
+        table.register_quantizer(METHOD)(Packed24Quantizer)
+
+
+class Packed24Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is Any
+    """The ``quantization_config`` of a packed24 checkpoint (docs/format.md)."""
+
+    # Tells transformers that the model is dense once it is read, and to drop this configuration.
+    dequantize = True
+
+    def __init__(self, **described: Any) -> None:
+        """Keep what config.json says.
+
+        Raises:
+            ArtifactError: A key is missing or has a value that this release does not read.
+        """
+        packed24.packed_modules(described)
+        for key, value in described.items():
+            setattr(self, key, value)
+
+
+class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Unpacks 2:4 weights while transformers reads them."""
+
+    requires_calibration = True  # it reads packed weights, and packs none
+
+    def __init__(self, quantization_config: Packed24Config, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self._replaced: dict[int, tuple[WeightConverter, WeightTransform | None]] = {}
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the model can be trained: it is dense."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Whether the model can be saved: as a dense one."""
+        return True
+
+    def update_weight_conversions(
+        self, conversions: list[WeightTransform]
+    ) -> list[WeightTransform]:
+        """Unpack before anything that transformers does to the weights of this model.
+
+        Some models keep in one tensor what their files hold in many, such as experts; each of the
+        many may be packed.
+        """
+        unpacking = WeightConverter([_INDICES, *_VALUES], [packed24.VALUES], [_UnpackOne()])
+        self._replaced[id(unpacking)] = (unpacking, None)
+        return [*map(self._unpacking_first, conversions), unpacking]
+
+    def _unpacking_first(self, conversion: WeightTransform) -> WeightTransform:
+        suffix = f".{packed24.VALUES}"
+        # transformers refuses conversions from many names to many.
+        if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) > 1:
+            return conversion
+        sources: dict[str, str] = {}
+        for source in conversion._original_source_patterns:
+            stem = source.removesuffix("$").removesuffix(suffix)
+            if stem == source.removesuffix("$"):
+                sources[source] = source
+            else:
+                sources |= {f"{stem}.{name}": source for name in (_INDICES, *_VALUES)}
+        if list(sources) == list(sources.values()):
+            return conversion
+        ours = WeightConverter(
+            list(sources),
+            list(conversion._original_target_patterns),
+            [_UnpackMany(sources), *conversion.operations],
+            force_cpu=conversion.force_cpu,
+        )
+        ours.scope_prefix, ours.base_model_prefix = (
+            conversion.scope_prefix,
+            conversion.base_model_prefix,
+        )
+        self._replaced[id(ours)] = (ours, conversion)
+        return ours
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **options: Any
+    ) -> PreTrainedModel:
+        """Forget how it was read, else ``save_pretrained`` would do all of it backwards."""
+        kept = []
+        for conversion in model._weight_conversions or ():
+            _, original = self._replaced.get(id(conversion), (None, conversion))
+            kept += [original] if original is not None else []
+        model._weight_conversions = kept
+        return model
+
+
+class _UnpackOne(ConversionOps):  # type: ignore[misc]
+    """The weight of one module from its packed tensors; every other weight as it is."""
+
+    def convert(
+        self,
+        input_dict: dict[str, list[Tensor]],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        """Return the weight ``full_layer_name`` in the orientation and dtype of ``model``."""
+        (weight,) = _unpacked(full_layer_name, input_dict)
+        if _INDICES in input_dict:
+            module = model.get_submodule(full_layer_name.rpartition(".")[0])
+            weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
+        if f"{packed24.VERSION_1_VALUES}$" in input_dict:
+            # transformers leaves the dtype of renamed tensors alone.
+            weight = weight.to(model.get_parameter_or_buffer(full_layer_name).dtype)
+        return {full_layer_name: weight}
+
+
+class _UnpackMany(ConversionOps):  # type: ignore[misc]
+    """The weights of many modules, before they are put together.
+
+    ``sources`` gives the name, among those that the next operation knows, that each of ours is for.
+    """
+
+    def __init__(self, sources: dict[str, str]) -> None:
+        self._sources = sources
+
+    def convert(
+        self, input_dict: dict[str, list[Tensor]], *, full_layer_name: str, **_: Any
+    ) -> dict[str, list[Tensor]]:
+        """Return the dense weights under the names that the next operation knows."""
+        together: dict[str, dict[str, list[Tensor]]] = {}
+        for name, tensors in input_dict.items():
+            source = self._sources[name]
+            leaf = name.rpartition(".")[2] if name != source else _VALUES[0]
+            together.setdefault(source, {})[leaf] = tensors
+        return {source: _unpacked(full_layer_name, parts) for source, parts in together.items()}
+
+
+def _unpacked(name: str, parts: dict[str, list[Tensor]]) -> list[Tensor]:
+    """Return the dense weights of the parameter ``name``; ``parts`` are equally long lists."""
+    indices = parts.get(_INDICES)
+    values = [tensor for key in _VALUES for tensor in parts.get(key, ())]
+    if indices is None:
+        return values
+    if len(values) != len(indices):
+        raise ArtifactError(
+            f"{name}: {len(values)} weights for {len(indices)} tensors of indices: "
+            "copy or export the checkpoint again"
+        )
+    return [
+        packed24.unpack24(packed24.Packed24(first, second))
+        for first, second in zip(values, indices, strict=True)
+    ]
