@@ -2,7 +2,7 @@
 
 Runs all cases, those outside the gate too, once for each version, in an environment of its own:
 ``.venv`` for the version that it has, ``.venv-VERSION`` for the others. The result says what was
-not tried::
+not tried: versions that this machine lacks, and those that the packages cannot be installed for::
 
     python -m benchmarks.harness.every_test
 """
@@ -154,13 +154,26 @@ def main(versions: tuple[str, ...], output: Path) -> None:
     found = {version: interpreter(version) for version in versions}
     absent = [version for version, python in found.items() if python is None]
     runs: list[PythonRun] = []
-    setting = {"pytest": " ".join(PYTEST), "versions": list(versions), "absent": absent}
+    not_installed: list[str] = []
+    setting = {
+        "pytest": " ".join(PYTEST),
+        "versions": list(versions),
+        "absent": absent,
+        "not_installed": not_installed,
+    }
     for version, python in found.items():
         if python is None:
             click.echo(f"this machine has no Python {version}: not tried", err=True)
             continue
         click.secho(f"== Python {version}", bold=True, err=True)
-        runs.append(run_tests(environment(python, version)))
+        try:
+            made = environment(python, version)
+        except EveryTestError as error:
+            click.echo(f"{error}: Python {version} is not tried", err=True)
+            not_installed.append(version)
+            write_result(output, setting, runs=runs)
+            continue
+        runs.append(run_tests(made))
         click.echo(f"{runs[-1].python}: {runs[-1].totals}", err=True)
         write_result(output, setting, runs=runs)
     failed = [f"{run.python} {name}" for run in runs for name in run.failed]

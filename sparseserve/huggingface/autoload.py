@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -35,20 +36,32 @@ def register() -> None:
 
 
 class _WaitForTable:
-    """Finds no module, but is asked for each, and sees when transformers' table is there.
+    """Finds no module but transformers' table, and sees when that has been imported.
 
-    torch, and so this, may itself be imported by the table: so the table's own import is not what
-    is waited for. Before a model can be read, more modules follow.
+    torch, and so this, may itself be imported by the table. Then it is too late to see the table's
+    import, but other modules follow before a model can be read, and this is asked for each.
     """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find nothing."""
+        """Find the table as Python would, to go on when it has run; nothing else."""
         if (table := _table()) is not None and self in sys.meta_path:
             sys.meta_path.remove(self)
             _add_to(table)
-        return None
+        if name != _TABLE or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_add(module: ModuleType) -> None:
+                run(module)
+                _add_to(module)
+
+            spec.loader.exec_module = run_and_add  # type: ignore[method-assign]
+        return spec
 
 
 def _table() -> ModuleType | None:

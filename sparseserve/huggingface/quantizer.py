@@ -60,6 +60,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Packed24Config, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self._replaced: dict[int, tuple[WeightConverter, WeightTransform | None]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     @property
     def is_trainable(self) -> bool:
@@ -93,8 +94,9 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]
             if stem == source.removesuffix("$"):
                 sources[source] = source
             else:
-                sources |= {f"{stem}.{name}": source for name in (_INDICES, *_VALUES)}
-        if list(sources) == list(sources.values()):
+                first = f"{stem}.{_VALUES[0]}"
+                sources |= {f"{stem}.{name}": first for name in (*_VALUES, _INDICES)}
+        if list(sources) == list(conversion._original_source_patterns):
             return conversion
         ours = WeightConverter(
             list(sources),
@@ -109,10 +111,28 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]
         self._replaced[id(ours)] = (ours, conversion)
         return ours
 
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **options: Any
+    ) -> PreTrainedModel:
+        """Remember the shapes: transformers compares none where there is a quantizer."""
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+        return model
+
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **options: Any
     ) -> PreTrainedModel:
-        """Forget how it was read, else ``save_pretrained`` would do all of it backwards."""
+        """Forget how it was read, else ``save_pretrained`` would do all of it backwards.
+
+        Raises:
+            ArtifactError: A weight is of another shape than the model's.
+        """
+        for name, tensor in model.named_parameters():
+            if tuple(tensor.shape) != self._shapes.get(name, tuple(tensor.shape)):
+                raise ArtifactError(
+                    f"{name} is {list(tensor.shape)}, but config.json asks for "
+                    f"{list(self._shapes[name])}: its indices are missing, or it was stored for "
+                    "another model: copy or export the checkpoint again"
+                )
         kept = []
         for conversion in model._weight_conversions or ():
             _, original = self._replaced.get(id(conversion), (None, conversion))
@@ -157,11 +177,16 @@ class _UnpackMany(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, list[Tensor]]:
         """Return the dense weights under the names that the next operation knows."""
         together: dict[str, dict[str, list[Tensor]]] = {}
+        dense: dict[str, list[Tensor]] = {}
         for name, tensors in input_dict.items():
-            source = self._sources[name]
-            leaf = name.rpartition(".")[2] if name != source else _VALUES[0]
-            together.setdefault(source, {})[leaf] = tensors
-        return {source: _unpacked(full_layer_name, parts) for source, parts in together.items()}
+            leaf = name.rpartition(".")[2]
+            if leaf in {_INDICES, *_VALUES}:
+                together.setdefault(self._sources[name], {})[leaf] = tensors
+            else:  # such as biases
+                dense[name] = tensors
+        for source, parts in together.items():
+            dense[source] = _unpacked(full_layer_name, parts)
+        return dense
 
 
 def _unpacked(name: str, parts: dict[str, list[Tensor]]) -> list[Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from benchmarks.harness import every_test
 from benchmarks.harness.every_test import EveryTestError, PythonRun, interpreter, run_tests
@@ -87,3 +89,23 @@ def test_outcomes_are_by_file() -> None:
 def test_what_the_gate_leaves_out_is_not_left_out_here() -> None:
     arguments = every_test.PYTEST
     assert arguments[arguments.index("-m") + 1] == ""
+
+
+def test_a_version_that_cannot_be_installed_is_named_and_the_others_run(
+    own_tests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def environment(python: Path, version: str) -> Path:
+        if version == "3.12":
+            raise EveryTestError("no packages")
+        return python
+
+    run = every_test.run_tests
+    monkeypatch.setattr(every_test, "environment", environment)
+    monkeypatch.setattr(every_test, "interpreter", lambda version: Path(sys.executable))
+    monkeypatch.setattr(every_test, "run_tests", lambda python: run(python, (str(own_tests), "-q")))
+    arguments = ["--version", "3.11", "--version", "3.12", "-o", str(tmp_path / "result.json")]
+    done = CliRunner().invoke(every_test.main, arguments)
+    assert done.exit_code == 1  # a case of own_tests fails
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["setting"]["not_installed"] == ["3.12"]
+    assert len(result["runs"]) == 1

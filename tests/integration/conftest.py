@@ -36,6 +36,17 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> PruneRecipe:
 Prune = Callable[..., Artifact]
 
 
+@pytest.fixture(scope="session")
+def prune_into(quick: PruneRecipe) -> Prune:
+    """Prune a tiny family into a new folder, quickly."""
+
+    def run(folder: Path, family: str) -> Artifact:
+        source = save_tiny_model(family, folder.with_name(f"model-{folder.name}"))
+        return prune_and_export(Job(str(source), quick, "packed24"), folder)
+
+    return run
+
+
 @pytest.fixture
 def prune(tmp_path: Path, quick: PruneRecipe) -> Prune:
     """Prune a tiny family, or a folder, into ``tmp_path / name``."""
