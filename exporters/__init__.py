@@ -12,10 +12,18 @@ from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.exporters.dense import export_dense
 from sparseserve.exporters.packed24 import export_packed24
+from sparseserve.exporters.semi_structured import export_semi_structured
 from sparseserve.exporters.stored import load_dense_state
 
 Exporter = Callable[[Artifact, Path, torch.dtype | None], Artifact]
 
 EXPORTERS: dict[str, Exporter] = {name: resolve_name(row.exporter) for name, row in FORMATS.items()}
 
-__all__ = ["EXPORTERS", "Exporter", "export_dense", "export_packed24", "load_dense_state"]
+__all__ = [
+    "EXPORTERS",
+    "Exporter",
+    "export_dense",
+    "export_packed24",
+    "export_semi_structured",
+    "load_dense_state",
+]

@@ -33,7 +33,7 @@ def export_stored(
         artifact: What to write.
         folder: Where.
         name: The format, a name of ``FORMATS``.
-        dtype: To round all weights to; None keeps theirs.
+        dtype: To round all weights to; None keeps theirs, where the format can.
         shard_bytes: Largest size of a file.
 
     Raises:
@@ -43,16 +43,22 @@ def export_stored(
     require_fit(name, artifact.manifest.pattern)
     artifact.check_hashes()
     storage = storage_of(name)
+    own = _pruned_dtype(artifact)
+    kept = dtype or storage.kept_dtype(own)
+    dtype = None if dtype is None and kept == own else kept
     tensors = _stored_tensors(artifact, storage, dtype)
     write_checkpoint(folder, tensors, shard_bytes=shard_bytes)
     copy_side_files(artifact.path, folder)
     config = model_config(artifact.path, dtype)
     config.pop("quantization_config", None)
     pruned = artifact.manifest.pruned
-    if (said := storage.quantization_config(pruned, dtype or _pruned_dtype(artifact))) is not None:
+    if (said := storage.quantization_config(pruned, kept)) is not None:
         config["quantization_config"] = said
     write_json(folder / "config.json", config)
-    return write_manifest(folder, replace(artifact.manifest, format=name, files={}))
+    report = artifact.manifest.report
+    if kept != own:
+        report = {**report, "rounded": {"from": dtype_name(own), "to": dtype_name(kept)}}
+    return write_manifest(folder, replace(artifact.manifest, format=name, report=report, files={}))
 
 
 def dense_tensors(
@@ -99,7 +105,7 @@ def _stored_tensors(
             parts = storage.stored(tensor.T if transposed else tensor, transposed=transposed)
         except ArtifactError as error:
             raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
-        for suffix, part in zip(storage.TENSORS, parts, strict=True):
+        for suffix, part in parts.items():
             yield f"{module}.{suffix}", part
 
 

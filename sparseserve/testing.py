@@ -71,8 +71,8 @@ _MAMBA = {
     "mamba_n_groups": 1,
     "mamba_chunk_size": 16,
 }
-#: Families that differ from those in how vLLM runs them: by its Transformers backend, or with
-#: Mamba mixers beside or instead of attention.
+#: Families that need more of what stands around pruning. vLLM runs some by its Transformers
+#: backend, some have Mamba mixers, and some have other names on disk than in memory.
 MORE_TINY_FAMILIES: dict[str, dict[str, object]] = {
     "smollm3": {**_GATED, "tie_word_embeddings": True, "no_rope_layer_interval": 2},
     "falcon_h1": {**_GATED, **_MAMBA, "head_dim": 32, "mamba_d_ssm": 64, "mamba_n_heads": 2},
@@ -84,6 +84,35 @@ MORE_TINY_FAMILIES: dict[str, dict[str, object]] = {
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
         "shared_intermediate_size": 128,
+    },
+    "nemotron_h": {
+        **_GATED,
+        "head_dim": 32,
+        "hybrid_override_pattern": "M*-M",
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+        "chunk_size": 16,
+    },
+    "gemma3": {
+        "text_config": {
+            **_ALTERNATING,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_index": TINY_VOCABULARY - 1,
+        "boi_token_index": TINY_VOCABULARY - 2,
+        "eoi_token_index": TINY_VOCABULARY - 3,
     },
 }
 

@@ -44,7 +44,7 @@ class Manifest:
     Attributes:
         format: How pruned weights are stored, a name of ``FORMATS``.
         pattern: The pattern they obey, as ``SparsityPattern.parse`` reads it.
-        pruned: Full names of the pruned linear modules.
+        pruned: Full names of the pruned linear modules, as the checkpoint's tensors have them.
         transposed: Those of them whose dense weight is stored ``[in, out]`` (GPT-2's Conv1D).
         source: The model that was pruned.
         recipe: What was asked for, as JSON data.

@@ -7,17 +7,15 @@ from torch import Tensor
 
 from sparseserve.checkpoint.tensors import Checkpoint
 
-TENSORS = ("weight",)
-
 
 def names(checkpoint: Checkpoint, module: str) -> tuple[str]:
     """Return the name of the weight of ``module``."""
     return (f"{module}.weight",)
 
 
-def stored(weight: Tensor, *, transposed: bool) -> tuple[Tensor, ...]:
+def stored(weight: Tensor, *, transposed: bool) -> dict[str, Tensor]:
     """Return the weight, ``[in, out]`` where the model stores it so."""
-    return (weight.T if transposed else weight,)
+    return {"weight": weight.T if transposed else weight}
 
 
 def read_weight(checkpoint: Checkpoint, module: str, *, transposed: bool) -> Tensor:
@@ -32,6 +30,11 @@ def read_weight(checkpoint: Checkpoint, module: str, *, transposed: bool) -> Ten
 
 def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
     """Ask nothing more: every tensor is a valid dense weight."""
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what weights of ``dtype`` are rounded to if nothing else is asked: nothing."""
+    return dtype
 
 
 def quantization_config(modules: tuple[str, ...], dtype: torch.dtype) -> None:

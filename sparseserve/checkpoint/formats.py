@@ -34,6 +34,11 @@ FORMATS: dict[str, Format] = {
     "packed24": Format(
         "sparseserve.checkpoint.packed24", "sparseserve.exporters.packed24:export_packed24", "2:4"
     ),
+    "semi_structured": Format(
+        "sparseserve.checkpoint.semi_structured",
+        "sparseserve.exporters.semi_structured:export_semi_structured",
+        "2:4",
+    ),
     "dense": Format("sparseserve.checkpoint.dense", "sparseserve.exporters.dense:export_dense"),
 }
 

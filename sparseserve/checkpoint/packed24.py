@@ -24,7 +24,6 @@ VERSION_1_VALUES = "weight_values"
 VERSION = 2
 VALUES = "weight"
 INDICES = "weight_indices"
-TENSORS = (VALUES, INDICES)
 # Sharding may cut the input features at multiples of it, so that no byte of indices is cut.
 COLUMNS_PER_BYTE = 8
 
@@ -109,14 +108,14 @@ def names(checkpoint: Checkpoint, module: str) -> tuple[str, str]:
     return first if first in checkpoint else f"{module}.{VALUES}", f"{module}.{INDICES}"
 
 
-def stored(weight: Tensor, *, transposed: bool = False) -> tuple[Tensor, ...]:
+def stored(weight: Tensor, *, transposed: bool = False) -> dict[str, Tensor]:
     """Return values and indices of a 2:4 ``weight``, which is ``[out, in]`` in every model.
 
     Raises:
         ArtifactError: ``weight`` is not 2:4; the message names the first group that is not.
     """
     packed = pack24(weight)
-    return packed.values, packed.indices
+    return {VALUES: packed.values, INDICES: packed.indices}
 
 
 def read_packed(checkpoint: Checkpoint, module: str) -> Packed24:
@@ -150,6 +149,11 @@ def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
         raise ArtifactError("encoding is not the canonical one")
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what weights of ``dtype`` are rounded to if nothing else is asked: nothing."""
+    return dtype
+
+
 def quantization_config(modules: Sequence[str], dtype: torch.dtype) -> dict[str, object]:
     """Return what config.json says under ``quantization_config``; ``dtype`` is that of values."""
     return {
@@ -163,14 +167,20 @@ def quantization_config(modules: Sequence[str], dtype: torch.dtype) -> dict[str,
     }
 
 
-def packed_modules(config: Mapping[str, object]) -> frozenset[str]:
+def packed_modules(
+    config: Mapping[str, object], formats: Sequence[str] = (FORMAT,)
+) -> frozenset[str]:
     """Return the packed modules that a checkpoint's ``quantization_config`` lists.
+
+    Args:
+        config: The ``quantization_config``.
+        formats: What the caller can read.
 
     Raises:
         ArtifactError: A key is missing or has a value that this release does not read.
     """
     version = config.get("version")
-    readable = {"version": (1, VERSION), "format": (FORMAT,), "pattern": (str(TWO_FOUR),)}
+    readable = {"version": (1, VERSION), "format": formats, "pattern": (str(TWO_FOUR),)}
     for key, values in readable.items():
         # True equals 1.
         if type(config.get(key)) is not type(values[0]) or config.get(key) not in values:
@@ -231,7 +241,7 @@ def not_loaded(rows: int, columns: int, dtype: torch.dtype) -> Packed24:
 
 
 def missing_tensor(packed: Packed24) -> str | None:
-    """Return which of ``TENSORS`` has NaN or what ``not_loaded`` put there; None if neither."""
+    """Return which part has NaN or what ``not_loaded`` put there; None if neither."""
     if bool(packed.values.isnan().any()):
         return VALUES
     # Positions ascend, so the low half of a byte that was loaded is never zero.
@@ -240,8 +250,8 @@ def missing_tensor(packed: Packed24) -> str | None:
 
 def _unreadable(key: str, found: object, readable: str) -> ArtifactError:
     return ArtifactError(
-        f"quantization_config: {key} is {found!r}, this release reads only {readable}: "
-        "install the sparseserve release that wrote the checkpoint, or export it again"
+        f"quantization_config: {key} is {found!r}, what is read here is {readable}: "
+        f"export it with --format {FORMAT}, or install the release that wrote it"
     )
 
 

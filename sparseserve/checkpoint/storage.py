@@ -16,20 +16,12 @@ from sparseserve.checkpoint.tensors import Checkpoint
 class WeightStorage(Protocol):
     """Names, layout and rules of a stored weight; the dense form is always ``[out, in]``."""
 
-    @property
-    def TENSORS(self) -> tuple[str, ...]:  # a constant of a module
-        """Last parts of the names of what is written in place of ``NAME.weight``."""
-        ...
-
     def names(self, checkpoint: Checkpoint, module: str) -> tuple[str, ...]:
-        """Return the names of those tensors of ``module`` in ``checkpoint``.
-
-        They are in the order of ``TENSORS``, but may differ in a checkpoint of an older version.
-        """
+        """Return the names of the tensors in ``checkpoint`` that stand for a pruned weight."""
         ...
 
-    def stored(self, weight: Tensor, *, transposed: bool) -> tuple[Tensor, ...]:
-        """Return what is stored of ``weight``, in the order of ``TENSORS``.
+    def stored(self, weight: Tensor, *, transposed: bool) -> Mapping[str, Tensor]:
+        """Return what is stored of ``weight``, by the last parts of the names.
 
         ``transposed`` says that a dense checkpoint of the model stores it ``[in, out]``.
         """
@@ -41,6 +33,10 @@ class WeightStorage(Protocol):
 
     def check_weight(self, checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
         """Refuse a stored form of ``weight`` that is not the one the format prescribes."""
+        ...
+
+    def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return what weights of ``dtype`` are rounded to if nothing else is asked."""
         ...
 
     def quantization_config(

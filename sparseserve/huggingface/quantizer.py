@@ -1,4 +1,4 @@
-"""How transformers opens a packed24 checkpoint: as the dense model, unpacked while it is read.
+"""How transformers opens our packed checkpoints: as the dense model, unpacked while it is read.
 
 transformers calls whatever stores weights in another form a quantizer. Ours changes nothing but the
 reading: afterwards the model is an ordinary dense one, which can be trained, saved and adapted.
@@ -6,6 +6,7 @@ reading: afterwards the model is an ordinary dense one, which can be trained, sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparseserve.checkpoint import packed24
+from sparseserve.checkpoint import packed24, semi_structured
 from sparseserve.checkpoint.formats import METHOD
+from sparseserve.checkpoint.packed24 import Packed24
 from sparseserve.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -25,7 +27,12 @@ if TYPE_CHECKING:
 
 # transformers searches these expressions in the names of tensors, and takes the first that fits.
 _VALUES = (f"{packed24.VALUES}$", f"{packed24.VERSION_1_VALUES}$")
-_INDICES = f"{packed24.INDICES}$"
+# What says where the values lie, by format, and what makes the two a packed weight.
+_POSITIONS: dict[str, Callable[[Tensor, Tensor], Packed24]] = {
+    f"{packed24.INDICES}$": Packed24,
+    f"{semi_structured.META}$": semi_structured.from_meta,
+}
+_FORMATS = (packed24.FORMAT, semi_structured.FORMAT)
 
 
 def add_to(table: ModuleType) -> None:
@@ -36,7 +43,7 @@ def add_to(table: ModuleType) -> None:
 
 
 class Packed24Config(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is Any
-    """The ``quantization_config`` of a packed24 checkpoint (docs/format.md)."""
+    """The ``quantization_config`` of a packed checkpoint (docs/format.md)."""
 
     # Tells transformers that the model is dense once it is read, and to drop this configuration.
     dequantize = True
@@ -47,7 +54,7 @@ class Packed24Config(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
         Raises:
             ArtifactError: A key is missing or has a value that this release does not read.
         """
-        packed24.packed_modules(described)
+        packed24.packed_modules(described, _FORMATS)
         for key, value in described.items():
             setattr(self, key, value)
 
@@ -79,7 +86,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]
         Some models keep in one tensor what their files hold in many, such as experts; each of the
         many may be packed.
         """
-        unpacking = WeightConverter([_INDICES, *_VALUES], [packed24.VALUES], [_UnpackOne()])
+        unpacking = WeightConverter([*_POSITIONS, *_VALUES], [packed24.VALUES], [_UnpackOne()])
         self._replaced[id(unpacking)] = (unpacking, None)
         return [*map(self._unpacking_first, conversions), unpacking]
 
@@ -95,7 +102,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]
                 sources[source] = source
             else:
                 first = f"{stem}.{_VALUES[0]}"
-                sources |= {f"{stem}.{name}": first for name in (*_VALUES, _INDICES)}
+                sources |= {f"{stem}.{name}": first for name in (*_VALUES, *_POSITIONS)}
         if list(sources) == list(conversion._original_source_patterns):
             return conversion
         ours = WeightConverter(
@@ -154,7 +161,7 @@ class _UnpackOne(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """Return the weight ``full_layer_name`` in the orientation and dtype of ``model``."""
         (weight,) = _unpacked(full_layer_name, input_dict)
-        if _INDICES in input_dict:
+        if _POSITIONS.keys() & input_dict.keys():
             module = model.get_submodule(full_layer_name.rpartition(".")[0])
             weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
         if f"{packed24.VERSION_1_VALUES}$" in input_dict:
@@ -180,7 +187,7 @@ class _UnpackMany(ConversionOps):  # type: ignore[misc]
         dense: dict[str, list[Tensor]] = {}
         for name, tensors in input_dict.items():
             leaf = name.rpartition(".")[2]
-            if leaf in {_INDICES, *_VALUES}:
+            if leaf in {*_POSITIONS, *_VALUES}:
                 together.setdefault(self._sources[name], {})[leaf] = tensors
             else:  # such as biases
                 dense[name] = tensors
@@ -191,16 +198,13 @@ class _UnpackMany(ConversionOps):  # type: ignore[misc]
 
 def _unpacked(name: str, parts: dict[str, list[Tensor]]) -> list[Tensor]:
     """Return the dense weights of the parameter ``name``; ``parts`` are equally long lists."""
-    indices = parts.get(_INDICES)
     values = [tensor for key in _VALUES for tensor in parts.get(key, ())]
-    if indices is None:
-        return values
-    if len(values) != len(indices):
-        raise ArtifactError(
-            f"{name}: {len(values)} weights for {len(indices)} tensors of indices: "
-            "copy or export the checkpoint again"
-        )
-    return [
-        packed24.unpack24(packed24.Packed24(first, second))
-        for first, second in zip(values, indices, strict=True)
-    ]
+    for key in _POSITIONS.keys() & parts.keys():
+        if len(values) != len(parts[key]):
+            raise ArtifactError(
+                f"{name}: {len(values)} weights for {len(parts[key])} tensors of positions: "
+                "copy or export the checkpoint again"
+            )
+        pairs = zip(values, parts[key], strict=True)
+        return [packed24.unpack24(_POSITIONS[key](*pair)) for pair in pairs]
+    return values

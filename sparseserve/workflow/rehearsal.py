@@ -25,7 +25,7 @@ from sparseserve.huggingface.opening import open_config, open_tokenizer
 from sparseserve.layerwise.plan import check_plan, planned_operators
 from sparseserve.layerwise.trial import TRIED_TOKENS, try_layers
 from sparseserve.models.loading import LoadedModel
-from sparseserve.models.saving import save_first_rows
+from sparseserve.models.saving import save_first_rows, stored_name
 from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.paths import local_path
 from sparseserve.recipe.settings import PruneRecipe
@@ -46,7 +46,7 @@ def rehearse(
 
     Raises:
         UnsupportedModelError: The structure cannot be found, a layer cannot be run alone or
-            trained, or an operator is stored under another name.
+            trained, or an operator is stored in another form.
         RecipeError: An operator does not fit the pattern, or there are too few windows.
         ArtifactError: The format cannot hold the result, the disk is too small, or a file that goes
             with the weights is missing.
@@ -107,7 +107,7 @@ def _rehearse_storing(
     for layer in structure.layers:
         for operator in planned_operators(layer, recipe):
             name = layer.full_name(operator)
-            dtype = model.get_submodule(name).get_parameter("weight").dtype
+            dtype = storage.kept_dtype(model.get_parameter(f"{name}.weight").dtype)
             if (operator.in_features, dtype) in seen:
                 continue
             seen.add((operator.in_features, dtype))
@@ -155,11 +155,12 @@ def _rehearse_writing(
         for operator in planned_operators(layer, recipe):
             name = f"{layer.full_name(operator)}.weight"
             expected = loaded.model.get_parameter(name)[:1]
-            if name not in stored or not torch.equal(stored.tensor(name), expected):
+            on_disk = f"{stored_name(loaded.model, layer.full_name(operator))}.weight"
+            if on_disk not in stored or not torch.equal(stored.tensor(on_disk), expected):
                 raise UnsupportedModelError(
-                    f"{loaded.folder}: {name} is stored under another name or in another form, so "
-                    "it cannot be exported: save the model with transformers' "
-                    "save_pretrained(FOLDER, save_original_format=False) and prune that folder"
+                    f"{loaded.folder}: {name} is stored in another form, so it cannot be exported: "
+                    "save the model with transformers' save_pretrained(FOLDER, "
+                    "save_original_format=False) and prune that folder"
                 )
     _require_same_tokenizer(loaded, folder)
 

@@ -22,7 +22,7 @@ from sparseserve.exporters import EXPORTERS
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.layerwise.pipeline import LayerStore, prune_model
 from sparseserve.layerwise.plan import ignored_modules, planned_operators
-from sparseserve.models.saving import save_weights
+from sparseserve.models.saving import save_weights, stored_name
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.retraining.retrain import retrain
@@ -173,12 +173,16 @@ def _retrained(
 def _write_dense(folder: Path, opening: Opening, report: PruneReport) -> Artifact:
     loaded, recipe = opening.loaded, opening.job.recipe
     write_model(loaded, folder, recipe.torch_dtype, save_weights)
-    names = [operator.name for operator in report.operators]
+    # The rehearsal saw that each is stored by itself.
+    names = {
+        operator.name: stored_name(loaded.model, operator.name) or operator.name
+        for operator in report.operators
+    }
     manifest = Manifest(
         format="dense",
         pattern=str(recipe.pattern),
-        pruned=tuple(names),
-        transposed=tuple(operator.name for operator in report.operators if operator.transposed),
+        pruned=tuple(names.values()),
+        transposed=tuple(names[item.name] for item in report.operators if item.transposed),
         source=str(loaded.source),
         recipe=recipe.to_json(),
         calibration=asdict(opening.calibration.record),

@@ -84,20 +84,6 @@ def test_a_layer_that_cannot_run_alone_is_refused(
     assert "cannot be replayed" in refused(tmp_path / "gemma4")
 
 
-def test_a_multimodal_wrapper_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
-    torch.manual_seed(0)
-    text = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 2, "head_dim": 32}
-    text |= {"intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    config = AutoConfig.for_model(
-        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma3")
-    tiny_tokenizer().save_pretrained(tmp_path / "gemma3")
-    assert "stored under another name" in refused(tmp_path / "gemma3")
-
-
 def test_code_that_the_configuration_names_but_nobody_has_is_refused(
     model: Path, refused: Callable[..., str]
 ) -> None:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseserve.checkpoint.artifact import Manifest, write_manifest
 from sparseserve.checkpoint.packed24 import pack24
+from sparseserve.models.saving import stored_name
 from sparseserve.serving.kernels.cpu.library import missing_library
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import tiny_model, tiny_tokenizer
@@ -92,8 +93,9 @@ def two_four_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         if manifest:
-            turned = [n for n in pruned if isinstance(model.get_submodule(n), Conv1D)]
-            write_manifest(folder, dense_manifest(pruned, transposed=turned))
+            names = {name: stored_name(model, name) or name for name in pruned}
+            turned = [names[n] for n in pruned if isinstance(model.get_submodule(n), Conv1D)]
+            write_manifest(folder, dense_manifest([*names.values()], transposed=turned))
         return folder
 
     return make

@@ -16,14 +16,19 @@ from sparseserve.sparsity import TWO_FOUR
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(6, 12), (32, 64)])
 @pytest.mark.parametrize("name", FORMATS)
-def test_each_format_gives_back_what_it_stores(name: str, transposed: bool, tmp_path: Path) -> None:
+def test_each_format_gives_back_what_it_stores(
+    name: str, shape: tuple[int, int], transposed: bool, tmp_path: Path
+) -> None:
     storage = storage_of(name)
-    weight = TWO_FOUR.project(torch.randn(6, 12, generator=torch.Generator().manual_seed(0)))
+    generator = torch.Generator().manual_seed(0)
+    weight = TWO_FOUR.project(torch.randn(shape, generator=generator))
+    weight = weight.to(storage.kept_dtype(weight.dtype))
     stored = storage.stored(weight, transposed=transposed)
-    names = [f"layer.{suffix}" for suffix in storage.TENSORS]
-    write_checkpoint(tmp_path, zip(names, stored, strict=True))
+    write_checkpoint(tmp_path, ((f"layer.{leaf}", part) for leaf, part in stored.items()))
     checkpoint = Checkpoint.open(tmp_path)
+    assert set(storage.names(checkpoint, "layer")) == set(checkpoint.files)
     assert storage.read_weight(checkpoint, "layer", transposed=transposed).equal(weight)
     storage.check_weight(checkpoint, "layer", weight)
 
