@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparseserve.checkpoint.inspection import inspect_checkpoint
     from sparseserve.errors import SparseServeError
     from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
+    from sparseserve.huggingface.semi_structured import load_semi_structured
     from sparseserve.recipe.settings import PruneRecipe
     from sparseserve.recipe.toml import load_recipe
     from sparseserve.serving.launch.command import server_command
@@ -47,6 +48,7 @@ __all__ = [
     "export",
     "inspect_checkpoint",
     "load_recipe",
+    "load_semi_structured",
     "plan",
     "prune_and_export",
     "prune_within_budget",
@@ -73,6 +75,7 @@ _HOMES = {
     "export": "workflow.run",
     "inspect_checkpoint": "checkpoint.inspection",
     "load_recipe": "recipe.toml",
+    "load_semi_structured": "huggingface.semi_structured",
     "plan": "workflow.run",
     "prune_and_export": "workflow.run",
     "server_command": "serving.launch.command",

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from sparseserve.errors import UnsupportedModelError, first_line
 
@@ -36,23 +35,6 @@ def save_first_rows(model: PreTrainedModel, folder: Path) -> None:
         for name, tensor in model.state_dict().items()
     }
     _save(model, folder, rows)
-
-
-def stored_name(model: PreTrainedModel, module: str) -> str | None:
-    """Return the name under which a checkpoint of ``model`` stores the weight of ``module``.
-
-    Most families store it under the module's own name. Others, such as Gemma 3 with its vision
-    tower, have names on disk that transformers changes while it reads.
-
-    Returns:
-        The name without ``.weight``; None where the weight is stored in another form, such as
-        merged with others.
-    """
-    row = model.get_parameter(f"{module}.weight")[:1]
-    found = revert_weight_conversion(model, {f"{module}.weight": row})
-    name, tensor = next(iter(found.items()))
-    same = len(found) == 1 and name.endswith(".weight") and tensor.equal(row)
-    return name.removesuffix(".weight") if same else None
 
 
 def _save(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None) -> None:

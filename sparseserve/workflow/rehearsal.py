@@ -21,11 +21,12 @@ from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_json
 from sparseserve.devices import pruning_dtype
 from sparseserve.errors import ArtifactError, SparseServeError, UnsupportedModelError
 from sparseserve.exporters.side_files import copy_side_files, model_config
+from sparseserve.huggingface.names import stored_name
 from sparseserve.huggingface.opening import open_config, open_tokenizer
 from sparseserve.layerwise.plan import check_plan, planned_operators
 from sparseserve.layerwise.trial import TRIED_TOKENS, try_layers
 from sparseserve.models.loading import LoadedModel
-from sparseserve.models.saving import save_first_rows, stored_name
+from sparseserve.models.saving import save_first_rows
 from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.paths import local_path
 from sparseserve.recipe.settings import PruneRecipe

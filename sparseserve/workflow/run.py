@@ -19,10 +19,11 @@ from sparseserve.checkpoint.run_folder import (
 )
 from sparseserve.checkpoint.tensors import require_space
 from sparseserve.exporters import EXPORTERS
+from sparseserve.huggingface.names import stored_name
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.layerwise.pipeline import LayerStore, prune_model
 from sparseserve.layerwise.plan import ignored_modules, planned_operators
-from sparseserve.models.saving import save_weights, stored_name
+from sparseserve.models.saving import save_weights
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.retraining.retrain import retrain

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseserve.checkpoint.artifact import Manifest, write_manifest
 from sparseserve.checkpoint.packed24 import pack24
-from sparseserve.models.saving import stored_name
+from sparseserve.huggingface.names import stored_name
 from sparseserve.serving.kernels.cpu.library import missing_library
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import tiny_model, tiny_tokenizer
