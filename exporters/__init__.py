@@ -11,6 +11,7 @@ import torch
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.exporters.dense import export_dense
+from sparseserve.exporters.onnx import export_onnx
 from sparseserve.exporters.packed24 import export_packed24
 from sparseserve.exporters.semi_structured import export_semi_structured
 from sparseserve.exporters.stored import load_dense_state
@@ -23,6 +24,7 @@ __all__ = [
     "EXPORTERS",
     "Exporter",
     "export_dense",
+    "export_onnx",
     "export_packed24",
     "export_semi_structured",
     "load_dense_state",

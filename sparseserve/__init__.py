@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from sparseserve.budget.price_run import HeldOutSpec
     from sparseserve.budget.report import KeepDenseFraction, MaxPerplexityIncrease
     from sparseserve.budget.within_budget import prune_within_budget
-    from sparseserve.checkpoint.artifact import Artifact, verify
+    from sparseserve.checkpoint.artifact import Artifact
     from sparseserve.checkpoint.inspection import inspect_checkpoint
+    from sparseserve.checkpoint.verification import verify
     from sparseserve.errors import SparseServeError
     from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
     from sparseserve.huggingface.semi_structured import load_semi_structured
@@ -80,7 +81,7 @@ _HOMES = {
     "prune_and_export": "workflow.run",
     "server_command": "serving.launch.command",
     "tune": "serving.measure.tuner",
-    "verify": "checkpoint.artifact",
+    "verify": "checkpoint.verification",
 }
 
 

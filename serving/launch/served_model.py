@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from sparseserve.checkpoint import packed24
-from sparseserve.checkpoint.artifact import check_before_reading
 from sparseserve.checkpoint.tensors import Checkpoint
+from sparseserve.checkpoint.verification import check_before_reading
 from sparseserve.errors import ArtifactError, ServingError, UnsupportedModelError
 from sparseserve.text import position_limit
 

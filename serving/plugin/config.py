@@ -18,8 +18,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from sparseserve.checkpoint import packed24
-from sparseserve.checkpoint.artifact import MANIFEST_FILE, check_before_reading
+from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.formats import METHOD
+from sparseserve.checkpoint.verification import check_before_reading
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.sparsity import TWO_FOUR
 

@@ -14,8 +14,9 @@ from sparseserve.budget.knapsack import Allocation
 from sparseserve.budget.price_run import SensitivityRun
 from sparseserve.budget.prices import UnitSensitivity
 from sparseserve.budget.report import Round, TextIncrease
-from sparseserve.checkpoint.artifact import Artifact, verify
+from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.sealed import read_sealed, write_sealed
+from sparseserve.checkpoint.verification import verify
 from sparseserve.errors import ArtifactError
 from sparseserve.evaluation.evaluate import load_for_evaluation
 from sparseserve.evaluation.perplexity import perplexity

@@ -136,7 +136,7 @@ def _publish(
         rounds=tried,
         sensitivities=work.units,
         prunable_weights=work.prunable,
-        weight_bytes=artifact.checkpoint.weight_bytes,
+        weight_bytes=artifact.weight_bytes,
         dense_bytes=work.run.dense_bytes,
     )
     manifest = artifact.manifest

@@ -19,10 +19,9 @@ from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.manifest_values import check_manifest_values
 from sparseserve.checkpoint.storage import storage_of
-from sparseserve.checkpoint.tensors import Checkpoint, all_finite, write_json
+from sparseserve.checkpoint.tensors import Checkpoint, write_json
 from sparseserve.checkpoint.weight_files import unlisted_files
-from sparseserve.errors import ArtifactError, RecipeError
-from sparseserve.sparsity import SparsityPattern
+from sparseserve.errors import ArtifactError
 
 MANIFEST_FILE = "sparseserve.json"
 MANIFEST_VERSION = 1
@@ -168,8 +167,20 @@ class Artifact:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The tensors."""
+        """The tensors.
+
+        Raises:
+            ArtifactError: It is made for other programs, and holds none that are read here.
+        """
+        storage_of(self.manifest.format)
         return Checkpoint.open(self.path)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights on disk; of what is made for other programs, of all files."""
+        if FORMATS[self.manifest.format].storage is not None:
+            return self.checkpoint.weight_bytes
+        return sum(entry.bytes for entry in self.manifest.files.values())
 
     def parts(self, checkpoint: Checkpoint) -> dict[str, PartOfWeight]:
         """Return which stored tensors are parts of pruned weights, by name."""
@@ -205,69 +216,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> Artifact:
         name: FileEntry(file_sha256(folder / name), (folder / name).stat().st_size)
         for name in names
     }
-    tensors = tuple(sorted(Checkpoint.open(folder).files))
+    is_checkpoint = FORMATS[manifest.format].storage is not None
+    tensors = tuple(sorted(Checkpoint.open(folder).files)) if is_checkpoint else ()
     counted = replace(manifest, files=files, tensors=tensors)
     write_json(folder / MANIFEST_FILE, counted.to_json())
     return Artifact.open(folder)
-
-
-def verify(path: Path, on_file: Callable[[str], None] = lambda name: None) -> Artifact:
-    """Check a checkpoint byte by byte and tensor by tensor.
-
-    Every file has its hash, no other is there for a program to read, every tensor is finite, every
-    pruned weight obeys the pattern, and every packed one has its one canonical encoding.
-
-    Args:
-        path: The folder.
-        on_file: Told each file name before it is hashed, and each module before it is checked.
-
-    Raises:
-        ArtifactError: Names the first file or tensor that is wrong.
-    """
-    artifact = Artifact.open(path)
-    artifact.check_hashes(on_file)
-    checkpoint = artifact.checkpoint
-    for name, tensor in checkpoint.tensors():
-        if not all_finite(tensor):
-            raise ArtifactError(f"{path}: tensor {name} has NaN or infinite entries")
-    try:
-        pattern = SparsityPattern.parse(artifact.manifest.pattern)
-    except RecipeError as error:
-        raise ArtifactError(f"{path / MANIFEST_FILE}: {error}") from error
-    for module in artifact.manifest.pruned:
-        on_file(module)
-        _verify_module(artifact, checkpoint, module, pattern)
-    return artifact
-
-
-def _verify_module(
-    artifact: Artifact, checkpoint: Checkpoint, module: str, pattern: SparsityPattern
-) -> None:
-    weight = artifact.pruned_weight(checkpoint, module)
-    if not weight.is_floating_point():
-        raise ArtifactError(f"{artifact.path}: {module}: dtype {weight.dtype} is not floating")
-    if violation := pattern.first_violation(weight):
-        raise ArtifactError(f"{artifact.path}: {module} is not {pattern}: {violation}")
-    try:
-        storage_of(artifact.manifest.format).check_weight(checkpoint, module, weight)
-    except ArtifactError as error:
-        raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
-
-
-def check_before_reading(folder: Path, *, verified: bool) -> None:
-    """Check what a model is about to be read from: whole where asked, else as far as is quick.
-
-    Args:
-        folder: An artifact, or, where ``verified`` is false, any other model.
-        verified: Whether to ``verify`` it, which reads it all; else sizes and names are checked.
-
-    Raises:
-        ArtifactError: It is damaged, incomplete or not alone, or has no hashes to verify.
-    """
-    if verified:
-        verify(folder)
-    elif (folder / MANIFEST_FILE).exists():
-        Artifact.open(folder)
 
 
 def file_sha256(path: Path) -> str:

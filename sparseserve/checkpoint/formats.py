@@ -7,8 +7,9 @@ processes the name of the method.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-from sparseserve.errors import ArtifactError, RecipeError, unknown_name
+from sparseserve.errors import ArtifactError, MissingExtraError, RecipeError, unknown_name
 
 # How vLLM and config.json call checkpoints of ours, and the entry point of the plugin.
 METHOD = "sparseserve"
@@ -19,27 +20,44 @@ class Format:
     """One format.
 
     Attributes:
+        exporter: ``MODULE:FUNCTION`` that writes it; an ``exporters.Exporter``.
         storage: The module that knows how a pruned weight is stored, read and verified; it is a
-            ``checkpoint.storage.WeightStorage``.
-        exporter: ``MODULE:FUNCTION`` that writes a checkpoint in it; an ``exporters.Exporter``.
+            ``checkpoint.storage.WeightStorage``. None for what is no checkpoint, but another
+            program's own form, which nothing is read from again.
+        verifier: ``MODULE:FUNCTION`` that checks such a form, whose hashes are right already.
         pattern: The only pattern that it can hold; None for any.
+        needs: Packages that must be installed, and ``extra`` is what brings them.
+        extra: Of this project.
     """
 
-    storage: str
     exporter: str
+    storage: str | None = None
+    verifier: str | None = None
     pattern: str | None = None
+    needs: tuple[str, ...] = ()
+    extra: str = ""
 
 
 FORMATS: dict[str, Format] = {
     "packed24": Format(
-        "sparseserve.checkpoint.packed24", "sparseserve.exporters.packed24:export_packed24", "2:4"
+        "sparseserve.exporters.packed24:export_packed24",
+        storage="sparseserve.checkpoint.packed24",
+        pattern="2:4",
     ),
     "semi_structured": Format(
-        "sparseserve.checkpoint.semi_structured",
         "sparseserve.exporters.semi_structured:export_semi_structured",
-        "2:4",
+        storage="sparseserve.checkpoint.semi_structured",
+        pattern="2:4",
     ),
-    "dense": Format("sparseserve.checkpoint.dense", "sparseserve.exporters.dense:export_dense"),
+    "dense": Format(
+        "sparseserve.exporters.dense:export_dense", storage="sparseserve.checkpoint.dense"
+    ),
+    "onnx": Format(
+        "sparseserve.exporters.onnx:export_onnx",
+        verifier="sparseserve.exporters.onnx:verify_onnx",
+        needs=("onnx", "onnxscript", "onnxruntime"),
+        extra="onnx",
+    ),
 }
 
 
@@ -49,11 +67,12 @@ def default_format(pattern: str) -> str:
 
 
 def require_fit(name: str, pattern: str) -> None:
-    """Refuse a format that there is not, or that cannot hold weights of ``pattern``.
+    """Refuse a format that there is not, that cannot hold ``pattern``, or that lacks a package.
 
     Raises:
         RecipeError: No format has that name.
         ArtifactError: Names the pattern and the remedy.
+        MissingExtraError: Names the package and the command that brings it.
     """
     if name not in FORMATS:
         raise RecipeError(unknown_name("format", name, FORMATS))
@@ -62,3 +81,6 @@ def require_fit(name: str, pattern: str) -> None:
             f"{name} holds only {FORMATS[name].pattern} weights, not {pattern}: "
             f"use --format {default_format(pattern)}"
         )
+    for package in FORMATS[name].needs:
+        if find_spec(package) is None:
+            raise MissingExtraError(package, FORMATS[name].extra, f"--format {name}")

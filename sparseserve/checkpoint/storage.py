@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.tensors import Checkpoint
+from sparseserve.errors import ArtifactError
 
 
 class WeightStorage(Protocol):
@@ -47,5 +48,15 @@ class WeightStorage(Protocol):
 
 
 def storage_of(name: str) -> WeightStorage:
-    """Return the module of the format ``name``."""
-    return cast(WeightStorage, import_module(FORMATS[name].storage))
+    """Return the module of the format ``name``.
+
+    Raises:
+        ArtifactError: It is not the format of a checkpoint.
+    """
+    module = FORMATS[name].storage
+    if module is None:
+        raise ArtifactError(
+            f"{name} is made for other programs, and no checkpoint that is read here: use the one "
+            "that it was made from"
+        )
+    return cast(WeightStorage, import_module(module))

@@ -117,7 +117,7 @@ def show_artifact(artifact: Artifact, *, as_json: bool) -> None:
     table.add_row("format", f"{manifest.format}, pattern {manifest.pattern}")
     table.add_row("pruned", f"{len(manifest.pruned)} linear operators")
     table.add_row("mean relative error", f"{manifest.report['mean_relative_error']:.4f}")
-    table.add_row("weights on disk", f"{artifact.checkpoint.weight_bytes / 2**20:,.1f} MiB")
+    table.add_row("weights on disk", f"{artifact.weight_bytes / 2**20:,.1f} MiB")
     table.add_row("time", f"{manifest.report['seconds']:.0f} s")
     output_console().print(table, highlight=False)
 

@@ -24,7 +24,7 @@ def export_command(
     from sparseserve.workflow.run import export
 
     artifact = export(checkpoint, output, export_format, DTYPES.get(dtype))
-    size = artifact.checkpoint.weight_bytes
+    size = artifact.weight_bytes
     if as_json:
         facts = {"output": str(output), "format": export_format, "weight_bytes": size}
         click.echo(json.dumps(facts))

@@ -18,7 +18,7 @@ def verify_command(checkpoint: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from sparseserve.checkpoint.artifact import verify
+    from sparseserve.checkpoint.verification import verify
 
     with Console(stderr=True).status("verifying") as status:
         artifact = verify(

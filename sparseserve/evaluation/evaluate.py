@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, check_before_reading
+from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
+from sparseserve.checkpoint.verification import check_before_reading
 from sparseserve.devices import default_device, dtype_name, evaluation_dtype
 from sparseserve.evaluation.contamination import assert_not_calibration
 from sparseserve.evaluation.perplexity import perplexity

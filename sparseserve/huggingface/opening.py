@@ -62,7 +62,7 @@ def open_config(folder: Path) -> PretrainedConfig:
         UnsupportedModelError: It needs code of its own, or transformers does not understand it.
     """
     try:
-        with _only_errors_logged():
+        with only_errors_logged():
             return AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
@@ -84,7 +84,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         UnsupportedModelError: It needs code of its own, is missing, or cannot be read.
     """
     try:
-        with _only_errors_logged():
+        with only_errors_logged():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
@@ -109,7 +109,7 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
         UnsupportedModelError: It cannot be loaded.
     """
     try:
-        with _only_errors_logged():
+        with only_errors_logged():
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype="auto" if dtype is None else dtype,
@@ -154,11 +154,18 @@ def _no_tokenizer(folder: Path, reason: str) -> UnsupportedModelError:
 
 
 @contextmanager
-def _only_errors_logged() -> Iterator[None]:
-    """Keep transformers from logging a table about what is then raised as one line."""
+def only_errors_logged() -> Iterator[None]:
+    """Keep transformers from logging a table about what is then raised as one line.
+
+    Its progress bars, which say nothing of what they are for, are kept back too.
+    """
     verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

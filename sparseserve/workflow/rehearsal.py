@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_json, writing
@@ -103,6 +104,8 @@ def _rehearse_storing(
     model: PreTrainedModel, structure: ModelStructure, recipe: PruneRecipe, export_format: str
 ) -> None:
     """Put a row of each width and dtype that is to be pruned into the form it is stored in."""
+    if FORMATS[export_format].storage is None:
+        return
     storage = storage_of(export_format)
     seen = set()
     for layer in structure.layers:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from sparseserve.checkpoint.artifact import Artifact, Manifest, verify, write_manifest
+from sparseserve.checkpoint.artifact import Artifact, Manifest, write_manifest
+from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.output_place import not_empty
 from sparseserve.checkpoint.run_folder import (
     Fingerprint,
@@ -18,6 +19,7 @@ from sparseserve.checkpoint.run_folder import (
     refuse_other_run,
 )
 from sparseserve.checkpoint.tensors import require_space
+from sparseserve.checkpoint.verification import verify
 from sparseserve.exporters import EXPORTERS
 from sparseserve.huggingface.names import stored_name
 from sparseserve.layerwise.layer_folder import LayerFolder
@@ -209,6 +211,7 @@ def export(
             not empty, or the disk is full.
     """
     source = Artifact.open(checkpoint)
+    require_fit(export_format, source.manifest.pattern)
     manifest = json.dumps(source.manifest.to_json(), sort_keys=True)
     fingerprint = Fingerprint(
         {"format": export_format, "dtype": str(dtype), "checkpoint": manifest}

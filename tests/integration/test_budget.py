@@ -18,7 +18,8 @@ from sparseserve.budget.report import (
     MaxPerplexityIncrease,
 )
 from sparseserve.budget.within_budget import prune_within_budget
-from sparseserve.checkpoint.artifact import Artifact, verify
+from sparseserve.checkpoint.artifact import Artifact
+from sparseserve.checkpoint.verification import verify
 from sparseserve.errors import ArtifactError, CalibrationError, RecipeError
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
 from sparseserve.layerwise.progress import PruneProgress

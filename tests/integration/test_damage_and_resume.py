@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, file_sha256, verify
+from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, file_sha256
 from sparseserve.checkpoint.sealed import read_sealed, write_sealed
 from sparseserve.checkpoint.tensors import save_tensors
+from sparseserve.checkpoint.verification import verify
 from sparseserve.errors import ArtifactError
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.pruners.sparsegpt import SparseGPT
@@ -112,7 +113,7 @@ def test_an_encoding_that_is_not_canonical_is_named(packed: Path) -> None:
     def use_high_positions(indices: torch.Tensor) -> None:
         indices[0, 0] = (indices[0, 0] & 0xF0) | (2 | 3 << 2)
 
-    change_tensor(packed, f"{name}.weight_values", blank_first_group)
+    change_tensor(packed, f"{name}.weight", blank_first_group)
     change_tensor(packed, f"{name}.weight_indices", use_high_positions)
     with pytest.raises(ArtifactError, match=f"{name}: encoding is not the canonical one"):
         verify(packed)
@@ -120,7 +121,7 @@ def test_an_encoding_that_is_not_canonical_is_named(packed: Path) -> None:
 
 def test_a_negative_zero_is_not_canonical(packed: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
-    change_tensor(packed, f"{name}.weight_values", lambda values: values[0, :2].fill_(-0.0))
+    change_tensor(packed, f"{name}.weight", lambda values: values[0, :2].fill_(-0.0))
     change_tensor(packed, f"{name}.weight_indices", lambda indices: indices[0, :1].fill_(0x44))
     with pytest.raises(ArtifactError, match="canonical"):
         verify(packed)

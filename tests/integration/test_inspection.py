@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparseserve.checkpoint.inspection import inspect_checkpoint
-from sparseserve.checkpoint.tensors import Checkpoint
 from tests.integration.conftest import Prune
 
 
@@ -23,8 +22,3 @@ def test_inspection_tells_formats_and_sparsity_apart(prune: Prune, tmp_path: Pat
     assert {item.name: item.shape for item in plain.matrices} == {
         name: item.shape for name, item in facts.items()
     }
-
-
-def test_checkpoints_without_the_pruned_weight_cannot_be_opened_as_dense(prune: Prune) -> None:
-    packed = prune("llama")
-    assert not any(name.endswith("q_proj.weight") for name in Checkpoint.open(packed.path).files)

@@ -10,14 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sparseserve.checkpoint.artifact import (
-    Artifact,
-    Manifest,
-    check_before_reading,
-    verify,
-    write_manifest,
-)
+from sparseserve.checkpoint.artifact import Artifact, Manifest, write_manifest
 from sparseserve.checkpoint.tensors import write_checkpoint
+from sparseserve.checkpoint.verification import check_before_reading, verify
 from sparseserve.errors import ArtifactError
 from sparseserve.testing import tiny_model
 

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sparseserve.checkpoint.artifact import Artifact, FileEntry, Manifest, verify, write_manifest
+from sparseserve.checkpoint.artifact import Artifact, FileEntry, Manifest, write_manifest
 from sparseserve.checkpoint.inspection import inspect_checkpoint
 from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.checkpoint.tensors import write_checkpoint
+from sparseserve.checkpoint.verification import verify
 from sparseserve.cli.main import cli
 from sparseserve.errors import ArtifactError
 from sparseserve.sparsity import TWO_FOUR
