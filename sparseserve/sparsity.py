@@ -142,6 +142,11 @@ class NMPattern(SparsityPattern):
             raise RecipeError(f"{columns} input features are not a multiple of {self.group}")
         return weight.reshape(rows, columns // self.group, self.group)
 
+    def nonzeros(self, weight: Tensor) -> Tensor:
+        """Return how many weights of each group are not zero, ``[rows, groups]``."""
+        _require_matrix(weight)
+        return (self._groups(weight) != 0).sum(dim=-1)
+
     def best_mask(self, scores: Tensor) -> Tensor:
         """Keep the ``keep`` largest scores of each group."""
         # Comparing every pair of places is several times faster than sorting such short rows.
@@ -156,8 +161,7 @@ class NMPattern(SparsityPattern):
 
     def first_violation(self, weight: Tensor) -> Violation | None:
         """Find the first group with more than ``keep`` non-zeros, in row-major order."""
-        _require_matrix(weight)
-        counts = (self._groups(weight) != 0).sum(dim=-1)
+        counts = self.nonzeros(weight)
         flat = (counts > self.keep).flatten()
         if not bool(flat.any()):
             return None

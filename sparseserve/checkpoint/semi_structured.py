@@ -89,9 +89,16 @@ def from_meta(values: Tensor, meta: Tensor) -> Packed24:
             f"not {meta.dtype} {tuple(meta.shape)}"
         )
     step, block = _STEPS[size]
-    squares = meta.reshape(columns // 2, rows // 2, 2, 2).permute(1, 3, 0, 2)
-    turned = squares.reshape(rows // (step * block), block, step, columns).transpose(1, 2)
+    squares = words_by_row(meta)
+    turned = squares.view(rows // (step * block), block, step, columns).transpose(1, 2)
     return Packed24(values, turned.reshape(rows, columns).contiguous().view(torch.uint8))
+
+
+def words_by_row(meta: Tensor) -> Tensor:
+    """Return the words of ``meta`` ``[out, columns]`` row by row, in CUTLASS's order of rows."""
+    rows, columns = meta.shape
+    squares = meta.reshape(columns // 2, rows // 2, 2, 2).permute(1, 3, 0, 2)
+    return squares.reshape(rows, columns)
 
 
 def names(checkpoint: Checkpoint, module: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import sys
 import click
 
 from sparseserve.cli.bench import bench_command
+from sparseserve.cli.convert import convert_command
 from sparseserve.cli.evaluate import evaluate_command
 from sparseserve.cli.export import export_command
 from sparseserve.cli.inspect import inspect_command
@@ -37,6 +38,7 @@ for _command in (
     tune_command,
     serve_command,
     export_command,
+    convert_command,
     verify_command,
     inspect_command,
 ):

@@ -19,5 +19,7 @@ def stored_name(model: PreTrainedModel, module: str) -> str | None:
     row = model.get_parameter(f"{module}.weight")[:1]
     found = revert_weight_conversion(model, {f"{module}.weight": row})
     name, tensor = next(iter(found.items()))
-    same = len(found) == 1 and name.endswith(".weight") and tensor.equal(row)
+    # A sketch of a model has no values to compare, but then nothing was computed either.
+    unchanged = tensor.shape == row.shape and (row.is_meta or tensor.equal(row))
+    same = len(found) == 1 and name.endswith(".weight") and unchanged
     return name.removesuffix(".weight") if same else None

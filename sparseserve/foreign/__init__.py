@@ -1,0 +1,1 @@
+"""Reading 2:4 checkpoints of other tools, among them formats that no current tool opens."""

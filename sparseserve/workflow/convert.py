@@ -1,0 +1,166 @@
+"""From another tool's 2:4 checkpoint to one of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, Manifest, write_manifest
+from sparseserve.checkpoint.formats import require_fit
+from sparseserve.checkpoint.run_folder import Fingerprint, RunFolder
+from sparseserve.checkpoint.tensors import require_space, write_checkpoint, write_json
+from sparseserve.errors import ArtifactError
+from sparseserve.exporters import EXPORTERS
+from sparseserve.exporters.side_files import copy_side_files, model_config
+from sparseserve.foreign.source import ForeignCheckpoint
+from sparseserve.huggingface.names import stored_name
+from sparseserve.huggingface.opening import open_config, sketch_model
+from sparseserve.models.model_folder import find_model_folder
+from sparseserve.sparsity import TWO_FOUR
+
+# A dense weight has next to no group with two zeros; a pruned one that has nearly all was damaged.
+_ALMOST = 0.5
+# What other tools say of their weights in config.json, and is true no more.
+_TOLD = ("quantization_config", "compression_config", "sparsity_config")
+
+
+def convert(
+    source: str, out: Path, export_format: str = "packed24", dtype: torch.dtype | None = None
+) -> Artifact:
+    """Write the 2:4 checkpoint ``source`` of another tool to the new folder ``out``.
+
+    Linear weights that are 2:4 along their inputs count as pruned; the others stay dense.
+    Quantised weights become floats: code times scale.
+
+    Args:
+        source: A folder, or a name on the Hugging Face hub.
+        out: Must be absent or empty; appears whole at the end.
+        export_format: How to store it.
+        dtype: To round all weights to; None keeps theirs.
+
+    Raises:
+        ArtifactError: The checkpoint is ours already, damaged, of a format that is not read, or has
+            no 2:4 weight, or one that is only almost 2:4.
+        UnsupportedModelError: transformers does not know the model.
+    """
+    require_fit(export_format, str(TWO_FOUR))
+    folder = find_model_folder(source)
+    if (folder / MANIFEST_FILE).exists():
+        raise ArtifactError(
+            f"{folder}: is a checkpoint of sparseserve: sparseserve export {folder} -o {out} "
+            f"--format {export_format}"
+        )
+    foreign = ForeignCheckpoint.open(folder)
+    model = sketch_model(open_config(folder))
+    with RunFolder.claim(out) as run:
+        require_space(run.path, 4 * foreign.checkpoint.weight_bytes)
+        run.begin(Fingerprint({"format": export_format, "dtype": str(dtype), "source": source}))
+        artifact = _write_dense(run.fresh("dense"), foreign, model, source)
+        if export_format != "dense" or dtype is not None:
+            artifact = EXPORTERS[export_format](artifact, run.fresh(export_format + "-out"), dtype)
+        run.publish(artifact.path)
+    return replace(artifact, path=out)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What was found while the tensors went by."""
+
+    names: set[str] = field(default_factory=set)
+    pruned: list[str] = field(default_factory=list)
+    dense: list[str] = field(default_factory=list)
+
+
+def _write_dense(
+    folder: Path, foreign: ForeignCheckpoint, model: PreTrainedModel, source: str
+) -> Artifact:
+    linears = _linears(model)
+    seen = _Seen()
+    write_checkpoint(folder, _watched(foreign, linears, seen))
+    if missing := sorted(_expected(model) - seen.names):
+        raise ArtifactError(
+            f"{foreign.folder}: {missing[0]} is missing ({len(missing)} tensors are): "
+            "download it again"
+        )
+    if not seen.pruned:
+        raise ArtifactError(
+            f"{foreign.folder}: none of its {len(seen.dense)} linear weights is {TWO_FOUR}: "
+            f"sparseserve prune-and-export {source} -o OUT prunes it"
+        )
+    copy_side_files(foreign.folder, folder)
+    config = model_config(foreign.folder)
+    for key in _TOLD:
+        config.pop(key, None)
+    write_json(folder / "config.json", config)
+    converted = {"formats": list(foreign.formats), "dense_linears": seen.dense}
+    manifest = Manifest(
+        format="dense",
+        pattern=str(TWO_FOUR),
+        pruned=tuple(seen.pruned),
+        transposed=tuple(name for name in seen.pruned if linears[name]),
+        source=source,
+        recipe={},
+        calibration={},
+        report={"converted": converted},
+        files={},
+    )
+    return write_manifest(folder, manifest)
+
+
+def _watched(
+    foreign: ForeignCheckpoint, linears: dict[str, bool], seen: _Seen
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors, and note what linear weights are."""
+    for name, tensor in foreign.tensors():
+        seen.names.add(name)
+        module = name.removesuffix(".weight")
+        if name != module and module in linears:
+            weight = tensor.T if linears[module] else tensor
+            pruned = _is_two_four(f"{foreign.folder}: {module}", weight, module in foreign.modules)
+            (seen.pruned if pruned else seen.dense).append(module)
+        yield name, tensor
+
+
+def _is_two_four(name: str, weight: Tensor, promised: bool) -> bool:
+    """Whether ``weight`` ``[out, in]`` is 2:4; ``promised`` says that its format holds no other.
+
+    Raises:
+        ArtifactError: It almost is.
+    """
+    if weight.ndim != 2 or weight.shape[1] % TWO_FOUR.group:
+        return False
+    violation = TWO_FOUR.first_violation(weight)
+    if violation is None:
+        return True
+    share = float((TWO_FOUR.nonzeros(weight) <= TWO_FOUR.keep).float().mean())
+    if promised or share > _ALMOST:
+        raise ArtifactError(
+            f"{name} is almost {TWO_FOUR} ({share:.1%} of its groups), but not at {violation}: "
+            "download or prune it again"
+        )
+    return False
+
+
+def _linears(model: PreTrainedModel) -> dict[str, bool]:
+    """Return the linears but the output head, by name on disk, and whether stored transposed."""
+    head = model.get_output_embeddings()
+    found = {
+        stored_name(model, name): isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    return {name: transposed for name, transposed in found.items() if name is not None}
+
+
+def _expected(model: PreTrainedModel) -> set[str]:
+    """Return the names on disk of all parameters, but of those tied to others."""
+    tied = set(model.all_tied_weights_keys)
+    own = {name: tensor for name, tensor in model.named_parameters() if name not in tied}
+    return set(revert_weight_conversion(model, own))
