@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from sparseserve.budget.report import KeepDenseFraction, MaxPerplexityIncrease
     from sparseserve.budget.within_budget import prune_within_budget
     from sparseserve.checkpoint.artifact import Artifact
-    from sparseserve.checkpoint.inspection import inspect_checkpoint
     from sparseserve.checkpoint.verification import verify
     from sparseserve.errors import SparseServeError
     from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from sparseserve.serving.measure.tuner import tune
     from sparseserve.sparsity import SparsityPattern
     from sparseserve.text.calibration import CalibrationSpec
+    from sparseserve.workflow.inspection import inspect_checkpoint
     from sparseserve.workflow.job import Job
     from sparseserve.workflow.run import export, plan, prune_and_export
 
@@ -74,7 +74,7 @@ _HOMES = {
     "prune_within_budget": "budget.within_budget",
     "evaluate": "evaluation.evaluate",
     "export": "workflow.run",
-    "inspect_checkpoint": "checkpoint.inspection",
+    "inspect_checkpoint": "workflow.inspection",
     "load_recipe": "recipe.toml",
     "load_semi_structured": "huggingface.semi_structured",
     "plan": "workflow.run",

@@ -249,3 +249,32 @@ def _require_matrix(weight: Tensor) -> None:
     """Refuse what a damaged checkpoint may hold in the place of a weight."""
     if weight.dim() != 2:
         raise ArtifactError(f"a weight of shape {tuple(weight.shape)} is no matrix")
+
+
+# Sizes of groups that hardware or papers use.
+_GROUPS = (2, 4, 8, 16, 32)
+# Fewer zeros than this are chance.
+_FEW_ZEROS = 0.05
+
+
+def strictest_pattern(weight: Tensor) -> tuple[str, int | None]:
+    """Return the strictest pattern that a matrix obeys, and the axis along which its groups lie.
+
+    Returns:
+        ``N:M`` and 0 or 1 (1 first where both hold), or a share of zeros anywhere, ``dense`` or
+        ``zero``, and None.
+    """
+    _require_matrix(weight)
+    zeros = float((weight == 0).float().mean()) if weight.numel() else 0.0
+    if zeros == 1:
+        return "zero", None
+    found: list[tuple[float, int, int, int]] = []
+    for axis, turned in ((1, weight), (0, weight.T)):
+        for group in (size for size in _GROUPS if turned.shape[1] % size == 0):
+            keep = int(NMPattern(1, group).nonzeros(turned).max())
+            if keep < group:
+                found.append((keep / group, -axis, group, keep))
+    if found:
+        _, axis, group, keep = min(found)
+        return f"{keep}:{group}", -axis
+    return (f"{zeros:.0%} unstructured" if zeros >= _FEW_ZEROS else "dense"), None

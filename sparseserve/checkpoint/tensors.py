@@ -58,8 +58,27 @@ class Checkpoint:
             raise ArtifactError(f"{folder / INDEX_FILE}: does not match the tensors in the shards")
         return cls(folder, files)
 
+    @classmethod
+    def of_file(cls, path: Path) -> Checkpoint:
+        """Read the header of one file.
+
+        Raises:
+            ArtifactError: It is no safetensors file, or damaged.
+        """
+        return cls(path.parent, dict.fromkeys(_keys(path), path.name))
+
     def __contains__(self, name: str) -> bool:
         return name in self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it.
+
+        Raises:
+            ArtifactError: Its file cannot be read.
+        """
+        path = self.folder / self.files[name]
+        with _readable(path), safe_open(path, framework="pt") as shard:
+            return tuple(shard.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.

@@ -6,9 +6,10 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -24,8 +25,10 @@ from rich.progress import (
 from rich.table import Table
 
 from sparseserve.checkpoint.artifact import Artifact
-from sparseserve.checkpoint.inspection import Inspection
 from sparseserve.layerwise.progress import PruneProgress
+
+if TYPE_CHECKING:
+    from sparseserve.workflow.inspection import Inspection
 from sparseserve.report import LayerReport, OperatorReport
 
 
@@ -135,10 +138,38 @@ def print_inspection(found: Inspection) -> None:
         console.print(f"recipe {json.dumps(manifest.recipe)}", highlight=False)
     else:
         console.print(f"{found.path}: not written by sparseserve", highlight=False)
-    console.print(f"weights on disk {found.weight_bytes / 2**20:,.1f} MiB", highlight=False)
-    table = Table("matrix", "dtype", "shape", "zeros", "2:4", box=None)
+    size = f"{found.weight_bytes / 2**20:,.1f} MiB"
+    console.print(f"{', '.join(found.formats)}, weights on disk {size}", highlight=False)
+    columns = (
+        "matrix",
+        "dtype",
+        "shape",
+        "zeros",
+        "pattern",
+        "kernels for 2:4",
+        "outputs",
+        "inputs",
+    )
+    table = Table(*columns, box=None)
     for item in found.matrices:
-        shape = f"{item.shape[0]} x {item.shape[1]}"
-        fits = "yes" if item.two_four else "no"
-        table.add_row(item.name, item.dtype, shape, f"{item.sparsity:.1%}", fits)
+        axis = {0: " by outputs", 1: "", None: ""}[item.axis]
+        table.add_row(
+            item.name,
+            item.dtype,
+            f"{item.shape[0]} x {item.shape[1]}",
+            f"{item.sparsity:.1%}",
+            f"{item.pattern}{axis}",
+            ", ".join(item.kernels),
+            _largest(item.output_degrees),
+            _largest(item.input_degrees),
+        )
     console.print(table, highlight=False)
+    if found.fused:
+        layers = Table("layer that vLLM runs as one", "2:4", box=None)
+        for layer in found.fused:
+            layers.add_row(layer.name, f"{layer.two_four} of {layer.modules} modules")
+        console.print(layers, highlight=False)
+
+
+def _largest(degrees: Sequence[int]) -> str:
+    return f"up to {max(degrees)}" if degrees else "no"

@@ -7,21 +7,27 @@ from pathlib import Path
 
 import click
 
-from sparseserve.cli.options import LOCAL_PATH, json_option
+from sparseserve.cli.options import json_option
 
 
 @click.command("inspect", short_help="Show what a checkpoint holds.")
-@click.argument("path", type=LOCAL_PATH)
+@click.argument("source")
 @json_option
-def inspect_command(path: Path, as_json: bool) -> None:
-    """Show what the checkpoint folder PATH holds: recipe, sizes, sparsity of every matrix."""
+def inspect_command(source: str, as_json: bool) -> None:
+    """Show what SOURCE holds: a checkpoint folder, a safetensors file, or a name on the hub.
+
+    For every matrix: its zeros, the pattern they make, the sparse kernels that take its shape, and
+    the tensor-parallel degrees that can cut it, by outputs and by inputs.
+    """
     from dataclasses import asdict
 
-    from sparseserve.checkpoint.inspection import inspect_checkpoint
     from sparseserve.cli.console import print_inspection
+    from sparseserve.models.model_folder import find_model_folder
+    from sparseserve.workflow.inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(path)
+    path = Path(source)
+    found = inspect_checkpoint(path if path.exists() else find_model_folder(source))
     if as_json:
-        click.echo(json.dumps({**asdict(found), "path": str(path)}))
+        click.echo(json.dumps({**asdict(found), "path": source}))
     else:
         print_inspection(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,22 +116,43 @@ class ForeignCheckpoint:
         """Names of the formats that any module is stored in."""
         return tuple(sorted({row.name for row in self.modules.values()})) or ("dense",)
 
+    def matrices(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every matrix of the dense model by its module; other tensors are not read.
+
+        Raises:
+            ArtifactError: A weight is damaged; names its module.
+        """
+        for name, read in self._readers():
+            module, _, leaf = name.rpartition(".")
+            if module in self.modules and leaf == "weight":
+                yield module, read()
+            elif len(self.checkpoint.shape(name)) == 2:
+                yield name.removesuffix(".weight"), read()
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the dense model, in the order of names.
 
         Raises:
             ArtifactError: A weight is damaged; names its module.
         """
+        for name, read in self._readers():
+            yield name, read()
+
+    def _readers(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Yield the names of the dense model's tensors, and what reads each."""
         for name in sorted(self.checkpoint.files):
             module, _, leaf = name.rpartition(".")
             found = self.modules.get(module)
             if found is not None and leaf in found.leaves:
                 if leaf == found.order[0]:
-                    yield f"{module}.weight", self._weight(module, found)
+                    yield f"{module}.weight", partial(self._weight, module, found)
             elif leaf == "weight" and f"{module}.{SCALE}" in self.checkpoint:
-                yield name, self._dequantized(module, self.checkpoint.tensor(name))
+                yield name, partial(self._stored_codes, module)
             elif leaf not in {SCALE, ZERO, *_NOT_OF_WEIGHTS}:
-                yield name, self.checkpoint.tensor(name)
+                yield name, partial(self.checkpoint.tensor, name)
+
+    def _stored_codes(self, module: str) -> Tensor:
+        return self._dequantized(module, self.checkpoint.tensor(f"{module}.weight"))
 
     def _weight(self, module: str, found: ForeignFormat) -> Tensor:
         parts = [self.checkpoint.tensor(f"{module}.{leaf}") for leaf in found.order]

@@ -38,7 +38,7 @@ def test_prune_verify_evaluate_inspect_and_export_with_json(
 
     listed = cli("inspect", "out").stdout
     assert "14 operators pruned to 2:4" in listed
-    assert re.search(r"model\.layers\.1\.mlp\.down_proj .* yes", listed)
+    assert re.search(r"model\.layers\.1\.mlp\.down_proj .* 2:4", listed)
 
     exported = cli("export", "out", "-o", "dense", "--format", "dense", "--json")
     assert json.loads(exported.stdout)["format"] == "dense"

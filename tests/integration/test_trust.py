@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.formats import FORMATS
-from sparseserve.checkpoint.inspection import inspect_checkpoint
 from sparseserve.checkpoint.verification import verify
 from sparseserve.errors import ArtifactError, SparseServeError
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
 from sparseserve.models.loading import load_model
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.testing import save_tiny_model
+from sparseserve.workflow.inspection import inspect_checkpoint
 from sparseserve.workflow.run import export
 from tests.integration.command_line import Cli, refusal
 

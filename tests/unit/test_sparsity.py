@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseserve.errors import RecipeError
-from sparseserve.sparsity import TWO_FOUR, NMPattern, SparsityPattern, UnstructuredPattern
+from sparseserve.sparsity import (
+    TWO_FOUR,
+    NMPattern,
+    SparsityPattern,
+    UnstructuredPattern,
+    strictest_pattern,
+)
 from tests.unit.two_four import two_four_weights
 
 
@@ -94,3 +100,22 @@ def test_a_pattern_reads_back_what_it_writes(text: str) -> None:
 def test_a_pattern_that_makes_no_sense_is_refused(text: str) -> None:
     with pytest.raises(RecipeError):
         SparsityPattern.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[1, 0, 2, 0], [0, 1, 0, 3]], ("1:2", 1)),
+        ([[1, 2, 0, 4], [0, 0, 3, 0]], ("1:2", 0)),
+        ([[1, 2, 0, 0], [0, 0, 1, 3]], ("2:4", 1)),
+        ([[1, 2, 0, 0, 0, 0, 3, 4], [5, 0, 0, 6, 7, 8, 0, 0]], ("2:4", 1)),
+        ([[1, 2, 3, 0], [0, 1, 2, 3]], ("3:4", 1)),
+        ([[1, 2, 3, 4], [5, 6, 7, 8], [9, 1, 2, 3]], ("dense", None)),
+        ([[0, 0, 0, 0]], ("zero", None)),
+        ([[1, 0, 2], [1, 3, 4], [0, 1, 2]], ("22% unstructured", None)),
+    ],
+)
+def test_the_strictest_pattern_is_found_with_its_axis(
+    rows: list[list[float]], expected: tuple[str, int | None]
+) -> None:
+    assert strictest_pattern(torch.tensor(rows, dtype=torch.float32)) == expected

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sparseserve.checkpoint.artifact import Artifact, FileEntry, Manifest, write_manifest
-from sparseserve.checkpoint.inspection import inspect_checkpoint
 from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.checkpoint.tensors import write_checkpoint
 from sparseserve.checkpoint.verification import verify
@@ -21,6 +20,7 @@ from sparseserve.cli.main import cli
 from sparseserve.errors import ArtifactError
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import tiny_model
+from sparseserve.workflow.inspection import inspect_checkpoint
 
 PRUNED = "model.layers.0.mlp.up_proj"
 LISTS = ("pruned", "transposed", "tensors")
