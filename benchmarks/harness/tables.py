@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.exports.onnx_model import onnx_table
 from benchmarks.gpu.tables import GPU_TABLES
 from benchmarks.harness.results import RESEARCH, RESULTS, Result, read_result
 from benchmarks.peers.tables import PEER_TABLES
@@ -24,7 +25,10 @@ from benchmarks.research.tables import RESEARCH_TABLES
 from benchmarks.serving.tables import SERVING_TABLES
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/method.md", "docs/serving.md", "docs/evidence.md", "docs/gpu.md")
+PAGES = (
+    *("README.md", "docs/method.md", "docs/serving.md", "docs/evidence.md", "docs/gpu.md"),
+    "docs/formats.md",
+)
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -33,6 +37,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "retraining-smollm2-2of4": retraining_table,
     "budget-smollm2-2of4": budget_table,
     "calibration-memory": calibration_memory_table,
+    "onnx-smollm2": onnx_table,
     **PEER_TABLES,
     **SERVING_TABLES,
     **GPU_TABLES,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch.sparse import (
     SparseSemiStructuredTensor,
@@ -70,6 +72,24 @@ def test_other_cards_compress_what_was_stored(
     assert classes.count(SparseSemiStructuredTensorCUSPARSELT) >= 6
     with torch.no_grad():
         torch.testing.assert_close(sparse(IDS).logits, dense(IDS).logits, rtol=0, atol=0.05)
+
+
+@pytest.mark.usefixtures("operators")
+def test_the_lines_of_plain_torch_on_the_page_make_a_layer(
+    exported: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- test: semi_structured -->\n```python\n(.*?)```", page, re.DOTALL)
+    assert block is not None
+    name = "model.layers.0.mlp.up_proj"
+    names = {"torch": torch, "safetensors": safetensors, "device": "cpu", "name": name}
+    monkeypatch.chdir(exported["llama"])
+    exec(block[1], names)
+    dense = load_semi_structured(exported["llama"], "cpu").get_submodule(name)
+    inputs = torch.randn(8, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = names["linear"](inputs)  # type: ignore[operator]
+        torch.testing.assert_close(found, dense(inputs), rtol=0, atol=0.02)
 
 
 def test_weights_that_the_model_stores_transposed_stay_dense(exported: dict[str, Path]) -> None:

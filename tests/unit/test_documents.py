@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.tables import PAGES, TABLES, render, result_file
+from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.cli.main import cli
+from sparseserve.foreign.source import FORMATS as FOREIGN
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +26,14 @@ def test_every_table_has_a_committed_result_and_a_place() -> None:
     for name in TABLES:
         assert result_file(name).exists()
         assert f"<!-- table: {name} -->" in pages
+
+
+def test_the_page_of_formats_has_a_line_for_each_that_is_written_or_read() -> None:
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    written, read = page.split("## Checkpoints of other tools")
+    first = re.findall(r"^\| `([\w-]+)` \|", written, re.MULTILINE)
+    assert first[: len(FORMATS)] == list(FORMATS)
+    assert re.findall(r"^\| `([\w-]+)` \|", read, re.MULTILINE) == [row.name for row in FOREIGN]
 
 
 def test_every_option_in_the_readme_exists() -> None:
