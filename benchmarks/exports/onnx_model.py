@@ -2,9 +2,9 @@
 
 `sparseserve export --format onnx` runs in a process of its own for each dtype, and checks weights
 and logits itself. Then onnxruntime-genai continues some prompts of the packaged text greedily, and
-so does transformers with the checkpoint in the same dtype; not in bfloat16, which onnxruntime has
-not on a CPU. Models of 16 bits may take another of two nearly equal tokens and go on from there,
-so the tokens before the first difference are counted. ::
+so does transformers in float32 with the same weights; not in bfloat16, which onnxruntime has not
+on a CPU. Programs that compute in 16 bits may take another of two nearly equal tokens and go on
+from there, so the tokens before the first difference are counted. ::
 
     python -m benchmarks.exports.onnx_model CHECKPOINT
 """
@@ -110,7 +110,8 @@ def continued_by_genai(folder: Path, prompt: list[int], tokens: int) -> list[int
 def continued(
     checkpoint: Path, dtype: str, prompts: Sequence[list[int]], tokens: int
 ) -> list[list[int]]:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    rounded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
+    model = rounded.float().eval()
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
