@@ -15,6 +15,7 @@ from sparseserve.exporters.onnx import export_onnx
 from sparseserve.exporters.packed24 import export_packed24
 from sparseserve.exporters.semi_structured import export_semi_structured
 from sparseserve.exporters.stored import load_dense_state
+from sparseserve.exporters.tensorrt import TensorRTSettings, export_tensorrt
 
 Exporter = Callable[[Artifact, Path, torch.dtype | None], Artifact]
 
@@ -23,9 +24,11 @@ EXPORTERS: dict[str, Exporter] = {name: resolve_name(row.exporter) for name, row
 __all__ = [
     "EXPORTERS",
     "Exporter",
+    "TensorRTSettings",
     "export_dense",
     "export_onnx",
     "export_packed24",
     "export_semi_structured",
+    "export_tensorrt",
     "load_dense_state",
 ]

@@ -55,6 +55,20 @@ def export_graph(model: PreTrainedModel, folder: Path, pruned: Sequence[str]) ->
     program.save(str(folder / GRAPH_FILE), external_data=True)
 
 
+def input_shapes(folder: Path) -> dict[str, tuple[int | None, ...]]:
+    """Return the shape of each input of the graph in ``folder``; None for sizes that are free."""
+    import onnx
+
+    graph = onnx.load(folder / GRAPH_FILE, load_external_data=False).graph
+    return {
+        item.name: tuple(
+            size.dim_value if size.HasField("dim_value") else None
+            for size in item.type.tensor_type.shape.dim
+        )
+        for item in graph.input
+    }
+
+
 def _cache_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     """Return heads, and widths of keys and values, of each layer that keeps them."""
     with torch.no_grad():

@@ -58,6 +58,12 @@ FORMATS: dict[str, Format] = {
         needs=("onnx", "onnxscript", "onnxruntime"),
         extra="onnx",
     ),
+    "tensorrt": Format(
+        "sparseserve.exporters.tensorrt:export_tensorrt",
+        verifier="sparseserve.exporters.tensorrt:verify_tensorrt",
+        needs=("onnx", "onnxscript", "onnxruntime"),
+        extra="onnx",
+    ),
 }
 
 

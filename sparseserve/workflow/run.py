@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from sparseserve.checkpoint.run_folder import (
 )
 from sparseserve.checkpoint.tensors import require_space
 from sparseserve.checkpoint.verification import verify
-from sparseserve.exporters import EXPORTERS
+from sparseserve.exporters import EXPORTERS, TensorRTSettings, export_tensorrt
 from sparseserve.huggingface.names import stored_name
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.layerwise.pipeline import LayerStore, prune_model
@@ -196,7 +197,12 @@ def _write_dense(folder: Path, opening: Opening, report: PruneReport) -> Artifac
 
 
 def export(
-    checkpoint: Path, out: Path, export_format: str, dtype: torch.dtype | None = None
+    checkpoint: Path,
+    out: Path,
+    export_format: str,
+    dtype: torch.dtype | None = None,
+    *,
+    tensorrt: TensorRTSettings | None = None,
 ) -> Artifact:
     """Write a pruned ``checkpoint`` again, as ``export_format``, to the new folder ``out``.
 
@@ -205,6 +211,7 @@ def export(
         out: Must be absent or empty; appears whole at the end.
         export_format: How to store it.
         dtype: To round all weights to; None keeps theirs.
+        tensorrt: What an engine is built for; None for any other format.
 
     Raises:
         ArtifactError: ``checkpoint`` is damaged, a weight is too large for ``dtype``, ``out`` is
@@ -214,12 +221,20 @@ def export(
     require_fit(export_format, source.manifest.pattern)
     manifest = json.dumps(source.manifest.to_json(), sort_keys=True)
     fingerprint = Fingerprint(
-        {"format": export_format, "dtype": str(dtype), "checkpoint": manifest}
+        {
+            "format": export_format,
+            "dtype": str(dtype),
+            "checkpoint": manifest,
+            "tensorrt": str(tensorrt),
+        }
     )
+    exporter = EXPORTERS[export_format]
+    if tensorrt is not None:
+        exporter = partial(export_tensorrt, settings=tensorrt)
     with RunFolder.claim(out) as run:
         require_space(run.path, source.checkpoint.weight_bytes)
         if run.begin(fingerprint):
             return _finished(out, export_format)
-        artifact = EXPORTERS[export_format](source, run.fresh(export_format), dtype)
+        artifact = exporter(source, run.fresh(export_format), dtype)
         run.publish(artifact.path)
     return replace(artifact, path=out)
