@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sparseserve.errors import RecipeError
@@ -107,7 +109,6 @@ def test_the_engine_takes_everything_from_one_token_to_the_largest_sizes() -> No
 
 @pytest.mark.parametrize("name", ["max_batch", "max_new", "max_past"])
 def test_sizes_below_one_are_refused_by_their_option(name: str) -> None:
-    with pytest.raises(
-        RecipeError, match=rf"--{name.replace('_', '-')} is 0, but must be at least"
-    ):
-        TensorRTSettings(**{name: 0})
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(RecipeError, match=f"{option} is 0, but must be at least 1"):
+        replace(TensorRTSettings(), **{name: 0})  # type: ignore[arg-type]
