@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sparseserve.checkpoint.verification import verify
     from sparseserve.errors import SparseServeError
     from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
+    from sparseserve.exporters.tensorrt.settings import TensorRTSettings
     from sparseserve.huggingface.semi_structured import load_semi_structured
     from sparseserve.recipe.settings import PruneRecipe
     from sparseserve.recipe.toml import load_recipe
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sparseserve.serving.measure.tuner import tune
     from sparseserve.sparsity import SparsityPattern
     from sparseserve.text.calibration import CalibrationSpec
+    from sparseserve.workflow.convert import convert
     from sparseserve.workflow.inspection import inspect_checkpoint
     from sparseserve.workflow.job import Job
     from sparseserve.workflow.run import export, plan, prune_and_export
@@ -43,8 +45,10 @@ __all__ = [
     "PruneRecipe",
     "SparseServeError",
     "SparsityPattern",
+    "TensorRTSettings",
     "__version__",
     "compare",
+    "convert",
     "evaluate",
     "export",
     "inspect_checkpoint",
@@ -70,7 +74,9 @@ _HOMES = {
     "PruneRecipe": "recipe.settings",
     "SparseServeError": "errors",
     "SparsityPattern": "sparsity",
+    "TensorRTSettings": "exporters.tensorrt.settings",
     "compare": "serving.measure.comparison",
+    "convert": "workflow.convert",
     "prune_within_budget": "budget.within_budget",
     "evaluate": "evaluation.evaluate",
     "export": "workflow.run",
