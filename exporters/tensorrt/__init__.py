@@ -72,7 +72,7 @@ def export_tensorrt(
             "settings": asdict(settings),
             "inputs": [asdict(item) for item in ranges],
             "trtexec": trtexec_command(GRAPH_FILE, ranges),
-            "torch_tensorrt": torch_tensorrt_program(str(artifact.path), settings, kind),
+            "torch_tensorrt": torch_tensorrt_program(settings, kind),
             "engine": None if missing else ENGINE_FILE,
             "why_no_engine": missing,
         },

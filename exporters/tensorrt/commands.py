@@ -30,13 +30,17 @@ def trtexec_command(graph: str, ranges: Sequence[InputRange]) -> str:
     return f"trtexec {' '.join(options)}"
 
 
-def torch_tensorrt_program(checkpoint: str, settings: TensorRTSettings, dtype: str) -> str:
-    """Return a Python program that compiles the model of ``checkpoint`` with torch-tensorrt."""
+def torch_tensorrt_program(settings: TensorRTSettings, dtype: str) -> str:
+    """Return a Python program that compiles the model with torch-tensorrt.
+
+    Its first argument is the checkpoint, of any format that transformers opens.
+    """
     return f"""\
+import sys
 import torch, torch_tensorrt
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({checkpoint!r}, dtype=torch.{dtype}).eval().cuda()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.{dtype}).eval().cuda()
 ids = torch.zeros(2, 8, dtype=torch.int64, device="cuda")
 batch = torch.export.Dim("batch", min=1, max={settings.max_batch})
 tokens = torch.export.Dim("tokens", min=1, max={settings.max_new})

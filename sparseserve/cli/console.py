@@ -125,6 +125,25 @@ def show_artifact(artifact: Artifact, *, as_json: bool) -> None:
     output_console().print(table, highlight=False)
 
 
+def tell_of_engine(artifact: Artifact) -> None:
+    """Say on standard error what became of TensorRT's engine, if the format is ``tensorrt``."""
+    if artifact.manifest.format != "tensorrt":
+        return
+    from sparseserve.exporters.tensorrt import BUILD_FILE, next_command
+
+    found, folder = artifact.manifest.report["tensorrt"], artifact.path
+    if found["engine"] is None:
+        click.echo(f"There is no engine: {found['why']}.", err=True)
+        click.echo(f"{folder / BUILD_FILE} has the commands that build it; in {folder}:", err=True)
+        click.echo(f"  {next_command(folder)}", err=True)
+    else:
+        click.echo(
+            f"TensorRT says that {found['eligible']} pruned modules could run sparse, and that "
+            f"{found['picked']} do; sparsity.json has each.",
+            err=True,
+        )
+
+
 def print_inspection(found: Inspection) -> None:
     """Print a checkpoint's facts and one line for each matrix."""
     console = output_console()

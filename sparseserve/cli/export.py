@@ -94,6 +94,7 @@ def export_command(
     engine: EngineOptions,
 ) -> None:
     """Write a pruned CHECKPOINT again in another format."""
+    from sparseserve.cli.console import tell_of_engine
     from sparseserve.devices import DTYPES
     from sparseserve.workflow.run import export
 
@@ -105,21 +106,4 @@ def export_command(
         click.echo(json.dumps(facts))
     else:
         click.echo(f"{output}: {export_format}, {size / 2**20:,.1f} MiB of weights")
-    if export_format == "tensorrt":
-        _tell_of_engine(output, artifact.manifest.report["tensorrt"])
-
-
-def _tell_of_engine(folder: Path, found: dict[str, object]) -> None:
-    """Say on standard error what became of the engine, and what builds it elsewhere."""
-    from sparseserve.exporters.tensorrt import BUILD_FILE, next_command
-
-    if found["engine"] is None:
-        click.echo(f"There is no engine: {found['why']}.", err=True)
-        click.echo(f"{folder / BUILD_FILE} has the commands that build it; in {folder}:", err=True)
-        click.echo(f"  {next_command(folder)}", err=True)
-    else:
-        click.echo(
-            f"TensorRT says that {found['eligible']} pruned modules could run sparse, and that "
-            f"{found['picked']} do; sparsity.json has each.",
-            err=True,
-        )
+    tell_of_engine(artifact)

@@ -64,7 +64,7 @@ def prune_command(
 def _prune(job: Job, out: Path, budget: BudgetOptions, as_json: bool) -> None:
     from dataclasses import replace
 
-    from sparseserve.cli.console import pruning_progress, show_artifact
+    from sparseserve.cli.console import pruning_progress, show_artifact, tell_of_engine
     from sparseserve.workflow.run import prune_and_export
 
     with pruning_progress() as progress:
@@ -74,6 +74,7 @@ def _prune(job: Job, out: Path, budget: BudgetOptions, as_json: bool) -> None:
         else:
             artifact, report = prune_and_export(job, out), None
     show_artifact(artifact, as_json=as_json)
+    tell_of_engine(artifact)
     if report and not as_json:
         print_budget(report)
 
