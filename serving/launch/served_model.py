@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from sparseserve.checkpoint import packed24
+from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.checkpoint.verification import check_before_reading
 from sparseserve.errors import ArtifactError, ServingError, UnsupportedModelError
@@ -17,6 +18,9 @@ from sparseserve.text import position_limit
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+#: Formats that vLLM opens, with the plugin.
+SERVED_FORMATS = ("packed24", "dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class ServedModel:
             raise ServingError(f"{folder}: holds no config.json, so it is not a checkpoint")
         try:
             check_before_reading(folder, verified=verified)
+            _refuse_other_formats(folder)
             checkpoint = Checkpoint.open(folder)
         except ArtifactError as error:
             raise ServingError(str(error)) from error
@@ -73,6 +78,22 @@ class ServedModel:
             vocabulary=int(config.vocab_size),
             dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
             packed=packed24.is_packed(checkpoint),
+        )
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    """Refuse a checkpoint of ours that is made for other programs than vLLM.
+
+    Raises:
+        ServingError: Names its format and the remedy.
+    """
+    if not (folder / MANIFEST_FILE).exists():
+        return
+    kind = Artifact.open(folder).manifest.format
+    if kind not in SERVED_FORMATS:
+        raise ServingError(
+            f"{folder}: vLLM serves {' and '.join(SERVED_FORMATS)} checkpoints, not {kind}: serve "
+            "the checkpoint that it was made from, or export it again"
         )
 
 

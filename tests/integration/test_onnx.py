@@ -233,6 +233,9 @@ def test_commands_that_read_weights_refuse_an_export_for_others_in_one_line(
         done = cli(*command)
         assert done.returncode != 0
         assert "made for other programs" in done.stderr
+    done = cli("serve", "--dry-run", folder)
+    assert done.returncode != 0
+    assert "vLLM serves packed24 and dense checkpoints, not onnx" in done.stderr
     done = cli("verify", folder)
     assert done.returncode == 0
 
