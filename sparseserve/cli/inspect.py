@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
@@ -22,10 +21,12 @@ def inspect_command(source: str, as_json: bool) -> None:
     from dataclasses import asdict
 
     from sparseserve.cli.console import print_inspection
+    from sparseserve.errors import ArtifactError
     from sparseserve.models.model_folder import find_model_folder
+    from sparseserve.paths import local_path
     from sparseserve.workflow.inspection import inspect_checkpoint
 
-    path = Path(source)
+    path = local_path(source, "checkpoint", ArtifactError)
     found = inspect_checkpoint(path if path.exists() else find_model_folder(source))
     if as_json:
         click.echo(json.dumps({**asdict(found), "path": source}))
