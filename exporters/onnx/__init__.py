@@ -18,7 +18,7 @@ from sparseserve.devices import dtype_name
 from sparseserve.exporters.onnx.agreement import compare_with_model
 from sparseserve.exporters.onnx.genai import genai_config
 from sparseserve.exporters.onnx.graph import DATA_FILE, GRAPH_FILE, export_graph
-from sparseserve.exporters.onnx.weights import check_weights
+from sparseserve.exporters.onnx.weights import checked_weights
 from sparseserve.exporters.side_files import copy_side_files, model_config
 from sparseserve.huggingface.checkpoint_model import open_checkpoint
 
@@ -48,8 +48,8 @@ def export_onnx(artifact: Artifact, folder: Path, dtype: torch.dtype | None = No
     folder.mkdir(parents=True, exist_ok=True)
     with writing(folder / GRAPH_FILE):
         export_graph(model, folder, artifact.manifest.pruned)
-    check_weights(folder, artifact.manifest)
-    agreement = compare_with_model(folder, model)
+    weights = checked_weights(folder, artifact.manifest)
+    agreement = compare_with_model(folder, weights, model)
     copy_side_files(artifact.path, folder)
     kind = next(model.parameters()).dtype
     config = model_config(artifact.path, kind)
@@ -71,4 +71,4 @@ def verify_onnx(artifact: Artifact) -> None:
         MissingExtraError: onnx is not installed.
     """
     require_fit("onnx", artifact.manifest.pattern)
-    check_weights(artifact.path, artifact.manifest)
+    checked_weights(artifact.path, artifact.manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,6 @@ from transformers import PreTrainedModel
 
 from sparseserve.errors import ArtifactError
 from sparseserve.exporters.onnx.graph import GRAPH_FILE
-from sparseserve.exporters.onnx.weights import linear_weights
 from sparseserve.huggingface.names import stored_name
 
 if TYPE_CHECKING:
@@ -42,8 +42,10 @@ class Agreement:
     limit: float | None
 
 
-def compare_with_model(folder: Path, model: PreTrainedModel) -> Agreement:
-    """Compare the graph in ``folder`` with the ``model`` it was made from.
+def compare_with_model(
+    folder: Path, weights: Mapping[str, Tensor], model: PreTrainedModel
+) -> Agreement:
+    """Compare the graph in ``folder``, and its ``weights``, with the ``model`` it was made from.
 
     A padded prompt and some tokens one by one, all given, go through both. The model computes in
     float32 with its own weights: in float16 it rounds so much itself that there would be nothing
@@ -52,7 +54,7 @@ def compare_with_model(folder: Path, model: PreTrainedModel) -> Agreement:
     Raises:
         ArtifactError: A weight differs, or logits differ by more than the limit of the dtype.
     """
-    equal = _equal_weights(folder, model)
+    equal = _equal_weights(folder, weights, model)
     limit = LIMITS.get(next(model.parameters()).dtype)
     if limit is None:
         return Agreement(equal, None, None)
@@ -117,18 +119,14 @@ def _difference(folder: Path, model: PreTrainedModel) -> float:
     return float((found - expected)[real].abs().max() / expected[real].abs().max())
 
 
-def _equal_weights(folder: Path, model: PreTrainedModel) -> int:
-    import onnx
-
-    graph = onnx.load(folder / GRAPH_FILE).graph
-    found = dict(linear_weights(graph))
+def _equal_weights(folder: Path, weights: Mapping[str, Tensor], model: PreTrainedModel) -> int:
     modules = {
         stored_name(model, name): module
         for name, module in model.named_modules()
         if isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim == 2
     }
     equal = 0
-    for name, weight in found.items():
+    for name, weight in weights.items():
         if name not in modules:
             continue
         own = modules[name].get_parameter("weight")

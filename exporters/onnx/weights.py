@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 _TRANSPARENT = frozenset({"Transpose", "Cast", "Identity"})
 
 
-def check_weights(folder: Path, manifest: Manifest) -> None:
+def checked_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Check the graph in ``folder``, and that each pruned module obeys along its inputs.
+
+    Returns:
+        The weights ``[out, in]`` of all products, by the names of their nodes.
 
     Raises:
         ArtifactError: ONNX's own checker refuses the graph, a pruned module has no product in it,
@@ -43,6 +46,7 @@ def check_weights(folder: Path, manifest: Manifest) -> None:
             raise ArtifactError(f"{path}: no product is that of {module}: export it again")
         if violation := pattern.first_violation(found[module]):
             raise ArtifactError(f"{path}: {module} is not {pattern}: {violation}")
+    return found
 
 
 def linear_weights(graph: onnx.GraphProto) -> Iterator[tuple[str, Tensor]]:

@@ -65,7 +65,7 @@ def export_tensorrt(
     made = export_onnx(artifact, folder, dtype or torch.float16)
     kind = str(made.manifest.report["onnx"]["dtype"])
     ranges = input_ranges(input_shapes(folder), settings)
-    missing = missing_for_engine()
+    missing = missing_for_engine(settings)
     write_json(
         folder / BUILD_FILE,
         {
@@ -89,12 +89,14 @@ def export_tensorrt(
     return write_manifest(folder, manifest)
 
 
-def missing_for_engine() -> str | None:
+def missing_for_engine(settings: TensorRTSettings) -> str | None:
     """Return what an engine cannot be built without and is not here; None if all is."""
     if find_spec("tensorrt") is None:
         return (
             "TensorRT is not installed: pip install 'sparseserve[tensorrt]' on a machine with one"
         )
+    if settings.via == "torch-tensorrt" and find_spec("torch_tensorrt") is None:
+        return "torch-tensorrt is not installed (pip install 'sparseserve[tensorrt]')"
     if not torch.cuda.is_available():
         return "there is no NVIDIA card that torch sees"
     return None

@@ -55,14 +55,10 @@ def module_sparsity(
     found = []
     for module in modules:
         tactic = next((item for item in tactics if module in _parts(item.layer)), None)
-        by_log = _answer(module, picked)
-        by_tactic: Answer = "unknown"
-        if tactic is not None and tactic.name:
-            by_tactic = "yes" if _SPARSE_TACTIC.search(tactic.name) else "no"
-        answer = "yes" if "yes" in {by_log, by_tactic} else by_log
-        if answer == "unknown":
-            answer = by_tactic
         name = tactic.name if tactic is not None else None
+        # Names of fused kernels hide what they do, so a name can say yes, but not no.
+        sparse = name is not None and _SPARSE_TACTIC.search(name)
+        answer = "yes" if sparse else _answer(module, picked)
         found.append(ModuleSparsity(module, _answer(module, eligible), answer, name))
     return found
 

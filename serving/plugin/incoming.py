@@ -29,6 +29,7 @@ _LEAVES = {
     packed24.VERSION_1_VALUES: VALUES,
     packed24.INDICES: INDICES,
 }
+_MADE_BY_VLLM = BaseModelLoader.create_model
 
 
 def watch_models() -> None:
@@ -37,22 +38,18 @@ def watch_models() -> None:
     vLLM has no hook there: a quantization method is asked about each layer, but never told of the
     model, nor of tensors. A second call changes nothing.
     """
-    original = BaseModelLoader.create_model
-    if getattr(original, "watched", False):
-        return
+    BaseModelLoader.create_model = _create_model
 
-    @wraps(original)
-    def create_model(
-        self: BaseModelLoader, vllm_config: Any, *args: Any, **kwargs: Any
-    ) -> nn.Module:
-        model: nn.Module = original(self, vllm_config, *args, **kwargs)
-        config = vllm_config.quant_config
-        if isinstance(config, SparseServeConfig) and config.is_packed:
-            _take_over(model, config)
-        return model
 
-    create_model.watched = True  # type: ignore[attr-defined]
-    BaseModelLoader.create_model = create_model
+def _create_model(
+    loader: BaseModelLoader, vllm_config: Any, *args: Any, **kwargs: Any
+) -> nn.Module:
+    """Make the model as vLLM does, and take over what is ours in it."""
+    model: nn.Module = _MADE_BY_VLLM(loader, vllm_config, *args, **kwargs)
+    config = vllm_config.quant_config
+    if isinstance(config, SparseServeConfig) and config.is_packed:
+        _take_over(model, config)
+    return model
 
 
 def incoming(

@@ -12,6 +12,7 @@ still has any of it after loading is refused.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -230,8 +231,8 @@ def _register(layer: nn.Module, name: str, data: Tensor, loader: object) -> None
     layer.register_parameter(name, parameter)
 
 
-def _loader_of(layer: nn.Module) -> object:
-    return getattr(layer, "weight").weight_loader  # noqa: B009  # a Parameter of vLLM's class
+def _loader_of(layer: Any) -> object:
+    return layer.weight.weight_loader
 
 
 def _loaded_block(layer: nn.Module, shard: Shard) -> RowBlock:

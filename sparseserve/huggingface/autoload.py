@@ -60,6 +60,7 @@ class _WaitForTable:
                 run(module)
                 _add_to(module)
 
+            # Python made this loader for this one import.
             spec.loader.exec_module = run_and_add  # type: ignore[method-assign]
         return spec
 

@@ -59,7 +59,7 @@ class Packed24Config(QuantizationConfigMixin):  # type: ignore[misc]  # transfor
             setattr(self, key, value)
 
 
-class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]
+class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
     """Unpacks 2:4 weights while transformers reads them."""
 
     requires_calibration = True  # it reads packed weights, and packs none
@@ -148,7 +148,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-class _UnpackOne(ConversionOps):  # type: ignore[misc]
+class _UnpackOne(ConversionOps):  # type: ignore[misc]  # likewise
     """The weight of one module from its packed tensors; every other weight as it is."""
 
     def convert(
@@ -170,7 +170,7 @@ class _UnpackOne(ConversionOps):  # type: ignore[misc]
         return {full_layer_name: weight}
 
 
-class _UnpackMany(ConversionOps):  # type: ignore[misc]
+class _UnpackMany(ConversionOps):  # type: ignore[misc]  # likewise
     """The weights of many modules, before they are put together.
 
     ``sources`` gives the name, among those that the next operation knows, that each of ours is for.

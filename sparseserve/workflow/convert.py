@@ -24,6 +24,7 @@ from sparseserve.huggingface.names import stored_name
 from sparseserve.huggingface.opening import open_config, sketch_model
 from sparseserve.models.model_folder import find_model_folder
 from sparseserve.sparsity import TWO_FOUR
+from sparseserve.workflow.run import finished
 
 # A dense weight has next to no group with two zeros; a pruned one that has nearly all was damaged.
 _ALMOST = 0.5
@@ -61,7 +62,9 @@ def convert(
     model = sketch_model(open_config(folder))
     with RunFolder.claim(out) as run:
         require_space(run.path, 4 * foreign.checkpoint.weight_bytes)
-        run.begin(Fingerprint({"format": export_format, "dtype": str(dtype), "source": source}))
+        fingerprint = {"format": export_format, "dtype": str(dtype), "source": source}
+        if run.begin(Fingerprint(fingerprint)):
+            return finished(out, export_format)
         artifact = _write_dense(run.fresh("dense"), foreign, model, source)
         if export_format != "dense" or dtype is not None:
             artifact = EXPORTERS[export_format](artifact, run.fresh(export_format + "-out"), dtype)

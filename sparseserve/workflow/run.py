@@ -97,7 +97,7 @@ def prune_and_export(job: Job, out: Path, *, store: LayerStore | None = None) ->
     with RunFolder.claim(out) as run:
         opening = open_run(job, run.place)
         if run.begin(opening.fingerprint):
-            return _finished(out, job.stored_as)
+            return finished(out, job.stored_as)
         layers = store or LayerFolder(run.path / "layers", run.path, job.progress)
         report = _prune(opening, run, layers)
         job.progress.stage("writing the checkpoint")
@@ -109,7 +109,7 @@ def prune_and_export(job: Job, out: Path, *, store: LayerStore | None = None) ->
     return replace(artifact, path=out)
 
 
-def _finished(out: Path, export_format: str) -> Artifact:
+def finished(out: Path, export_format: str) -> Artifact:
     """Return the result of a run that had died while it moved it to ``out``.
 
     Raises:
@@ -234,7 +234,7 @@ def export(
     with RunFolder.claim(out) as run:
         require_space(run.path, source.checkpoint.weight_bytes)
         if run.begin(fingerprint):
-            return _finished(out, export_format)
+            return finished(out, export_format)
         artifact = exporter(source, run.fresh(export_format), dtype)
         run.publish(artifact.path)
     return replace(artifact, path=out)

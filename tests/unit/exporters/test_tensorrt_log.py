@@ -78,7 +78,7 @@ def test_the_name_of_a_tactic_is_asked_where_the_log_says_nothing() -> None:
     dense = Tactic("m.down_proj", "sm80_xmma_gemm_f16f16_f16f16_f16_tn_n_tilesize128x128x32")
     assert module_sparsity("", [sparse, dense], ["m.up_proj", "m.down_proj", "m.other"]) == [
         ModuleSparsity("m.up_proj", "unknown", "yes", sparse.name),
-        ModuleSparsity("m.down_proj", "unknown", "no", dense.name),
+        ModuleSparsity("m.down_proj", "unknown", "unknown", dense.name),
         ModuleSparsity("m.other", "unknown", "unknown", None),
     ]
 
