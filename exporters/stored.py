@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sparseserve.checkpoint.artifact import Artifact, write_manifest
 from sparseserve.checkpoint.formats import require_fit
+from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack, stacks_to_json
 from sparseserve.checkpoint.storage import WeightStorage, storage_of
-from sparseserve.checkpoint.tensors import write_checkpoint, write_json
+from sparseserve.checkpoint.tensors import Checkpoint, write_checkpoint, write_json
 from sparseserve.devices import dtype_name
 from sparseserve.errors import ArtifactError
 from sparseserve.exporters.side_files import copy_side_files, model_config
@@ -53,7 +54,8 @@ def export_stored(
     config.pop("quantization_config", None)
     pruned = artifact.manifest.pruned
     if (said := storage.quantization_config(pruned, kept)) is not None:
-        config["quantization_config"] = said
+        stacks = stacks_to_json(artifact.manifest.stacks)
+        config["quantization_config"] = {**said, STACKS_KEY: stacks} if stacks else said
     write_json(folder / "config.json", config)
     report = artifact.manifest.report
     if kept != own:
@@ -71,8 +73,16 @@ def dense_tensors(
     """
     checkpoint = artifact.checkpoint
     parts = artifact.parts(checkpoint)
+    taken_apart = [stack for stack in artifact.manifest.stacks if stack.tensor not in checkpoint]
+    stack_of = {module: stack for stack in taken_apart for module in stack.modules}
     for name in sorted(checkpoint.files):
-        if name not in parts:
+        module, _, leaf = name.rpartition(".")
+        if module in stack_of:
+            stack = stack_of[module]
+            if module == stack.modules[0] and leaf == "weight":
+                whole = _put_together(artifact, checkpoint, stack)
+                yield stack.tensor, _rounded(artifact, stack.tensor, whole, dtype)
+        elif name not in parts:
             yield name, _rounded(artifact, name, checkpoint.tensor(name), dtype)
         elif parts[name].stands_for_all:
             module = parts[name].module
@@ -91,22 +101,54 @@ def load_dense_state(folder: Path) -> dict[str, Tensor]:
     return dict(dense_tensors(Artifact.open(folder)))
 
 
+def _put_together(artifact: Artifact, checkpoint: Checkpoint, stack: ExpertStack) -> Tensor:
+    """Return the tensor of all experts from those of each."""
+    pruned = set(artifact.manifest.pruned)
+    whole: Tensor | None = None
+    for module in stack.modules:
+        if module in pruned:
+            weight = artifact.pruned_weight(checkpoint, module)
+        else:
+            weight = checkpoint.tensor(f"{module}.weight")
+        if whole is None:
+            whole = stack.empty(weight)
+        stack.weight(whole, *stack.place(module)).copy_(weight)
+    assert whole is not None
+    return whole
+
+
 def _stored_tensors(
     artifact: Artifact, storage: WeightStorage, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
     pruned = set(artifact.manifest.pruned)
+    stacks = {stack.tensor: stack for stack in artifact.manifest.stacks}
     for name, tensor in dense_tensors(artifact, dtype):
         module, _, leaf = name.rpartition(".")
-        if module not in pruned or leaf != "weight":
+        if name in stacks and not storage.keeps_stacks():
+            for module in stacks[name].modules:
+                weight = stacks[name].weight(tensor, *stacks[name].place(module))
+                if module in pruned:
+                    yield from _stored_parts(artifact, storage, module, weight)
+                else:
+                    yield f"{module}.weight", weight
+        elif module in pruned and leaf == "weight":
+            transposed = module in artifact.manifest.transposed
+            weight = tensor.T if transposed else tensor
+            yield from _stored_parts(artifact, storage, module, weight)
+        else:
             yield name, tensor
-            continue
-        transposed = module in artifact.manifest.transposed
-        try:
-            parts = storage.stored(tensor.T if transposed else tensor, transposed=transposed)
-        except ArtifactError as error:
-            raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
-        for suffix, part in parts.items():
-            yield f"{module}.{suffix}", part
+
+
+def _stored_parts(
+    artifact: Artifact, storage: WeightStorage, module: str, weight: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    transposed = module in artifact.manifest.transposed
+    try:
+        parts = storage.stored(weight, transposed=transposed)
+    except ArtifactError as error:
+        raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
+    for suffix, part in parts.items():
+        yield f"{module}.{suffix}", part
 
 
 def _pruned_dtype(artifact: Artifact) -> torch.dtype:

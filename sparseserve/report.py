@@ -27,6 +27,8 @@ class OperatorReport:
         transposed: Whether the model stores the dense weight ``[in, out]``.
         converged: Whether the pruner's iteration met its own tolerance; None if it has none.
         residual: What was left of it, relative; None likewise.
+        tokens: How many calibration tokens an expert saw. Where they are fewer than
+            ``in_features``, others were mixed in (docs/method.md). None for what sees all tokens.
     """
 
     name: str
@@ -38,6 +40,7 @@ class OperatorReport:
     transposed: bool
     converged: bool | None = None
     residual: float | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +66,22 @@ class ReconstructionReport:
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One decoder layer; ``seconds`` is wall time, statistics included."""
+    """One decoder layer.
+
+    Attributes:
+        name: Full module name.
+        operators: Those that were pruned.
+        seconds: Wall time, statistics included.
+        reconstruction: What training it did, if there was any.
+        unseen: Full names of the operators of experts that no calibration token reached. They stay
+            dense.
+    """
 
     name: str
     operators: tuple[OperatorReport, ...]
     seconds: float
     reconstruction: ReconstructionReport | None = None
+    unseen: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerReport:
@@ -82,6 +95,7 @@ class LayerReport:
             operators,
             data["seconds"],
             ReconstructionReport(**reconstruction) if reconstruction else None,
+            tuple(data.get("unseen", ())),
         )
 
 
@@ -155,7 +169,8 @@ class PruneReport:
 
     Attributes:
         layers: The decoder layers, first to last.
-        dense_modules: Linears inside decoder layers that were left dense, on request.
+        dense_modules: Linears inside decoder layers that were left dense, on request or because
+            they belong to experts that no calibration token reached.
         seconds: Wall time of all layers, with that of the layers an interrupted run had finished.
         peak_memory_bytes: Largest resident size of the process, or of the CUDA allocator.
         environment: Where it ran.

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from sparseserve.checkpoint import packed24
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.formats import METHOD
+from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack, stacks_from_json
 from sparseserve.checkpoint.verification import check_before_reading
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.sparsity import TWO_FOUR
@@ -41,6 +42,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         packed: Modules stored as ``packed24``, by the checkpoint's names, and vLLM's name of each,
             None where vLLM has no such module; empty for a dense checkpoint.
         transposed: Those whose dense weight is stored ``[in, out]``.
+        stacks: Tensors of experts that vLLM loads whole, though the checkpoint packs each expert.
         dense: Modules of a dense checkpoint that must be 2:4; None is every linear.
         is_packed: Which of the two kinds the checkpoint is.
     """
@@ -59,6 +61,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         self.is_packed = packed is not None
         self.packed: dict[str, str | None] = {name: name for name in packed or ()}
         self.transposed: frozenset[str] = frozenset()
+        self.stacks: tuple[ExpertStack, ...] = ()
         self.dense: frozenset[str] | None = None
         self._timed: TimedLayers | None = None
 
@@ -88,7 +91,9 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
             ServingError: A key is missing or has a value that this release does not read.
         """
         with _as_serving_error():
-            return cls(packed24.packed_modules(config))
+            made = cls(packed24.packed_modules(config))
+            made.stacks = stacks_from_json("quantization_config", config.get(STACKS_KEY, {}))
+        return made
 
     @classmethod
     def override_quantization_method(

@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from sparseserve.checkpoint import packed24
+from sparseserve.checkpoint.stacks import ExpertStack
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.serving.plugin.config import SparseServeConfig
 from sparseserve.serving.plugin.linear import INDICES, VALUES, Packed24LinearMethod
@@ -88,6 +89,34 @@ def incoming(
         )
 
 
+def put_together(weights: Weights, stacks: Iterable[ExpertStack]) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``weights``, those of experts in the ``stacks`` that vLLM knows them in.
+
+    Raises:
+        ServingError: The weight of an expert is missing.
+    """
+    stack_of = {f"{module}.weight": stack for stack in stacks for module in stack.modules}
+    made: dict[str, Tensor] = {}
+    missing: dict[str, set[str]] = {}
+    for name, tensor in weights:
+        stack = stack_of.get(name)
+        if stack is None:
+            yield name, tensor
+            continue
+        whole = stack.tensor
+        if whole not in made:
+            made[whole] = stack.empty(tensor)
+            missing[whole] = {f"{module}.weight" for module in stack.modules}
+        module = name.removesuffix(".weight")
+        stack.weight(made[whole], *stack.place(module)).copy_(tensor)
+        missing[whole].discard(name)
+        if not missing[whole]:
+            yield whole, made.pop(whole)
+            del missing[whole]
+    for names in missing.values():
+        raise ServingError(f"{min(names)} is missing: check the folder with sparseserve verify")
+
+
 def _take_over(model: Any, config: SparseServeConfig) -> None:
     vllm_names = _names_run_by_us(model)
     taken = frozenset(name for name, known in config.packed.items() if known in vllm_names)
@@ -102,7 +131,8 @@ def _take_over(model: Any, config: SparseServeConfig) -> None:
 
     @wraps(load)
     def load_weights(weights: Weights, *args: Any, **kwargs: Any) -> Any:
-        return load(incoming(weights, config.packed, taken, config.transposed), *args, **kwargs)
+        found = incoming(weights, config.packed, taken, config.transposed)
+        return load(put_together(found, config.stacks), *args, **kwargs)
 
     model.load_weights = load_weights
 

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparseserve.errors import NumericalError
+from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.layerwise.layer import PrunedLayer
 from sparseserve.layerwise.plan import planned_operators
 from sparseserve.models.hooks import ForwardStopped, hidden_output, hooks, run_model
@@ -134,6 +135,17 @@ def measure_sensitivities(
         UnsupportedModelError: The structure of the model cannot be found.
         NumericalError: A loss is not finite; names the unit.
     """
+    with unstacked_experts(model):
+        return _measured(model, recipe, windows, store, on_layer)
+
+
+def _measured(
+    model: PreTrainedModel,
+    recipe: PruneRecipe,
+    windows: Sequence[Tensor],
+    store: SensitivityStore,
+    on_layer: Callable[[str, int, int], None],
+) -> tuple[UnitSensitivity, ...]:
     structure = trace_structure(model, windows[0][:8])
     examples = [
         Example(window, dense)
@@ -197,7 +209,12 @@ def _layer_units(
     module = tail.model.get_submodule(layer.name)
     planned = planned_operators(layer, recipe)
     for group in layer.groups:
-        operators = [operator for operator in group.operators if operator in planned]
+        # An expert that no token reached was not pruned.
+        operators = [
+            operator
+            for operator in group.operators
+            if operator in planned and f"{operator.name}.weight" in pruned.parameters
+        ]
         if not operators:
             continue
         names = tuple(layer.full_name(operator) for operator in operators)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.manifest_values import check_manifest_values
+from sparseserve.checkpoint.stacks import ExpertStack, stacks_from_json, stacks_to_json
 from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import Checkpoint, write_json
 from sparseserve.checkpoint.weight_files import unlisted_files
@@ -51,6 +52,8 @@ class Manifest:
         report: What happened, as JSON data.
         files: Every other file of the folder.
         tensors: Names of all tensors in the files; empty in manifests of releases before this key.
+        stacks: Tensors of the dense checkpoint that hold pruned experts, whose names are those that
+            a stack gives them.
     """
 
     format: str
@@ -64,10 +67,11 @@ class Manifest:
     files: dict[str, FileEntry]
     version: int = MANIFEST_VERSION
     tensors: tuple[str, ...] = ()
+    stacks: tuple[ExpertStack, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return JSON data with a digest of itself, so that no byte can change unnoticed."""
-        data = asdict(self)
+        data = {**asdict(self), "stacks": stacks_to_json(self.stacks)}
         return {**data, _DIGEST_KEY: _digest(data)}
 
     @classmethod
@@ -99,6 +103,7 @@ class Manifest:
                 key: tuple(value) if isinstance(value, list) else value
                 for key, value in body.items()
             }
+            fixed["stacks"] = stacks_from_json(where, fixed.get("stacks", {}))
             return cls(**fixed, files=entries)  # type: ignore[arg-type]  # the digest vouches for the types
         except TypeError as error:
             raise ArtifactError(f"{where}: a key is missing or unknown: {error}") from error
@@ -200,9 +205,23 @@ class Artifact:
         storage = storage_of(self.manifest.format)
         transposed = module in self.manifest.transposed
         try:
+            if (stack := self._stack_of(checkpoint, module)) is not None:
+                expert, projection = stack.place(module)
+                return stack.weight(checkpoint.row(stack.tensor, expert)[None], 0, projection)
             return storage.read_weight(checkpoint, module, transposed=transposed)
         except ArtifactError as error:
             raise ArtifactError(f"{self.path}: {module}: {error}") from error
+
+    def _stack_of(self, checkpoint: Checkpoint, module: str) -> ExpertStack | None:
+        """Return the stored stack that holds ``module``."""
+        return next(
+            (
+                stack
+                for stack in self.manifest.stacks
+                if stack.tensor in checkpoint and stack.holds(module)
+            ),
+            None,
+        )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Artifact:

@@ -32,6 +32,11 @@ def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
     """Ask nothing more: every tensor is a valid dense weight."""
 
 
+def keeps_stacks() -> bool:
+    """Say yes: names and shapes are those of the source."""
+    return True
+
+
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what weights of ``dtype`` are rounded to if nothing else is asked: nothing."""
     return dtype

@@ -11,7 +11,7 @@ from sparseserve.paths import shown, shown_value
 
 _TEXTS = ("pattern", "source")
 _LISTS_OF_NAMES = ("pruned", "transposed", "tensors")
-_OBJECTS = ("recipe", "calibration", "report", "files")
+_OBJECTS = ("recipe", "calibration", "report", "files", "stacks")
 
 
 def check_manifest_values(where: Path, body: Mapping[str, object]) -> None:

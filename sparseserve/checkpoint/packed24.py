@@ -149,6 +149,11 @@ def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
         raise ArtifactError("encoding is not the canonical one")
 
 
+def keeps_stacks() -> bool:
+    """Say no: each expert has tensors of its own."""
+    return False
+
+
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what weights of ``dtype`` are rounded to if nothing else is asked: nothing."""
     return dtype

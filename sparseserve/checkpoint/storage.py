@@ -36,6 +36,10 @@ class WeightStorage(Protocol):
         """Refuse a stored form of ``weight`` that is not the one the format prescribes."""
         ...
 
+    def keeps_stacks(self) -> bool:
+        """Whether experts stay in one tensor where a dense checkpoint of the model has them so."""
+        ...
+
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return what weights of ``dtype`` are rounded to if nothing else is asked."""
         ...

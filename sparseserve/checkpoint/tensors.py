@@ -93,6 +93,17 @@ class Checkpoint:
             tensor: Tensor = shard.get_tensor(name)
             return tensor
 
+    def row(self, name: str, index: int) -> Tensor:
+        """Read one entry along the first dimension of a tensor.
+
+        Raises:
+            ArtifactError: It is not stored, or its file cannot be read.
+        """
+        path = self.folder / self.files[name]
+        with _readable(path), safe_open(path, framework="pt") as shard:
+            row: Tensor = shard.get_slice(name)[index]
+            return row
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor in the order of names."""
         for name in sorted(self.files):

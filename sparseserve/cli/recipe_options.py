@@ -36,6 +36,10 @@ _TEXT = (
         multiple=True,
         help="Regular expression; operators whose name matches stay dense. May be given again.",
     ),
+    click.option(
+        "--experts",
+        help="What happens to the experts of a mixture: prune (the same as to all else) or dense.",
+    ),
 )
 _RECIPE = click.option(
     "--recipe",
@@ -94,6 +98,7 @@ class RecipeOptions:
     scrambled: int | None = None
     dtype: str | None = None
     ignore: tuple[str, ...] = ()
+    experts: str | None = None
 
     def chosen(self) -> PruneRecipe:
         """Return the recipe that was named, changed by the other options.
@@ -126,6 +131,7 @@ class RecipeOptions:
                 inter_weight=self.inter_weight,
                 dtype=self.dtype,
                 ignore=self.ignore or None,
+                experts=self.experts,
             ),
         )
 

@@ -6,6 +6,7 @@ reading: afterwards the model is an ordinary dense one, which can be trained, sa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparseserve.checkpoint import packed24, semi_structured
 from sparseserve.checkpoint.formats import METHOD
 from sparseserve.checkpoint.packed24 import Packed24
+from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack
 from sparseserve.errors import ArtifactError
+from sparseserve.huggingface.names import StackPlace, stacks_on_disk
 
 if TYPE_CHECKING:
     # transformers imports its models after its table of quantizers, and this module with the table.
@@ -32,6 +35,7 @@ _POSITIONS: dict[str, Callable[[Tensor, Tensor], Packed24]] = {
     f"{packed24.INDICES}$": Packed24,
     f"{semi_structured.META}$": semi_structured.from_meta,
 }
+_LAYER_NUMBER = re.compile(r".*\.\d+\.(?=\D)")
 _FORMATS = (packed24.FORMAT, semi_structured.FORMAT)
 
 
@@ -68,6 +72,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
         super().__init__(quantization_config, **options)
         self._replaced: dict[int, tuple[WeightConverter, WeightTransform | None]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._stacks: tuple[StackPlace, ...] = ()
 
     @property
     def is_trainable(self) -> bool:
@@ -87,8 +92,9 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
         many may be packed.
         """
         unpacking = WeightConverter([*_POSITIONS, *_VALUES], [packed24.VALUES], [_UnpackOne()])
-        self._replaced[id(unpacking)] = (unpacking, None)
-        return [*map(self._unpacking_first, conversions), unpacking]
+        added = [*map(_stacking, self._stacks), unpacking]
+        self._replaced |= {id(conversion): (conversion, None) for conversion in added}
+        return [*map(self._unpacking_first, conversions), *added]
 
     def _unpacking_first(self, conversion: WeightTransform) -> WeightTransform:
         suffix = f".{packed24.VALUES}"
@@ -121,7 +127,12 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **options: Any
     ) -> PreTrainedModel:
-        """Remember the shapes: transformers compares none where there is a quantizer."""
+        """Remember the shapes: transformers compares none where there is a quantizer.
+
+        Remember, too, which experts the model has in one tensor that its files would have so.
+        """
+        if getattr(self.quantization_config, STACKS_KEY, None):
+            self._stacks = stacks_on_disk(model)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
         return model
 
@@ -146,6 +157,19 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
             kept += [original] if original is not None else []
         model._weight_conversions = kept
         return model
+
+
+def _stacking(place: StackPlace) -> WeightConverter:
+    """Return what puts experts with tensors of their own into the one tensor of the model."""
+    first, *_ = place.modules
+    # All layers have the same names after their number, and transformers takes care of the rest.
+    start = _LAYER_NUMBER.sub("", first.rsplit(".", 2)[0])
+    stems = [f"{start}.*.{projection}" for projection in place.projections]
+    sources = {f"{stem}.{name}": stem for stem in stems for name in (*_VALUES, *_POSITIONS)}
+    target = _LAYER_NUMBER.sub("", place.stack.tensor)
+    return WeightConverter(
+        list(sources), [target], [_UnpackMany(sources), _PutTogether(place.stack, stems)]
+    )
 
 
 class _UnpackOne(ConversionOps):  # type: ignore[misc]  # likewise
@@ -196,15 +220,47 @@ class _UnpackMany(ConversionOps):  # type: ignore[misc]  # likewise
         return dense
 
 
+class _PutTogether(ConversionOps):  # type: ignore[misc]  # likewise
+    """The tensor of all experts from the dense weights of each, projection by projection."""
+
+    def __init__(self, stack: ExpertStack, stems: list[str]) -> None:
+        self._stack, self._stems = stack, stems
+
+    def convert(
+        self, input_dict: dict[str, list[Tensor]], *, full_layer_name: str, **_: Any
+    ) -> dict[str, Tensor]:
+        """Return the tensor in the layout that the model has it in."""
+        stack = self._stack
+        whole = stack.empty(input_dict[self._stems[0]][0])
+        for stem, projection in zip(self._stems, stack.projections, strict=True):
+            if len(weights := input_dict[stem]) != stack.experts:
+                raise ArtifactError(
+                    f"{full_layer_name}: {len(weights)} experts instead of {stack.experts}: "
+                    "copy or export the checkpoint again"
+                )
+            for expert, weight in enumerate(weights):
+                stack.weight(whole, expert, projection).copy_(weight)
+        return {full_layer_name: whole}
+
+
 def _unpacked(name: str, parts: dict[str, list[Tensor]]) -> list[Tensor]:
-    """Return the dense weights of the parameter ``name``; ``parts`` are equally long lists."""
+    """Return the dense weights of the parameter ``name``.
+
+    ``parts`` are lists in the order of the modules. All positions have values, but the values of
+    some modules, such as an expert that stayed dense, may have no positions.
+    """
     values = [tensor for key in _VALUES for tensor in parts.get(key, ())]
     for key in _POSITIONS.keys() & parts.keys():
-        if len(values) != len(parts[key]):
+        positions = list(parts[key])
+        narrow = min(tensor.shape[-1] for tensor in values)
+        packed = [tensor.shape[-1] == narrow for tensor in values]
+        if len(positions) != sum(packed):
             raise ArtifactError(
-                f"{name}: {len(values)} weights for {len(parts[key])} tensors of positions: "
+                f"{name}: {sum(packed)} packed weights for {len(positions)} tensors of positions: "
                 "copy or export the checkpoint again"
             )
-        pairs = zip(values, parts[key], strict=True)
-        return [packed24.unpack24(_POSITIONS[key](*pair)) for pair in pairs]
+        return [
+            packed24.unpack24(_POSITIONS[key](tensor, positions.pop(0))) if is_packed else tensor
+            for tensor, is_packed in zip(values, packed, strict=True)
+        ]
     return values

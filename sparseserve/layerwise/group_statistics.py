@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from sparseserve.layerwise.expert_statistics import ExpertStatistics
 from sparseserve.layerwise.streams import LayerContext
 from sparseserve.models.layers import group_input, group_inputs
 from sparseserve.models.structure import OperatorGroup
@@ -37,16 +38,21 @@ class GroupStatistics:
             correction: Which inputs to compare.
         """
         self._context, self._pruned = context, pruned
-        self._groups, self._correction = groups, correction
+        self._groups = [group for group in groups if group.experts is None]
+        self._correction = correction
         self._of_all: list[InputStatistics] = []
+        experts = [group for group in groups if group.experts is not None]
+        self._experts = ExpertStatistics(context, pruned, experts, correction)
 
     def of(self, group: OperatorGroup) -> InputStatistics:
-        """Return the statistics of what ``group`` reads.
+        """Return the statistics of what ``group`` reads; of no tokens for an expert that sees none.
 
         Raises:
             NumericalError: An activation is NaN or infinite.
         """
         context, correction = self._context, self._correction
+        if group.experts is not None:
+            return self._experts.of(group)
         if not correction.needs_dense or not (correction.paired or context.required_dense.inputs):
             self._of_all = self._of_all or self._one_pass()
             return self._of_all[self._groups.index(group)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -66,14 +66,21 @@ def prune_layer(
     pruned = copy_layer(context.module)
     statistics = GroupStatistics(context, pruned, groups, recipe.correction)
     reports: list[OperatorReport] = []
+    unseen: list[Operator] = []
     for group in groups:
         operators = [operator for operator in group.operators if operator in planned]
         found = statistics.of(group)
+        if not found.tokens:
+            unseen += operators
+            continue
         for stack in _stacks(operators, recipe):
             for operator, weight, report in _prune_together(context, stack, found, recipe):
                 set_layer_weight(pruned, operator, weight)
-                reports.append(report)
-                progress.operator_pruned(report)
+                reports.append(
+                    replace(report, tokens=found.tokens) if group.experts is not None else report
+                )
+                progress.operator_pruned(reports[-1])
+    planned = [operator for operator in planned if operator not in unseen]
     reconstruction = None
     if planned and output_error is not None:
         masked = [f"{operator.name}.weight" for operator in planned]
@@ -83,7 +90,13 @@ def prune_layer(
     seconds = time.perf_counter() - started
     return PrunedLayer(
         _changed(context, pruned, planned, recipe),
-        LayerReport(context.layer.name, tuple(reports), seconds, reconstruction),
+        LayerReport(
+            context.layer.name,
+            tuple(reports),
+            seconds,
+            reconstruction,
+            tuple(context.layer.full_name(operator) for operator in unseen),
+        ),
     )
 
 

@@ -30,6 +30,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.layerwise.layer import PrunedLayer, prune_layer
 from sparseserve.layerwise.plan import check_plan, ignored_modules
 from sparseserve.layerwise.progress import PruneProgress
@@ -84,6 +85,21 @@ def prune_model(
         RecipeError: An operator does not fit the pattern.
         NumericalError: Activations, weights or statistics are not finite; names the operator.
     """
+    with unstacked_experts(model):
+        return _prune_layers(
+            model, recipe, calibration, store=store, progress=progress, device=device
+        )
+
+
+def _prune_layers(
+    model: nn.Module,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    *,
+    store: LayerStore,
+    progress: PruneProgress,
+    device: torch.device,
+) -> PruneReport:
     started = time.perf_counter()
     # A few tokens show the structure; more would only cost logits.
     structure = trace_structure(model, calibration.windows[0][:8])
@@ -122,7 +138,10 @@ def prune_model(
         progress.layer_finished(pruned.report)
     return PruneReport(
         layers=tuple(reports),
-        dense_modules=ignored_modules(structure, recipe),
+        dense_modules=(
+            *ignored_modules(structure, recipe),
+            *(name for report in reports for name in report.unseen),
+        ),
         seconds=earlier + time.perf_counter() - started,
         peak_memory_bytes=_peak_memory(device),
         environment=Environment.here(),

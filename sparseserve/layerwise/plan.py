@@ -7,7 +7,12 @@ import re
 from collections.abc import Sequence
 
 from sparseserve.errors import RecipeError
-from sparseserve.models.structure import LayerStructure, ModelStructure, Operator
+from sparseserve.models.structure import (
+    LayerStructure,
+    ModelStructure,
+    Operator,
+    OperatorGroup,
+)
 from sparseserve.paths import shown
 from sparseserve.recipe.settings import PruneRecipe
 
@@ -18,7 +23,7 @@ def planned_operators(layer: LayerStructure, recipe: PruneRecipe) -> list[Operat
         operator
         for group in layer.groups
         for operator in group.operators
-        if not recipe.ignores(f"{layer.name}.{operator.name}")
+        if not _stays_dense(layer, group, operator, recipe)
     ]
 
 
@@ -42,7 +47,9 @@ def check_plan(structure: ModelStructure, recipe: PruneRecipe) -> None:
                     f"dense with --ignore '{operator.name.split('.')[-1]}$'"
                 )
     if not total:
-        raise RecipeError("nothing is left to prune: --ignore matches every linear operator")
+        raise RecipeError(
+            "nothing is left to prune: --ignore or --experts dense leaves every linear dense"
+        )
 
 
 def _require_matches(structure: ModelStructure, recipe: PruneRecipe) -> None:
@@ -73,9 +80,16 @@ def _closest(expression: str, names: Sequence[str]) -> str | None:
 def ignored_modules(structure: ModelStructure, recipe: PruneRecipe) -> tuple[str, ...]:
     """Return the full names of the linears in decoder layers that the recipe leaves dense."""
     return tuple(
-        name
+        layer.full_name(operator)
         for layer in structure.layers
         for group in layer.groups
         for operator in group.operators
-        if recipe.ignores(name := f"{layer.name}.{operator.name}")
+        if _stays_dense(layer, group, operator, recipe)
     )
+
+
+def _stays_dense(
+    layer: LayerStructure, group: OperatorGroup, operator: Operator, recipe: PruneRecipe
+) -> bool:
+    dense_expert = recipe.experts == "dense" and group.experts is not None
+    return dense_expert or recipe.ignores(layer.full_name(operator))

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from sparseserve.checkpoint.tensor_file import HiddenStates
 from sparseserve.errors import NumericalError, RecipeError
+from sparseserve.huggingface.experts import routers_in
 from sparseserve.layerwise.streams import LayerContext
 from sparseserve.models.hooks import hidden_output
 from sparseserve.models.layer_call import LayerCall
@@ -91,7 +92,7 @@ def reconstruct(
         context: The dense layer, what enters the two and what leaves the dense one.
         pruned: The pruned layer; left untouched.
         masked: Names in the layer of the weights that were pruned. Their zeros stay zero; the
-            other matrices stay as they are, biases and norms are trained.
+            other matrices and all routers stay as they are, biases and norms are trained.
         knobs: How; at least one epoch.
         output_error: What to lower.
 
@@ -186,10 +187,12 @@ class _Trained:
     @classmethod
     def of(cls, student: nn.Module, masked: Sequence[str]) -> _Trained:
         matrices = {f"{name}.weight" for name, _ in linear_modules(student)} - set(masked)
+        # Trained routers would send the tokens elsewhere than the pruned experts were made for.
+        routers = routers_in(student)
         parameters = {
             name: parameter.requires_grad_()
             for name, parameter in student.named_parameters()
-            if name not in matrices
+            if name not in matrices and name.rpartition(".")[0] not in routers
         }
         return cls(parameters, {name: parameters[name].detach() != 0 for name in masked})
 

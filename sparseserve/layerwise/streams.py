@@ -29,8 +29,8 @@ class DensePart:
     Attributes:
         entering: What enters the layer, ``[1, tokens, hidden]`` a window.
         leaving: What leaves it, likewise.
-        inputs: What each of the layer's groups reads, ``[tokens, in_features]`` a window; empty
-            where running the layer again costs less than keeping it.
+        inputs: What each of the layer's common groups reads, ``[tokens, in_features]`` a window;
+            empty where running the layer again costs less than keeping it.
     """
 
     entering: HiddenStates
@@ -85,7 +85,7 @@ class LayerContext:
         """Yield what ``group`` reads in the dense layer, ``[tokens, in_features]`` a window."""
         dense = self.required_dense
         if dense.inputs:
-            yield from dense.inputs[self.layer.groups.index(group)]
+            yield from dense.inputs[self.layer.common_groups.index(group)]
             return
         for window in self.on_device(dense.entering):
             yield group_input(self.module, window, self.call, group)
@@ -188,7 +188,7 @@ class HiddenStreams:
         layer: LayerStructure,
         call: LayerCall,
     ) -> DensePart:
-        groups = layer.groups if self.keep_inputs else ()
+        groups = layer.common_groups if self.keep_inputs else ()
         leaving, *inputs = HiddenStates.write_several(
             [
                 self.folder / f"dense-{layer.name}",

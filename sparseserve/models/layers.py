@@ -83,6 +83,8 @@ def run_layer(layer: nn.Module, hidden: Tensor, call: LayerCall) -> Tensor:
 def group_input(layer: nn.Module, hidden: Tensor, call: LayerCall, group: OperatorGroup) -> Tensor:
     """Return the input ``[T, in_features]`` that the operators of ``group`` share.
 
+    An expert sees fewer than ``T`` tokens, maybe none.
+
     The layer stops as soon as the input is known, so the operators of the group do not run.
 
     Raises:
@@ -104,7 +106,7 @@ def group_inputs(
     found: list[list[Tensor]] = [[] for _ in groups]
     with hooks(_recording(layer, groups, found, stop=True)), torch.no_grad():
         call.apply(layer, hidden)
-    return _finite_inputs(found, call, groups)
+    return _finite_inputs(found, call, groups, hidden)
 
 
 def layer_inputs(
@@ -122,7 +124,7 @@ def layer_inputs(
     found: list[list[Tensor]] = [[] for _ in groups]
     with hooks(_recording(layer, groups, found, stop=False)):
         output = run_layer(layer, hidden, call)
-    return _finite_inputs(found, call, groups), output
+    return _finite_inputs(found, call, groups, hidden), output
 
 
 def layer_weight(layer: nn.Module, operator: Operator) -> Tensor:
@@ -204,10 +206,15 @@ def _recording(
 
 
 def _finite_inputs(
-    found: Sequence[Sequence[Tensor]], call: LayerCall, groups: Sequence[OperatorGroup]
+    found: Sequence[list[Tensor]],
+    call: LayerCall,
+    groups: Sequence[OperatorGroup],
+    hidden: Tensor,
 ) -> list[Tensor]:
     for group, inputs in zip(groups, found, strict=True):
         name = group.operators[0].name
+        if not inputs and group.experts is not None:
+            inputs.append(hidden.new_empty(0, group.in_features))  # no token was sent there
         if len(inputs) != 1:
             raise ValueError(f"{call.layer}: {name} was called {len(inputs)} times, not once")
         _require_finite(inputs[0], f"{call.layer}: the input of {name}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparseserve.errors import UnsupportedModelError
+from sparseserve.huggingface.experts import ExpertLinears, experts_in, routers_in
 from sparseserve.models.hooks import TensorIdentity, as_batch, hooks, run_model
 from sparseserve.models.layer_list import find_decoder_layers, linear_modules
 from sparseserve.models.refusals import refuse_foreign_weights, refuse_shared_weights
@@ -39,9 +40,16 @@ class Operator:
 
 @dataclass(frozen=True, slots=True)
 class OperatorGroup:
-    """Operators that consume the very same input tensor, in the order they run."""
+    """Operators that consume the very same input tensor, in the order they run.
+
+    Attributes:
+        operators: At least one.
+        experts: Name in the layer of the experts that one of them belongs to, which sees only the
+            tokens that a router sends to it; None where all tokens are seen.
+    """
 
     operators: tuple[Operator, ...]
+    experts: str | None = None
 
     @property
     def in_features(self) -> int:
@@ -60,6 +68,11 @@ class LayerStructure:
     def operators(self) -> tuple[Operator, ...]:
         """All operators of the layer, group by group."""
         return tuple(operator for group in self.groups for operator in group.operators)
+
+    @property
+    def common_groups(self) -> tuple[OperatorGroup, ...]:
+        """The groups that see all tokens, as experts do not."""
+        return tuple(group for group in self.groups if group.experts is None)
 
     def full_name(self, operator: Operator) -> str:
         """Return the name of ``operator`` in the model."""
@@ -106,12 +119,26 @@ class _LayerWatch:
         self._called: set[str] = set()
         self._inputs: list[TensorIdentity] = []
         self._groups: list[list[Operator]] = []
+        self._experts = experts_in(layer)
+        self._groups_of_experts: dict[int, list[OperatorGroup]] = {}
+        # Routers are never pruned: their choices decide what everything after them sees.
+        routers = routers_in(layer)
+        self._linears = {
+            linear: module
+            for linear, module in linear_modules(layer)
+            if linear not in routers
+            and not any(linear.startswith(f"{experts}.") for experts in self._experts)
+        }
 
     def handles(self) -> Iterator[RemovableHandle]:
-        """Register the hooks on the layer and on every linear operator in it."""
+        """Register the hooks on the layer, its experts, and every other linear operator in it."""
         yield self._layer.register_forward_pre_hook(lambda _, args: self._enter())
         yield self._layer.register_forward_hook(lambda _, args, output: self._leave())
-        for name, module in linear_modules(self._layer):
+        for name, experts in self._experts.items():
+            yield experts.register_forward_pre_hook(
+                lambda module, args, name=name: self._call_experts(name, module)
+            )
+        for name, module in self._linears.items():
             yield module.register_forward_pre_hook(
                 lambda module, args, kwargs, name=name: self._call(name, module, args, kwargs),
                 with_kwargs=True,
@@ -119,15 +146,20 @@ class _LayerWatch:
 
     def structure(self) -> LayerStructure:
         """Return the groups seen, once every operator has been called."""
-        missed = [name for name, _ in linear_modules(self._layer) if name not in self._called]
+        missed = [name for name in (*self._linears, *self._experts) if name not in self._called]
         if missed:
             raise UnsupportedModelError(
                 f"{self._name}: {missed[0]} is not called as a linear operator when the layer runs "
                 f"({len(missed)} of {len(missed) + len(self._called)} are not); mixtures of "
-                "experts, whose operators each see only some tokens, are not supported"
+                "experts that transformers does not run through its ExpertsInterface are not "
+                "supported"
             )
-        groups = tuple(OperatorGroup(tuple(operators)) for operators in self._groups)
-        return LayerStructure(self._name, groups)
+        groups: list[OperatorGroup] = []
+        for number, operators in enumerate(self._groups):
+            groups += self._groups_of_experts.get(number, ())
+            groups.append(OperatorGroup(tuple(operators)))
+        groups += self._groups_of_experts.get(len(self._groups), ())
+        return LayerStructure(self._name, tuple(groups))
 
     def _enter(self) -> None:
         self._running = True
@@ -156,6 +188,23 @@ class _LayerWatch:
             )
         self._called.add(name)
         self._add(operator, value)
+
+    def _call_experts(self, name: str, experts: ExpertLinears) -> None:
+        """Add the groups of each expert: first all that read hidden states, then what follows."""
+        if name in self._called:
+            raise self._refusal(name, "are called more than once when the layer runs")
+        self._called.add(name)
+        groups = [
+            OperatorGroup(
+                tuple(
+                    operator_of(f"{name}.{linear}", experts.get_submodule(linear))
+                    for linear in linears
+                ),
+                experts=name,
+            )
+            for linears in experts.linears_by_input()
+        ]
+        self._groups_of_experts.setdefault(len(self._groups), []).extend(groups)
 
     def _add(self, operator: Operator, value: Tensor) -> None:
         for identity, operators in zip(self._inputs, self._groups, strict=True):

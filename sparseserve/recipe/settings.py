@@ -20,6 +20,7 @@ from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 from sparseserve.text.calibration import CalibrationSpec
 
 RECIPE_VERSION = 1
+EXPERTS = ("prune", "dense")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,8 @@ class PruneRecipe:
         retraining: How the whole model is trained on the calibration text at the end.
         calibration: Which text.
         ignore: Regular expressions searched in full module names; matches stay dense.
+        experts: Whether the experts of a mixture are pruned like everything else, or stay dense:
+            ``prune`` or ``dense``.
         dtype: Of the stored weights; ``auto`` keeps the model's own.
     """
 
@@ -49,6 +52,7 @@ class PruneRecipe:
     retraining: Retraining = field(default_factory=Retraining)
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     ignore: tuple[str, ...] = ()
+    experts: str = "prune"
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
@@ -56,6 +60,8 @@ class PruneRecipe:
         ErrorCorrection.named(self.error_correction, self.inter_weight)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise RecipeError(unknown_name("dtype", self.dtype, ("auto", *DTYPES)))
+        if self.experts not in EXPERTS:
+            raise RecipeError(unknown_name("experts", self.experts, EXPERTS))
         trained = self.reconstruction.epochs or self.retraining.epochs
         if trained and self.calibration.samples < 2:
             raise RecipeError(
@@ -102,6 +108,7 @@ class PruneRecipe:
             "error_correction": self.error_correction,
             "inter_weight": self.inter_weight,
             "ignore": list(self.ignore),
+            "experts": self.experts,
             "dtype": self.dtype,
             "method": {"name": self.method, **asdict(self.pruner)},  # type: ignore[call-overload]  # every entry of PRUNERS is a dataclass
             "reconstruction": asdict(self.reconstruction),

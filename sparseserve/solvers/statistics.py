@@ -74,6 +74,32 @@ class InputStatistics:
             self.tokens,
         )
 
+    def filled(self, other: InputStatistics | None, tokens: int) -> InputStatistics:
+        """Return these statistics filled up to the energy of ``tokens`` tokens.
+
+        Fewer tokens than features leave directions about which nothing is known. The mean token of
+        ``other`` stands for each token that is missing; without ``other``, each feature keeps its
+        own mean energy and none goes with any other.
+        """
+        missing = tokens - self.tokens
+        if missing <= 0:
+            return self
+
+        def fill(own: Tensor, others: Tensor | None) -> Tensor:
+            if other is None or others is None:
+                return own + torch.diag(own.diagonal() * (missing / self.tokens))
+            return own + others * (missing / other.tokens)
+
+        gram = fill(self.gram, other.gram if other else None)
+        if not self.corrected:
+            return InputStatistics(gram, gram, gram, self.tokens)
+        return InputStatistics(
+            gram,
+            fill(self.cross, other.cross if other else None),
+            fill(self.dense_gram, other.dense_gram if other else None),
+            self.tokens,
+        )
+
 
 class StatisticsSum:
     """A sum of second moments that grows batch by batch."""

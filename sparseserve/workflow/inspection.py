@@ -113,8 +113,13 @@ def _inspection(
 def _ours(artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
     checkpoint = artifact.checkpoint
     parts = artifact.parts(checkpoint)
+    stacks = {stack.tensor: stack for stack in artifact.manifest.stacks}
     for name in sorted(checkpoint.files):
-        if name not in parts:
+        if name in stacks:
+            tensor = checkpoint.tensor(name)
+            for module in stacks[name].modules:
+                yield module, stacks[name].weight(tensor, *stacks[name].place(module))
+        elif name not in parts:
             yield from _plain(checkpoint, name)
         elif parts[name].stands_for_all:
             yield parts[name].module, artifact.pruned_weight(checkpoint, parts[name].module)

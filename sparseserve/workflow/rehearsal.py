@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparseserve.checkpoint.formats import FORMATS
@@ -22,7 +23,8 @@ from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_json
 from sparseserve.devices import pruning_dtype
 from sparseserve.errors import ArtifactError, SparseServeError, UnsupportedModelError
 from sparseserve.exporters.side_files import copy_side_files, model_config
-from sparseserve.huggingface.names import stored_name
+from sparseserve.huggingface.experts import ExpertLinears, unstacked_experts
+from sparseserve.huggingface.names import StoredModule, stored_modules
 from sparseserve.huggingface.opening import open_config, open_tokenizer
 from sparseserve.layerwise.plan import check_plan, planned_operators
 from sparseserve.layerwise.trial import TRIED_TOKENS, try_layers
@@ -54,16 +56,18 @@ def rehearse(
             with the weights is missing.
     """
     model, recipe = loaded.model, job.recipe
-    structure = trace_structure(model, calibration.windows[0][:TRIED_TOKENS])
-    check_plan(structure, recipe)
-    _rehearse_storing(model, structure, recipe, job.stored_as)
+    with unstacked_experts(model):
+        structure = trace_structure(model, calibration.windows[0][:TRIED_TOKENS])
+        check_plan(structure, recipe)
+        _rehearse_storing(model, structure, recipe, job.stored_as)
     if place is not None:
         needed = _needed_bytes(loaded, structure, recipe, calibration, job.runs_on)
         there = sum(path.stat().st_size for path in place.partial.rglob("*") if path.is_file())
         require_space(place.partial, needed - there)
     with tempfile.TemporaryDirectory(prefix="sparseserve-") as scratch:
         _rehearse_writing(loaded, structure, recipe, Path(scratch) / "model")
-    try_layers(model, structure, recipe, calibration)
+    with unstacked_experts(model):
+        try_layers(model, structure, recipe, calibration)
     return structure
 
 
@@ -155,18 +159,40 @@ def _rehearse_writing(
     _refuse_outside_tokenizer(loaded)
     write_model(loaded, folder, recipe.torch_dtype, save_first_rows)
     stored = Checkpoint.open(folder)
-    for layer in structure.layers:
-        for operator in planned_operators(layer, recipe):
-            name = f"{layer.full_name(operator)}.weight"
-            expected = loaded.model.get_parameter(name)[:1]
-            on_disk = f"{stored_name(loaded.model, layer.full_name(operator))}.weight"
-            if on_disk not in stored or not torch.equal(stored.tensor(on_disk), expected):
+    planned = [
+        layer.full_name(operator)
+        for layer in structure.layers
+        for operator in planned_operators(layer, recipe)
+    ]
+    places = stored_modules(loaded.model, planned)
+    with unstacked_experts(loaded.model):
+        written = [name for name in planned if not _is_later_expert(loaded.model, name)]
+        for module in written:
+            weight = loaded.model.get_parameter(f"{module}.weight")
+            if module not in places or not _is_written(stored, places[module], weight):
                 raise UnsupportedModelError(
-                    f"{loaded.folder}: {name} is stored in another form, so it cannot be exported: "
-                    "save the model with transformers' save_pretrained(FOLDER, "
+                    f"{loaded.folder}: {module}.weight is stored in another form, so it cannot be "
+                    "exported: save the model with transformers' save_pretrained(FOLDER, "
                     "save_original_format=False) and prune that folder"
                 )
     _require_same_tokenizer(loaded, folder)
+
+
+def _is_later_expert(model: nn.Module, module: str) -> bool:
+    """Whether a linear is that of an expert whose weight is not in a model of first rows."""
+    owner, _, rest = module.rpartition(".")[0].rpartition(".")
+    return isinstance(model.get_submodule(owner), ExpertLinears) and rest != "0"
+
+
+def _is_written(stored: Checkpoint, place: StoredModule, weight: Tensor) -> bool:
+    """Whether the first row of a matrix, or the first expert of a stack, is where it should be."""
+    name = place.stack.tensor if place.stack else f"{place.name}.weight"
+    if name not in stored:
+        return False
+    found = stored.tensor(name)
+    if place.stack is not None:
+        found = place.stack.weight(found, *place.stack.place(place.name))
+    return torch.equal(found, weight[: len(found)])
 
 
 def _refuse_outside_tokenizer(loaded: LoadedModel) -> None:

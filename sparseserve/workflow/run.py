@@ -22,7 +22,8 @@ from sparseserve.checkpoint.run_folder import (
 from sparseserve.checkpoint.tensors import require_space
 from sparseserve.checkpoint.verification import verify
 from sparseserve.exporters import EXPORTERS, TensorRTSettings, export_tensorrt
-from sparseserve.huggingface.names import stored_name
+from sparseserve.huggingface.experts import unstacked_experts
+from sparseserve.huggingface.names import stored_modules
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.layerwise.pipeline import LayerStore, prune_model
 from sparseserve.layerwise.plan import ignored_modules, planned_operators
@@ -167,9 +168,9 @@ def _retrained(
             opening.job.progress.stage(f"retraining: {done} of {total} windows, loss {loss:.4f}")
 
     operators = [operator.name for operator in report.operators]
-    found = retrain(
-        model.to(opening.job.runs_on), operators, windows, knobs, dense=dense, on_window=say
-    )
+    model.to(opening.job.runs_on)
+    with unstacked_experts(model):
+        found = retrain(model, operators, windows, knobs, dense=dense, on_window=say)
     model.to("cpu")
     return replace(report, retraining=found, seconds=report.seconds + found.seconds)
 
@@ -177,16 +178,15 @@ def _retrained(
 def _write_dense(folder: Path, opening: Opening, report: PruneReport) -> Artifact:
     loaded, recipe = opening.loaded, opening.job.recipe
     write_model(loaded, folder, recipe.torch_dtype, save_weights)
-    # The rehearsal saw that each is stored by itself.
-    names = {
-        operator.name: stored_name(loaded.model, operator.name) or operator.name
-        for operator in report.operators
-    }
+    # The rehearsal saw that each has a place of its own.
+    places = stored_modules(loaded.model, [operator.name for operator in report.operators])
+    stacks = {place.stack.tensor: place.stack for place in places.values() if place.stack}
     manifest = Manifest(
         format="dense",
         pattern=str(recipe.pattern),
-        pruned=tuple(names.values()),
-        transposed=tuple(names[item.name] for item in report.operators if item.transposed),
+        pruned=tuple(place.name for place in places.values()),
+        transposed=tuple(places[item.name].name for item in report.operators if item.transposed),
+        stacks=tuple(stacks.values()),
         source=str(loaded.source),
         recipe=recipe.to_json(),
         calibration=asdict(opening.calibration.record),
