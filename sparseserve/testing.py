@@ -117,12 +117,59 @@ MORE_TINY_FAMILIES: dict[str, dict[str, object]] = {
 }
 
 
+_ROUTED = {
+    **_GATED,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}
+#: Mixtures of experts. The files of ``gpt_oss`` and ``llama4_text`` have all experts of a layer in
+#: one tensor, each in its own layout; those of the others have a tensor for each expert.
+EXPERT_TINY_FAMILIES: dict[str, dict[str, object]] = {
+    "mixtral": {**_ROUTED, "num_local_experts": 4},
+    "qwen3_moe": {**_ROUTED, "num_experts": 4, "head_dim": 32},
+    "gpt_oss": {
+        **_ROUTED,
+        "num_local_experts": 4,
+        "head_dim": 32,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    # Its latent attention is as wide as vLLM can compute it.
+    "deepseek_v3": {
+        **_ROUTED,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    },
+    "olmoe": {**_ROUTED, "num_experts": 4},
+    "llama4_text": {
+        **_ROUTED,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "head_dim": 32,
+        "intermediate_size": 64,
+        "intermediate_size_mlp": 128,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 128,
+    },
+}
+
+
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
     """Return a random float32 model of a ``family`` of the tables above, ready to run.
 
     Biases and norm weights are drawn too, so that a test sees when one is dropped.
     """
-    settings = {**TINY_FAMILIES, **MORE_TINY_FAMILIES}[family]
+    settings = {**TINY_FAMILIES, **MORE_TINY_FAMILIES, **EXPERT_TINY_FAMILIES}[family]
     config = AutoConfig.for_model(family, **settings)
     # The generator is forked: building a model does not disturb the caller's random numbers.
     with torch.random.fork_rng(devices=[]):

@@ -165,7 +165,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         if not isinstance(layer, LinearBase):
             return None
         modules = self.checkpoint_modules(prefix)
-        if not any(module.sparse for module in modules):
+        if _is_absorbed(prefix) or not any(module.sparse for module in modules):
             return UnquantizedLinearMethod()
         self._timed = self._timed or TimedLayers()
         method = Packed24LinearMethod if self.is_packed else Dense24LinearMethod
@@ -187,6 +187,14 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         if self.is_packed:
             return name in self.packed.values()
         return self.dense is None or name in self.dense
+
+
+def _is_absorbed(prefix: str) -> bool:
+    """Whether vLLM takes the weight of a layer and never runs it.
+
+    Latent attention (MLA) multiplies this one into its queries and outputs.
+    """
+    return prefix.rpartition(".")[2] == "kv_b_proj"
 
 
 @contextmanager

@@ -140,15 +140,30 @@ def _take_over(model: Any, config: SparseServeConfig) -> None:
 def _names_run_by_us(model: nn.Module) -> frozenset[str]:
     """Return vLLM's names of the packed modules in layers of ours; leave to vLLM what it loads."""
     names: set[str] = set()
-    for layer in model.modules():
+    reordered = _reordered(model)
+    for name, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)
         if not isinstance(method, Packed24LinearMethod):
             continue
-        if method.is_loaded_by_the_model(layer):
+        if name in reordered or method.is_loaded_by_the_model(layer):
             method.become_dense(layer)
         else:
             names |= {module.name for module in method.modules if module.sparse}
     return frozenset(names)
+
+
+def _reordered(model: nn.Module) -> frozenset[str]:
+    """Return the names of layers whose rows the model reorders as they are read.
+
+    Llama 4 does that to tensors whose names say that they are dense queries or keys.
+    """
+    return frozenset(
+        f"{name}.{part}".lstrip(".")
+        for name, module in model.named_modules()
+        if hasattr(module, "permute_qk_weight_for_rotary")
+        for part, _ in module.named_modules()
+        if part.endswith(".qkv_proj")
+    )
 
 
 def _dense(module: str, parts: dict[str, Tensor], transposed: bool) -> Tensor:

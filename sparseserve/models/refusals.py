@@ -82,7 +82,8 @@ def _refuse_loose_matrices(layer_name: str, layer: nn.Module, linears: list[nn.M
         if stack.squeeze().ndim >= 3:
             raise UnsupportedModelError(
                 f"{layer_name}: {name} {list(stack.shape)} stacks the matrices of {len(stack)} "
-                "experts or heads; mixtures of experts are not supported"
+                "experts or heads, which transformers does not run through its ExpertsInterface; "
+                "they cannot be pruned one by one"
             )
     outside = sum(matrix.numel() for matrix in loose.values())
     inside = sum(module.get_parameter("weight").numel() for module in linears)

@@ -124,7 +124,9 @@ def test_onnxruntime_genai_generates_the_models_tokens(
     assert len(found) == count or found[-1] == 258  # the end of a text
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.further)]
+)
 def test_sixteen_bit_exports_are_verified(
     packed: Packed, tmp_path: Path, dtype: torch.dtype
 ) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseserve.checkpoint.artifact import Manifest, write_manifest
 from sparseserve.checkpoint.packed24 import pack24
-from sparseserve.huggingface.names import stored_name
+from sparseserve.checkpoint.stacks import stacks_from_json
+from sparseserve.huggingface.experts import routers_in, unstacked_experts
+from sparseserve.huggingface.names import stored_modules
 from sparseserve.serving.kernels.cpu.library import missing_library
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import tiny_model, tiny_tokenizer
@@ -46,10 +49,13 @@ def torch_operators() -> Iterator[None]:
 
 
 def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    routers = routers_in(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not model.get_output_embeddings()
+        and name not in routers
     }
 
 
@@ -82,20 +88,25 @@ def two_four_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
         dtype: torch.dtype = torch.float32,
     ) -> Path:
         model = tiny_model(family).to(dtype)
-        pruned = [name for name in linears(model) if not any(part in name for part in keep)]
-        for name in pruned:
-            module = model.get_submodule(name)
-            transposed = isinstance(module, Conv1D)
-            weight = module.weight.T if transposed else module.weight
-            projected = TWO_FOUR.project(weight.detach())
-            module.weight.data = projected.T.contiguous() if transposed else projected
+        with unstacked_experts(model):
+            chosen = {
+                name: module
+                for name, module in linears(model).items()
+                if not any(part in name for part in keep)
+            }
+            for module in chosen.values():
+                weight = module.get_parameter("weight").detach()
+                weight = weight.T if isinstance(module, Conv1D) else weight
+                weight.copy_(TWO_FOUR.project(weight))
         folder = tmp_path_factory.mktemp(family)
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
         if manifest:
-            names = {name: stored_name(model, name) or name for name in pruned}
-            turned = [names[n] for n in pruned if isinstance(model.get_submodule(n), Conv1D)]
-            write_manifest(folder, dense_manifest([*names.values()], transposed=turned))
+            places = stored_modules(model, [*chosen])
+            turned = [places[n].name for n, module in chosen.items() if isinstance(module, Conv1D)]
+            written = dense_manifest([place.name for place in places.values()], transposed=turned)
+            stacks = {place.stack for place in places.values() if place.stack}
+            write_manifest(folder, replace(written, stacks=tuple(stacks)))
         return folder
 
     return make
@@ -108,17 +119,24 @@ def pack_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pa
     def pack(dense: Path) -> Path:
         folder = tmp_path_factory.mktemp(f"{dense.name}-packed")
         config = json.loads((dense / "config.json").read_text())
-        pruned = json.loads((dense / "sparseserve.json").read_text())["pruned"]
+        manifest = json.loads((dense / "sparseserve.json").read_text())
+        pruned = manifest["pruned"]
+        stacks = {stack.tensor: stack for stack in stacks_from_json("", manifest["stacks"])}
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in load_file(dense / "model.safetensors").items():
             module, _, leaf = name.rpartition(".")
-            if module in pruned and leaf == "weight":
-                weight = tensor.T if config["model_type"] == "gpt2" else tensor
+            weights: dict[str, torch.Tensor] = {}
+            if name in stacks:
+                stack = stacks[name]
+                weights = {one: stack.weight(tensor, *stack.place(one)) for one in stack.modules}
+            elif module in pruned and leaf == "weight":
+                weights = {module: tensor.T if config["model_type"] == "gpt2" else tensor}
+            else:
+                tensors[name] = tensor
+            for module, weight in weights.items():
                 packed = pack24(weight.contiguous())
                 tensors[f"{module}.weight"] = packed.values
                 tensors[f"{module}.weight_indices"] = packed.indices
-            else:
-                tensors[name] = tensor
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config["quantization_config"] = {
             "quant_method": "sparseserve",
@@ -128,6 +146,7 @@ def pack_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Pa
             "modules": pruned,
             "weights": {"type": "float", "bits": 32, "group_size": None},
             "activations": None,
+            "stacks": manifest["stacks"],
         }
         (folder / "config.json").write_text(json.dumps(config))
         return folder

@@ -138,8 +138,8 @@ def test_started_as_a_module_the_program_leaves_the_current_folder_alone(
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(["serve", ".", "--", "--no-such-option"], marks=pytest.mark.further),
-        ["tune", "."],
+        ["serve", ".", "--", "--no-such-option"],
+        pytest.param(["tune", "."], marks=pytest.mark.further),
     ],
 )
 def test_serve_and_tune_run_no_code_of_the_model_folder_they_are_in(

@@ -42,6 +42,7 @@ def bench(
     return run_bench(pair, output, *plan)
 
 
+@pytest.mark.further  # the commands of the README run bench, too
 def test_bench_tells_what_it_measured_and_where(
     bench: tuple[dict[str, Any], str], pair: tuple[Path, Path]
 ) -> None:
@@ -58,6 +59,7 @@ def test_bench_tells_what_it_measured_and_where(
     assert "perplexity" in shown
 
 
+@pytest.mark.further  # the commands of the README run bench, too
 def test_bench_measures_prefill_and_decoding_at_every_length_and_batch_size(
     bench: tuple[dict[str, Any], str],
 ) -> None:
@@ -78,6 +80,7 @@ def test_bench_measures_prefill_and_decoding_at_every_length_and_batch_size(
     assert "24 in, batch 64: prefill, tokens/s" in shown
 
 
+@pytest.mark.further  # the commands of the README run bench, too
 def test_bench_measures_the_memory_of_both_engines(bench: tuple[dict[str, Any], str]) -> None:
     model, baseline = (bench[0][side]["memory"] for side in ("model", "baseline"))
     parameters = sum(parameter.numel() for parameter in tiny_model("llama").parameters())

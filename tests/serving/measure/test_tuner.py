@@ -40,6 +40,7 @@ def stored(cache: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.further  # the commands of the README tune, too
 @pytest.mark.skipif(missing_library() is not None, reason="needs the compiled kernels")
 def test_tune_fills_the_cache_and_shows_where_2_4_pays(
     few_layers: Path, cache_folder: Path, tmp_path: Path

@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sparseserve.testing import MORE_TINY_FAMILIES, TINY_FAMILIES
+from sparseserve.huggingface.experts import unstacked_experts
+from sparseserve.testing import EXPERT_TINY_FAMILIES, MORE_TINY_FAMILIES, TINY_FAMILIES
+from tests.selection import representatives, selected
 from tests.serving.conftest import linears
 
 pytest.importorskip("vllm")
@@ -45,8 +47,13 @@ Folders = dict[str, tuple[Path, Path, str | None]]
 # Options of vLLM with which a checkpoint is served once more.
 BACKEND = "tied and 16-bit, by vLLM's Transformers backend"
 SCALED = "tied, 16-bit and scaled, by vLLM's Transformers backend"
-# vLLM asks for the image processor of Gemma 3, which a tiny model has not.
-FAMILIES = [name for name in (*TINY_FAMILIES, *MORE_TINY_FAMILIES) if name != "gemma3"]
+# vLLM asks for the image processor of Gemma 3, which a tiny model has not. It computes another
+# thing than transformers does of the tiny DeepSeek V3, also of the dense one.
+UNSERVED = ("gemma3", "deepseek_v3")
+ALL = (*TINY_FAMILIES, *MORE_TINY_FAMILIES, *EXPERT_TINY_FAMILIES)
+FAMILIES = [name for name in ALL if name not in UNSERVED]
+# Plain, transposed, with Mamba mixers, by vLLM's Transformers backend, and mixtures of experts.
+REPRESENTATIVES = ("llama", "qwen2", "gpt2", "falcon_h1", "smollm3", "mixtral", "gpt_oss")
 # Of a log-probability in float32. Gemma 2 multiplies its embedding, so its logits, and with them
 # the rounding, are larger: vLLM and transformers differ by 4e-4 on the dense model, too. Nemotron-H
 # was seen to differ by 1.2e-4.
@@ -64,13 +71,14 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def served(
+    request: pytest.FixtureRequest,
     two_four_folder: Callable[..., Path],
     pack_folder: Callable[[Path], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Served]:
     """Start one engine for each case, all in one process."""
     folders: Folders = {}
-    for family in FAMILIES:
+    for family in {"llama", "qwen2", *selected(request, "family")}:
         dense = two_four_folder(family)
         folders[family] = (dense, pack_folder(dense), None)
     llama = folders["llama"][0]
@@ -169,7 +177,6 @@ def transformers_tokens(model: PreTrainedModel) -> list[list[int]]:
 @pytest.mark.parametrize(
     "case",
     [
-        *FAMILIES,
         *SIXTEEN_BITS,
         PARTLY,
         "dense 2:4 with a manifest",
@@ -182,28 +189,40 @@ def transformers_tokens(model: PreTrainedModel) -> list[list[int]]:
     ],
 )
 def test_vllm_computes_what_transformers_computes(served: dict[str, Served], case: str) -> None:
-    result, dense = served[case].result, served[case].dense
+    require_what_transformers_computes(served[case], TOLERANCES.get(case, TOLERANCE))
+
+
+@pytest.mark.parametrize("family", representatives(FAMILIES, REPRESENTATIVES))
+def test_vllm_computes_what_transformers_computes_of_every_family(
+    served: dict[str, Served], family: str
+) -> None:
+    require_what_transformers_computes(served[family], TOLERANCES.get(family, TOLERANCE))
+
+
+def require_what_transformers_computes(case: Served, tolerance: float) -> None:
+    result, dense = case.result, case.dense
     assert "error" not in result, result
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     if result["log_probabilities"] is not None:
         expected = transformers_log_probabilities(model)
         found = torch.tensor([*chain(*result["log_probabilities"])], dtype=torch.float64)
-        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCES.get(case, TOLERANCE))
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     assert result["tokens"] == transformers_tokens(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", representatives(FAMILIES, REPRESENTATIVES))
 def test_that_comparison_sees_the_loss_of_any_one_module(
     two_four_folder: Callable[..., Path], family: str
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(two_four_folder(family), dtype=torch.float32)
-    expected = transformers_log_probabilities(model)
-    for name, module in linears(model).items():
-        kept = module.get_parameter("weight").data.clone()
-        module.get_parameter("weight").data.zero_()
-        moved = (transformers_log_probabilities(model) - expected).abs().max()
-        module.get_parameter("weight").data.copy_(kept)
-        assert moved > 100 * TOLERANCES.get(family, TOLERANCE), name
+    with unstacked_experts(model):
+        expected = transformers_log_probabilities(model)
+        for name, module in linears(model).items():
+            kept = module.get_parameter("weight").data.clone()
+            module.get_parameter("weight").data.zero_()
+            moved = (transformers_log_probabilities(model) - expected).abs().max()
+            module.get_parameter("weight").data.copy_(kept)
+            assert moved > 100 * TOLERANCES.get(family, TOLERANCE), name
 
 
 def test_a_dense_checkpoint_that_is_not_two_four_is_refused_by_its_first_tensor(

@@ -56,7 +56,7 @@ CASES = [
     ("evaluate", with_own_config, False),
     ("evaluate", with_own_tokenizer, False),
     ("bench", with_own_config, False),
-    ("bench", with_own_tokenizer, True),
+    ("bench", with_own_tokenizer, False),
     # Only vLLM opens the tokenizer for these, and does so without trust.
     ("serve", with_own_config, True),
     ("tune", with_own_config, False),

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparseserve.models.structure import trace_structure
-from sparseserve.testing import TINY_FAMILIES, TINY_VOCABULARY
+from sparseserve.testing import TINY_VOCABULARY
 from tests.unit.models.chains import TOKENS, WIDTH, Block, Chain, names, refusal
 
 
@@ -169,20 +168,17 @@ def test_experts_that_see_some_tokens_only_are_refused() -> None:
     assert "layers.0: experts.0 sees 6 rows for 12 tokens; mixtures of experts" in message
 
 
-@pytest.mark.parametrize(
-    ("family", "settings"),
-    [
-        ("mixtral", {"num_local_experts": 4}),
-        ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}),
-    ],
-)
-def test_mixtures_of_experts_are_refused_as_such(family: str, settings: dict[str, int]) -> None:
-    config = AutoConfig.for_model(family, **TINY_FAMILIES["llama"], **settings)
-    model = AutoModelForCausalLM.from_config(config).eval()
+class Stacked(Block):
+    """A layer with experts that transformers does not run."""
 
-    message = refusal(model)
-    assert "model.layers.0: mlp.experts." in message
-    assert "stacks the matrices of 4 experts" in message
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.zeros(4, WIDTH, WIDTH))
+
+
+def test_experts_that_transformers_does_not_run_are_refused() -> None:
+    message = refusal(Chain(Stacked(), Stacked()))
+    assert "layers.0: experts [4, 16, 16] stacks the matrices of 4 experts or heads" in message
 
 
 class Mixing(Block):
