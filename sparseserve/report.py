@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparseserve.errors import NumericalError
@@ -169,12 +169,12 @@ class PruneReport:
 
     Attributes:
         layers: The decoder layers, first to last.
-        dense_modules: Linears inside decoder layers that were left dense, on request or because
-            they belong to experts that no calibration token reached.
+        dense_modules: Linears inside decoder layers that were left dense.
         seconds: Wall time of all layers, with that of the layers an interrupted run had finished.
         peak_memory_bytes: Largest resident size of the process, or of the CUDA allocator.
         environment: Where it ran.
         retraining: What training of the whole model did at the end, if there was any.
+        dense_reasons: Why, by name, of those of ``dense_modules`` that the recipe did not exclude.
     """
 
     layers: tuple[LayerReport, ...]
@@ -183,6 +183,7 @@ class PruneReport:
     peak_memory_bytes: int
     environment: Environment
     retraining: RetrainReport | None = None
+    dense_reasons: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def operators(self) -> tuple[OperatorReport, ...]:
@@ -210,6 +211,7 @@ class PruneReport:
             peak_memory_bytes=data["peak_memory_bytes"],
             environment=Environment(**data["environment"]),
             retraining=RetrainReport.from_json(retraining) if retraining else None,
+            dense_reasons=data.get("dense_reasons", {}),
         )
 
 

@@ -117,6 +117,29 @@ MORE_TINY_FAMILIES: dict[str, dict[str, object]] = {
 }
 
 
+#: Families whose layers are handed more than hidden states: keys and values of earlier layers, and
+#: embeddings of their own. Those of the first have several streams of hidden states, too.
+HANDING_TINY_FAMILIES: dict[str, dict[str, object]] = {
+    "gemma3n_text": {
+        **_ALTERNATING,
+        "intermediate_size": [128] * 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": TINY_VOCABULARY,
+        "altup_num_inputs": 2,
+        "laurel_rank": 16,
+    },
+    "gemma4_text": {
+        **_ALTERNATING,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": TINY_VOCABULARY,
+    },
+}
+
 _ROUTED = {
     **_GATED,
     "num_experts_per_tok": 2,
@@ -169,7 +192,8 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
 
     Biases and norm weights are drawn too, so that a test sees when one is dropped.
     """
-    settings = {**TINY_FAMILIES, **MORE_TINY_FAMILIES, **EXPERT_TINY_FAMILIES}[family]
+    tables = (TINY_FAMILIES, MORE_TINY_FAMILIES, HANDING_TINY_FAMILIES, EXPERT_TINY_FAMILIES)
+    settings = next(table[family] for table in tables if family in table)
     config = AutoConfig.for_model(family, **settings)
     # The generator is forked: building a model does not disturb the caller's random numbers.
     with torch.random.fork_rng(devices=[]):

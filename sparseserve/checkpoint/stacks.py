@@ -86,6 +86,11 @@ class ExpertStack:
         """Return a view of one bias ``[out]`` in ``stack``, which holds those of all experts."""
         return self._rows(stack[expert], projection)
 
+    def shape_of_one(self, stack: Tensor) -> tuple[int, int]:
+        """Return ``[out, in]`` of one of the weights in ``stack``."""
+        rows, columns = self.weight(stack, 0, self.projections[0]).shape
+        return rows, columns
+
     def empty(self, one: Tensor) -> Tensor:
         """Return memory for a whole stack of weights like ``one``, ``[out, in]``."""
         rows, columns = one.shape

@@ -91,7 +91,7 @@ def _print_plan(job: Job, output: Path | None, as_json: bool) -> None:
     for name, (rows, columns) in found.operators:
         click.echo(f"prune  {name}  {rows} x {columns}")
     for name in found.dense_modules:
-        click.echo(f"dense  {name}  (matches --ignore)")
+        click.echo(f"dense  {name}  ({found.dense_reasons.get(name, 'as asked')})")
     share = found.pruned_parameters / found.total_parameters
     click.echo(
         f"{len(found.operators)} operators with {found.pruned_parameters:,} of "

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SUFFIX = ".weight"
-# Rows and columns of a weight that shows where its likes go: two numbers that cannot be mixed up.
-_MARK = (2, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,32 +112,36 @@ def _stored_experts(model: PreTrainedModel) -> dict[str, StoredModule | None]:
     found: dict[str, StoredModule | None] = {}
     for name, module in model.named_modules():
         for stack in expert_stacks(name, module):
-            marked = _marked(stack, stack.modules)
-            tensors = revert_weight_conversion(model, {stack.tensor: marked})
-            places = dict(_places(stack, tensors))
+            shape = stack.shape_of_one(module.get_parameter(stack.leaf))
+            marks = _marks(stack, stack.modules, stack.modules, shape)
+            places = dict(_places(stack, shape, revert_weight_conversion(model, marks)))
             found |= {module: places.get(module) for module in stack.modules}
     return found
 
 
 def _places(
-    stack: ExpertStack, tensors: Mapping[str, Tensor]
+    stack: ExpertStack, shape: tuple[int, int], tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, StoredModule]]:
     """Tell from the marks in the ``tensors`` on disk what each of them holds of ``stack``."""
     for name, tensor in tensors.items():
-        if tensor.ndim == 2 and name.endswith(_SUFFIX) and bool((tensor == tensor[0, 0]).all()):
-            if tuple(tensor.shape) == _MARK:
+        if tensor.ndim == len(shape) and name.endswith(_SUFFIX):
+            if tuple(tensor.shape) == shape and bool((tensor == tensor[0, 0]).all()):
                 yield stack.modules[int(tensor[0, 0])], StoredModule(name.removesuffix(_SUFFIX))
-        elif (on_disk := _layout(stack, name, tensor)) is not None:
+        elif (on_disk := _layout(stack, shape, name, tensor)) is not None:
             for expert, projection in product(range(stack.experts), on_disk.projections):
                 own = on_disk.module(expert, projection)
                 yield stack.module(expert, projection), StoredModule(own, on_disk)
 
 
-def _layout(stack: ExpertStack, name: str, tensor: Tensor) -> ExpertStack | None:
+def _layout(
+    stack: ExpertStack, shape: tuple[int, int], name: str, tensor: Tensor
+) -> ExpertStack | None:
     """Return how ``tensor`` on disk holds all or one of the projections of ``stack``."""
     owner, _, leaf = name.rpartition(".")
     several = {stack.projections, *((projection,) for projection in stack.projections)}
-    for projections, transposed, interleaved in product(several, (False, True), (False, True)):
+    # Of two layouts that look alike, the one that the model itself has.
+    turned = (stack.transposed, not stack.transposed)
+    for projections, transposed, interleaved in product(several, turned, (False, True)):
         tried = replace(
             stack,
             owner=owner,
@@ -148,19 +150,28 @@ def _layout(stack: ExpertStack, name: str, tensor: Tensor) -> ExpertStack | None
             transposed=transposed,
             interleaved=interleaved and len(projections) > 1,
         )
-        of_stack = [stack.module(*tried.place(module)) for module in tried.modules]
-        expected = _marked(tried, of_stack, stack.modules)
+        modules = [stack.module(*tried.place(module)) for module in tried.modules]
+        [expected] = _marks(tried, modules, stack.modules, shape).values()
         if expected.shape == tensor.shape and expected.equal(tensor):
             return tried
     return None
 
 
-def _marked(
-    stack: ExpertStack, modules: Sequence[str], numbered: Sequence[str] | None = None
-) -> Tensor:
-    """Return a stack of small weights, each filled with the number of its module."""
-    numbers = {module: number for number, module in enumerate(numbered or modules)}
-    marked = stack.empty(torch.empty(_MARK, device="cpu"))
+def _marks(
+    stack: ExpertStack, modules: Sequence[str], numbered: Sequence[str], shape: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Return a stack of weights of ``shape``, each filled with the number of its module.
+
+    Args:
+        stack: The layout.
+        modules: Which module each of the stack's is.
+        numbered: All modules, in the order of their numbers.
+        shape: ``[out, in]`` of one weight. No memory is taken for its columns.
+    """
+    numbers = {module: number for number, module in enumerate(numbered)}
+    rows, columns = shape
+    one = stack.empty(torch.empty(rows, 1, dtype=torch.int32, device="cpu"))
     for own, module in zip(stack.modules, modules, strict=True):
-        stack.weight(marked, *stack.place(own)).fill_(numbers[module])
-    return marked
+        stack.weight(one, *stack.place(own)).fill_(numbers[module])
+    wide = [-1, columns, -1] if stack.transposed else [-1, -1, columns]
+    return {stack.tensor: one.expand(wide)}

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -99,7 +100,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeights:
-    """Read a causal language model.
+    """Read a causal language model, or a multimodal model around one.
 
     Args:
         folder: Holds its configuration and safetensors.
@@ -110,7 +111,7 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
     """
     try:
         with only_errors_logged():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = _kind_of(open_config(folder)).from_pretrained(
                 folder,
                 dtype="auto" if dtype is None else dtype,
                 use_safetensors=True,
@@ -125,14 +126,31 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
 
 
 def sketch_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Make the causal language model of ``config`` without memory for its tensors.
+    """Make the model of ``config`` without memory for its tensors.
 
     Raises:
         Exception: Whatever the model's own code raises where the values of ``config`` contradict
             each other.
     """
     with torch.device("meta"):
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config)
+        return _kind_of(config)._model_mapping[type(config)]._from_config(config)
+
+
+def is_language_model(config: PretrainedConfig) -> bool:
+    """Whether ``config`` names a causal language model, or a multimodal model around one."""
+    names = set(config.architectures or ())
+    return bool(names & _names(AutoModelForCausalLM) or names & _names(AutoModelForImageTextToText))
+
+
+def _kind_of(config: PretrainedConfig) -> type[Any]:
+    """Return transformers' loader; of what both kinds hold, the one for language models."""
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    kind: type[Any] = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    return kind
+
+
+def _names(kind: type[Any]) -> set[str]:
+    return set(kind._model_mapping._model_mapping.values())
 
 
 def _opened(model: PreTrainedModel, loading: Mapping[str, Any]) -> OpenedWeights:

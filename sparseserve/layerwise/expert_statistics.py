@@ -96,17 +96,15 @@ class ExpertStatistics:
         dense = self._correction.needs_dense
         windows = context.on_device(context.required_dense.entering if dense else context.entering)
         if not self._paired:
-            for window in windows:
-                yield (
-                    group_inputs(context.module, window, context.call, groups),
-                    [None] * len(groups),
-                )
+            for window, call in zip(windows, context.calls, strict=False):
+                yield group_inputs(context.module, window, call, groups), [None] * len(groups)
             return
-        for dense_window, window in zip(windows, context.on_device(context.entering), strict=True):
+        pairs = zip(windows, context.on_device(context.entering), strict=True)
+        for (dense_window, window), call in zip(pairs, context.calls, strict=False):
             with recorded_routing(context.module) as routing:
-                dense_inputs = group_inputs(context.module, dense_window, context.call, groups)
+                dense_inputs = group_inputs(context.module, dense_window, call, groups)
             with replayed_routing(self._pruned, routing):
-                inputs = group_inputs(self._pruned, window, context.call, groups)
+                inputs = group_inputs(self._pruned, window, call, groups)
             yield inputs, dense_inputs
 
     def _reads_hidden_states(self, group: OperatorGroup) -> bool:

@@ -67,8 +67,8 @@ class GroupStatistics:
         totals = [self._sum(group, corrected=False) for group in self._groups]
         dense = self._correction.needs_dense
         windows = context.required_dense.entering if dense else context.entering
-        for window in context.on_device(windows):
-            inputs = group_inputs(context.module, window, context.call, self._groups)
+        for window, call in zip(context.on_device(windows), context.calls, strict=False):
+            inputs = group_inputs(context.module, window, call, self._groups)
             for total, x in zip(totals, inputs, strict=True):
                 total.add(x)
         return [total.finish() for total in totals]
@@ -82,9 +82,11 @@ class GroupStatistics:
     def _paired(self, group: OperatorGroup) -> InputStatistics:
         """Sum the second moments of a group's dense and pruned inputs, token by token."""
         context, total = self._context, self._sum(group, corrected=True)
-        windows = context.on_device(context.entering)
-        for dense_inputs, window in zip(context.dense_group_inputs(group), windows, strict=True):
-            total.add(group_input(self._pruned, window, context.call, group), dense_inputs)
+        windows = zip(context.on_device(context.entering), context.calls, strict=False)
+        for dense_inputs, (window, call) in zip(
+            context.dense_group_inputs(group), windows, strict=True
+        ):
+            total.add(group_input(self._pruned, window, call, group), dense_inputs)
         return total.finish()
 
     def _sum(self, group: OperatorGroup, *, corrected: bool) -> StatisticsSum:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.layerwise.layer import PrunedLayer, prune_layer
-from sparseserve.layerwise.plan import check_plan, ignored_modules
+from sparseserve.layerwise.plan import UNSEEN, check_plan, dense_reasons, ignored_modules
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.reconstruction import OutputError, PredictionError, RelativeError
 from sparseserve.layerwise.streams import HiddenStreams
@@ -105,15 +105,17 @@ def _prune_layers(
     structure = trace_structure(model, calibration.windows[0][:8])
     check_plan(structure, recipe)
     calls = capture_layer_calls(model, structure, calibration.windows)
+    windows = (*calibration.scrambled, *calibration.windows)
     streams = HiddenStreams.start(
         store.fresh("hidden"),
-        entering_states(model, structure, (*calibration.scrambled, *calibration.windows)),
+        entering_states(model, structure, windows),
         dense=recipe.compares_with_dense,
         chained=recipe.correction.chained,
         # A GPU runs a layer again sooner than a disk gives its inputs back; a CPU does not.
         keep_inputs=recipe.correction.needs_dense and device.type == "cpu",
         scrambled=len(calibration.scrambled),
     )
+    streams = streams.recording(model, structure, calls, windows)
     errors = None
     if recipe.reconstruction.epochs:
         errors = _OutputErrors.of(model, structure, calibration.windows[0], device)
@@ -136,12 +138,12 @@ def _prune_layers(
         streams = streams.leave(context, module)
         reports.append(pruned.report)
         progress.layer_finished(pruned.report)
+    reasons = dense_reasons(structure)
+    reasons |= {name: UNSEEN for report in reports for name in report.unseen}
     return PruneReport(
         layers=tuple(reports),
-        dense_modules=(
-            *ignored_modules(structure, recipe),
-            *(name for report in reports for name in report.unseen),
-        ),
+        dense_modules=(*ignored_modules(structure, recipe), *reasons),
+        dense_reasons=reasons,
         seconds=earlier + time.perf_counter() - started,
         peak_memory_bytes=_peak_memory(device),
         environment=Environment.here(),

@@ -16,6 +16,9 @@ from sparseserve.models.structure import (
 from sparseserve.paths import shown
 from sparseserve.recipe.settings import PruneRecipe
 
+#: Why the operators of some experts stay dense.
+UNSEEN = "no calibration token reached its expert"
+
 
 def planned_operators(layer: LayerStructure, recipe: PruneRecipe) -> list[Operator]:
     """Return the operators of a layer that the recipe prunes."""
@@ -86,6 +89,15 @@ def ignored_modules(structure: ModelStructure, recipe: PruneRecipe) -> tuple[str
         for operator in group.operators
         if _stays_dense(layer, group, operator, recipe)
     )
+
+
+def dense_reasons(structure: ModelStructure) -> dict[str, str]:
+    """Return why linears in decoder layers cannot be pruned, by their full names."""
+    return {
+        f"{layer.name}.{linear.name}": linear.reason
+        for layer in structure.layers
+        for linear in layer.dense
+    }
 
 
 def _stays_dense(

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from sparseserve.checkpoint.tensor_file import HiddenStates
 from sparseserve.errors import NumericalError, RecipeError
 from sparseserve.huggingface.experts import routers_in
+from sparseserve.layerwise.layer_calls import LayerCalls
 from sparseserve.layerwise.streams import LayerContext
 from sparseserve.models.hooks import hidden_output
-from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.layer_list import linear_modules
 from sparseserve.models.layers import copy_layer
 from sparseserve.recipe.steps import Reconstruction
@@ -226,7 +226,7 @@ class _Windows:
 
     entering: HiddenStates
     leaving: HiddenStates
-    call: LayerCall
+    calls: LayerCalls
     output_error: OutputError
     device: torch.device
     training: int
@@ -241,7 +241,7 @@ class _Windows:
         return cls(
             entering=context.entering,
             leaving=context.required_dense.leaving,
-            call=context.call.to(context.device, torch.float32),
+            calls=context.calls.to(context.device, torch.float32),
             output_error=output_error,
             device=context.device,
             training=count - held_out,
@@ -257,7 +257,7 @@ class _Windows:
         """Return the objective of one window, on other tokens in each epoch where it predicts."""
         target = self.leaving[index].to(self.device, torch.float32)
         entering = self.entering[index].to(self.device, torch.float32)
-        output = hidden_output(self.call.apply(student, entering))
+        output = hidden_output(self.calls[index].apply(student, entering))
         assert output is not None
         return self.output_error.of(output, target, index + epoch)
 

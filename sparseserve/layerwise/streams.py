@@ -8,7 +8,7 @@ with the number of calibration windows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from sparseserve.checkpoint.tensor_file import HiddenStates
 from sparseserve.checkpoint.tensors import writing
 from sparseserve.devices import pruning_dtype
+from sparseserve.layerwise.layer_calls import LayerCalls, VaryingArguments
 from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.layers import copy_layer, group_input, layer_inputs, run_layer
-from sparseserve.models.structure import LayerStructure, OperatorGroup
+from sparseserve.models.structure import LayerStructure, ModelStructure, OperatorGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class LayerContext:
     Attributes:
         layer: Its structure.
         module: A dense copy on ``device`` in ``dtype``.
-        call: Its other arguments, likewise.
+        calls: Its other arguments in each window, likewise.
         dense: What happens in the dense model; None where nothing is compared with it.
         entering: What enters the pruned layer, ``[1, tokens, hidden]`` a window. Where layers are
             pruned independently of each other, it is what enters the dense one.
@@ -57,7 +58,7 @@ class LayerContext:
 
     layer: LayerStructure
     module: nn.Module
-    call: LayerCall
+    calls: LayerCalls
     dense: DensePart | None
     entering: HiddenStates
     device: torch.device
@@ -76,6 +77,11 @@ class LayerContext:
             raise ValueError(f"{self.layer.name}: nothing of the dense model was kept")
         return self.dense
 
+    @property
+    def call(self) -> LayerCall:
+        """The call of the first window."""
+        return self.calls[0]
+
     def on_device(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield ``windows`` one at a time as the layer can take them."""
         for window in windows:
@@ -87,8 +93,8 @@ class LayerContext:
         if dense.inputs:
             yield from dense.inputs[self.layer.common_groups.index(group)]
             return
-        for window in self.on_device(dense.entering):
-            yield group_input(self.module, window, self.call, group)
+        for window, call in zip(self.on_device(dense.entering), self.calls, strict=False):
+            yield group_input(self.module, window, call, group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,7 @@ class HiddenStreams:
         pruned: In the model pruned so far; None where layers are pruned independently.
         keep_inputs: Whether what each group of operators reads in the dense layer is kept, too.
         scrambled: As in ``LayerContext``.
+        varying: What the layers are given besides, where that depends on the tokens.
     """
 
     folder: Path
@@ -108,6 +115,7 @@ class HiddenStreams:
     pruned: HiddenStates | None
     keep_inputs: bool
     scrambled: int = 0
+    varying: VaryingArguments = field(default_factory=VaryingArguments)
 
     @classmethod
     def start(
@@ -140,6 +148,27 @@ class HiddenStreams:
             folder, first if dense else None, first if chained else None, keep_inputs, scrambled
         )
 
+    def recording(
+        self,
+        model: nn.Module,
+        structure: ModelStructure,
+        calls: Sequence[LayerCall],
+        windows: Sequence[Tensor],
+    ) -> HiddenStreams:
+        """Return the streams with what else the layers of the dense ``model`` are given.
+
+        Args:
+            model: In evaluation mode.
+            structure: Its layers.
+            calls: How they are called in one window.
+            windows: Token ids ``[T]`` of all windows.
+
+        Raises:
+            ArtifactError: The disk is full or cannot be written.
+        """
+        varying = VaryingArguments.record(self.folder, model, structure, calls, windows)
+        return replace(self, varying=varying)
+
     def without_scrambled(self) -> HiddenStreams:
         """Return what the other windows carry into the next layer."""
         return replace(
@@ -147,6 +176,7 @@ class HiddenStreams:
             dense=None if self.dense is None else self.dense.without_first(self.scrambled),
             pruned=None if self.pruned is None else self.pruned.without_first(self.scrambled),
             scrambled=0,
+            varying=self.varying.without_first(self.scrambled),
         )
 
     def enter(
@@ -160,18 +190,19 @@ class HiddenStreams:
         """
         storage = next(module.parameters()).dtype
         dtype = pruning_dtype(storage, device)
-        copied, call = copy_layer(module, device, dtype), call.to(device, dtype)
+        copied = copy_layer(module, device, dtype)
+        calls = self.varying.calls(layer.name, call.to(device, dtype))
         dense = None
         if self.dense is not None:
             windows = (window.to(device, dtype) for window in self.dense)
-            dense = self._dense_part(self.dense, copied, windows, layer, call)
+            dense = self._dense_part(self.dense, copied, windows, layer, calls)
         entering = self.dense if self.pruned is None else self.pruned
         if entering is None:
             raise ValueError("the streams were begun without a dense and without a pruned one")
         return LayerContext(
             layer=layer,
             module=copied,
-            call=call,
+            calls=calls,
             dense=dense,
             entering=entering,
             device=device,
@@ -186,7 +217,7 @@ class HiddenStreams:
         module: nn.Module,
         windows: Iterable[Tensor],
         layer: LayerStructure,
-        call: LayerCall,
+        calls: LayerCalls,
     ) -> DensePart:
         groups = layer.common_groups if self.keep_inputs else ()
         leaving, *inputs = HiddenStates.write_several(
@@ -194,7 +225,10 @@ class HiddenStreams:
                 self.folder / f"dense-{layer.name}",
                 *(self.folder / f"inputs-{number}" for number in range(len(groups))),
             ],
-            (_output_and_inputs(module, window, call, groups) for window in windows),
+            (
+                _output_and_inputs(module, window, call, groups)
+                for window, call in zip(windows, calls, strict=False)
+            ),
         )
         return DensePart(entering, leaving, tuple(inputs))
 
@@ -211,8 +245,10 @@ class HiddenStreams:
             pruned = HiddenStates.write(
                 self.folder / f"pruned-{context.layer.name}",
                 (
-                    run_layer(copied, window, context.call)
-                    for window in context.on_device(self.pruned)
+                    run_layer(copied, window, call)
+                    for window, call in zip(
+                        context.on_device(self.pruned), context.calls, strict=False
+                    )
                 ),
             )
         dense = context.dense

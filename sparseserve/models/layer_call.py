@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +13,31 @@ from torch import Tensor, nn
 from sparseserve.errors import UnsupportedModelError
 from sparseserve.models.hooks import hidden_argument
 
+# Some models hand a UserDict from layer to layer, so that all write into one.
 Argument: TypeAlias = (
-    "Tensor | bool | int | float | str | torch.dtype | torch.device"
-    " | tuple[Argument, ...] | list[Argument] | dict[str, Argument] | None"
+    "Tensor | bool | int | float | str | torch.dtype | torch.device | tuple[Argument, ...]"
+    " | list[Argument] | dict[str | int, Argument] | UserDict[str | int, Argument] | None"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """How the model calls one layer, whatever the tokens are.
+    """How the model calls one layer.
 
     Attributes:
         layer: Full name of the layer, for messages.
         args: Positional arguments after the hidden states.
         kwargs: Keyword arguments: attention mask, position embeddings and the like.
         hidden_keyword: Keyword of the hidden states; None when they come first by position.
+        varying: Which of the others depend on the tokens, by keyword or by place from 1. Their
+            values are those of one window.
     """
 
     layer: str
     args: tuple[Argument, ...]
     kwargs: Mapping[str, Argument]
     hidden_keyword: str | None = None
+    varying: tuple[str, ...] = ()
 
     @classmethod
     def from_model(
@@ -59,29 +64,66 @@ class LayerCall:
     def apply(self, layer: nn.Module, hidden: Tensor) -> object:
         """Call ``layer`` on ``hidden`` ``[1, T, hidden]`` with these arguments.
 
-        ``hidden`` is left untouched even by a layer that works in place.
+        ``hidden`` and containers are left untouched even by a layer that works in place.
         """
         hidden = hidden.clone()
+        args = [_mapped(value, _same) for value in self.args]
+        kwargs = {name: _mapped(value, _same) for name, value in self.kwargs.items()}
         if self.hidden_keyword is not None:
-            return layer(*self.args, **{**self.kwargs, self.hidden_keyword: hidden})
-        return layer(hidden, *self.args, **self.kwargs)
+            return layer(*args, **{**kwargs, self.hidden_keyword: hidden})
+        return layer(hidden, *args, **kwargs)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerCall:
         """Return the call with its tensors on ``device``, the floating ones as ``dtype``."""
-        return LayerCall(
-            self.layer,
-            tuple(_moved(value, device, dtype) for value in self.args),
-            {name: _moved(value, device, dtype) for name, value in self.kwargs.items()},
-            self.hidden_keyword,
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+        return self._with({name: _mapped(value, move) for name, value in self._named()})
+
+    def compared(self, other: LayerCall) -> LayerCall:
+        """Return the call with ``varying`` set to what differs in the ``other``, of other tokens.
+
+        Raises:
+            UnsupportedModelError: More than the values of tensors differs.
+        """
+        ours, theirs = dict(self._named()), dict(other._named())
+        differ = [name for name in ours if not _equal(ours[name], theirs.get(name))]
+        for name in [*differ, *(theirs.keys() - ours.keys())]:
+            if not _alike(ours.get(name), theirs.get(name)):
+                raise UnsupportedModelError(
+                    f"{self.layer}: argument {name} has another form for other tokens, so the "
+                    "layer cannot run apart from the model; such models are not supported"
+                )
+        return replace(self, varying=tuple(differ))
+
+    def varying_tensors(self) -> list[Tensor]:
+        """Return the tensors in the varying arguments, in a fixed order."""
+        named, found = dict(self._named()), list[Tensor]()
+
+        def keep(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        for name in self.varying:
+            _mapped(named[name], keep)
+        return found
+
+    def filled(self, tensors: Iterable[Tensor]) -> LayerCall:
+        """Return the call with these instead of ``varying_tensors``."""
+        rest = iter(tensors)
+        named = dict(self._named())
+        return self._with(
+            {name: _mapped(named[name], lambda _: next(rest)) for name in self.varying}
         )
 
-    def first_difference(self, other: LayerCall) -> str | None:
-        """Return the name of the first argument in which two calls differ; None when none does."""
-        ours, theirs = dict(self._named()), dict(other._named())
-        for name in [*ours, *theirs]:
-            if name not in ours or name not in theirs or not _equal(ours[name], theirs[name]):
-                return name
-        return None
+    def _with(self, values: Mapping[str, Argument]) -> LayerCall:
+        """Return the call with other values of some arguments."""
+        return replace(
+            self,
+            args=tuple(values.get(str(index + 1), value) for index, value in enumerate(self.args)),
+            kwargs={name: values.get(name, value) for name, value in self.kwargs.items()},
+        )
 
     def _named(self) -> Iterator[tuple[str, Argument]]:
         yield from ((str(index + 1), value) for index, value in enumerate(self.args))
@@ -93,8 +135,8 @@ def _checked(layer: str, name: str, value: object) -> Argument:
         return tuple(_checked(layer, name, item) for item in value)
     if isinstance(value, list):
         return [_checked(layer, name, item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): _checked(layer, name, item) for key, item in value.items()}
+    if isinstance(value, dict | UserDict):
+        return _alike_mapping(value, {k: _checked(layer, name, v) for k, v in value.items()})
     if value is None or isinstance(
         value, (Tensor, bool, int, float, str, torch.dtype, torch.device)
     ):
@@ -105,25 +147,47 @@ def _checked(layer: str, name: str, value: object) -> Argument:
     )
 
 
-def _moved(value: Argument, device: torch.device, dtype: torch.dtype | None) -> Argument:
+def _mapped(value: Argument, change: Callable[[Tensor], Tensor]) -> Argument:
+    """Return a copy of ``value`` whose tensors are changed; containers are new."""
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+        return change(value)
     if isinstance(value, tuple):
-        return tuple(_moved(item, device, dtype) for item in value)
+        return tuple(_mapped(item, change) for item in value)
     if isinstance(value, list):
-        return [_moved(item, device, dtype) for item in value]
-    if isinstance(value, dict):
-        return {key: _moved(item, device, dtype) for key, item in value.items()}
+        return [_mapped(item, change) for item in value]
+    if isinstance(value, dict | UserDict):
+        return _alike_mapping(value, {k: _mapped(v, change) for k, v in value.items()})
     return value
+
+
+def _alike_mapping(
+    kind: dict[Any, Any] | UserDict[Any, Any], items: dict[str | int, Argument]
+) -> Argument:
+    return type(kind)(items) if isinstance(kind, UserDict) else items
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _equal(left: Argument, right: Argument) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
+    return _both(left, right, _equal)
+
+
+def _alike(left: Argument, right: Argument) -> bool:
+    """Whether two values differ in the numbers in their tensors at most."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.dtype == right.dtype and left.shape == right.shape
+    return _both(left, right, _alike)
+
+
+def _both(left: Argument, right: Argument, same: Callable[[Argument, Argument], bool]) -> bool:
     if isinstance(left, (tuple, list)) and isinstance(right, (tuple, list)):
-        return len(left) == len(right) and all(map(_equal, left, right))
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(_equal(left[k], right[k]) for k in left)
+        return len(left) == len(right) and all(map(same, left, right))
+    if isinstance(left, dict | UserDict) and isinstance(right, dict | UserDict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
     if isinstance(left, Tensor) or isinstance(right, Tensor):
         return False
     return left == right

@@ -21,8 +21,9 @@ from sparseserve.models.hooks import (
 def find_decoder_layers(model: nn.Module, tokens: Tensor) -> list[tuple[str, nn.Module]]:
     """Return the names and modules of the decoder layers, in the order they run.
 
-    They are the ``ModuleList`` with the most linear parameters among those whose elements are of
-    one class and are called once each, in order, each on the unchanged output of the one before.
+    They are the ``ModuleList`` with the most linear parameters among those whose elements are
+    called once each, in order, each on the unchanged output of the one before. They may be of
+    several classes, such as attention and state-space layers.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -35,16 +36,16 @@ def find_decoder_layers(model: nn.Module, tokens: Tensor) -> list[tuple[str, nn.
     watches = [
         _ListWatch(name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and _linear_parameters(module) and _one_class(module)
+        if isinstance(module, nn.ModuleList) and _linear_parameters(module)
     ]
     with hooks([handle for watch in watches for handle in watch.handles()]):
         run_model(model, tokens)
     reached = [watch for watch in watches if watch.calls]
     if not reached:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: no decoder layers found: no ModuleList holds layers of one "
-            "class with linear operators that the forward pass calls; only models built as such "
-            "a list of layers can be pruned"
+            f"{type(model).__name__}: no decoder layers found: no ModuleList holds layers with "
+            "linear operators that the forward pass calls; only models built as such a list of "
+            "layers can be pruned"
         )
     return _largest_sound(reached, type(model).__name__).layers
 
@@ -135,10 +136,6 @@ def _largest_sound(watches: list[_ListWatch], model_name: str) -> _ListWatch:
         f"{model_name}: {largest[0].fault}; only layers chained one after the other can be pruned "
         "layer by layer"
     )
-
-
-def _one_class(modules: nn.ModuleList) -> bool:
-    return len({type(module) for module in modules}) == 1
 
 
 def _linear_parameters(module: nn.Module) -> int:

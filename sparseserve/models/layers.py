@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def capture_layer_calls(
 ) -> tuple[LayerCall, ...]:
     """Record how ``model`` calls its layers: one call for each.
 
-    Two windows are run, which shows that the other arguments do not depend on the tokens.
+    Two windows are run, which shows what of the other arguments depends on the tokens. The values
+    of those are the first window's.
 
     Args:
         model: The model, in evaluation mode.
@@ -39,7 +41,8 @@ def capture_layer_calls(
         windows: Token ids ``[T]`` of one common length.
 
     Raises:
-        UnsupportedModelError: A layer argument depends on the tokens or cannot be replayed.
+        UnsupportedModelError: A layer argument has another form for other tokens, or cannot be
+            replayed.
     """
     if not windows or len({window.shape for window in windows}) != 1:
         raise ValueError("windows of one common length are needed, at least one")
@@ -47,8 +50,40 @@ def capture_layer_calls(
     calls = tuple(call for _, call in _record(model, names, windows[0]))
     # One window alone says nothing about other tokens: its reverse stands in for the second.
     second = windows[1] if len(windows) > 1 else windows[0].flip(-1)
-    _refuse_token_dependence(calls, [call for _, call in _record(model, names, second)])
-    return calls
+    others = [call for _, call in _record(model, names, second)]
+    return tuple(call.compared(other) for call, other in zip(calls, others, strict=True))
+
+
+def varying_arguments(
+    model: nn.Module,
+    structure: ModelStructure,
+    calls: Sequence[LayerCall],
+    windows: Iterable[Tensor],
+) -> Iterator[tuple[list[Tensor], list[list[int]]]]:
+    """Yield the tensors in those arguments that depend on the tokens, window by window.
+
+    Args:
+        model: The dense model, in evaluation mode.
+        structure: Its layers.
+        calls: What ``capture_layer_calls`` returned.
+        windows: Token ids ``[T]``, as long as those.
+
+    Yields:
+        Tensors, each once though several layers may receive it, and for each layer which of them
+        its ``varying_tensors`` are.
+    """
+    names = [layer.name for layer in structure.layers]
+    for window in windows:
+        tensors: list[Tensor] = []
+        places: list[list[int]] = []
+        numbers: dict[int, int] = {}
+        for call, (_, found) in zip(calls, _record(model, names, window), strict=True):
+            own = replace(found, varying=call.varying).varying_tensors()
+            for tensor in own:
+                if numbers.setdefault(id(tensor), len(tensors)) == len(tensors):
+                    tensors.append(tensor)
+            places.append([numbers[id(tensor)] for tensor in own])
+        yield tensors, places
 
 
 def entering_states(
@@ -173,16 +208,6 @@ def _record(
     with hooks([hook(name) for name in layer_names]):
         run_model(model, as_batch(window))
     return recorded
-
-
-def _refuse_token_dependence(calls: Sequence[LayerCall], probe: Sequence[LayerCall]) -> None:
-    for call, other in zip(calls, probe, strict=True):
-        name = call.first_difference(other)
-        if name is not None:
-            raise UnsupportedModelError(
-                f"{call.layer}: argument {name} depends on the tokens, so the layer cannot run "
-                "apart from the model; such models are not supported"
-            )
 
 
 def _recording(

@@ -8,14 +8,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sparseserve.checkpoint.formats import METHOD
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.weight_files import weight_files
 from sparseserve.errors import ArtifactError, UnsupportedModelError, first_line
 from sparseserve.huggingface.asked_size import check_asked_size, check_layer_counts, dense_shapes
-from sparseserve.huggingface.opening import open_config
+from sparseserve.huggingface.opening import is_language_model, open_config
 from sparseserve.paths import local_path, shown
 
 # What is read, and what comes along with the weights: a licence, and code, which is never run.
@@ -99,13 +98,13 @@ def _check_settings(folder: Path) -> None:
 
 def _checked_config(folder: Path) -> PretrainedConfig:
     config = open_config(folder)
-    names: list[str] = config.architectures or []
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if not causal.intersection(names):
-        found = ", ".join(names) or f"no architecture, model type {config.model_type}"
+    if not is_language_model(config):
+        none = f"no architecture, model type {config.model_type}"
+        found = ", ".join(config.architectures or []) or none
         raise UnsupportedModelError(
             f"{folder} is not a causal language model: its config.json names {found}; "
-            "a decoder with a language head, such as LlamaForCausalLM, is needed"
+            "a decoder with a language head, such as LlamaForCausalLM, is needed, or a model that "
+            "adds images to one"
         )
     return config
 

@@ -95,8 +95,9 @@ class _Watch:
                 ),
                 with_kwargs=True,
             )
-            first = module.get_submodule(layer.groups[0].operators[0].name)
-            yield first.register_forward_pre_hook(self._read, with_kwargs=True)
+            if layer.groups:
+                first = module.get_submodule(layer.groups[0].operators[0].name)
+                yield first.register_forward_pre_hook(self._read, with_kwargs=True)
         last = model.get_submodule(structure.layers[-1].name)
         yield last.register_forward_hook(
             lambda _, args, output: self._between_layers(hidden_output(output))

@@ -1,59 +1,81 @@
-"""Weights that must not be pruned as linear operators, told from the modules alone."""
+"""Weights that cannot be pruned as linear operators, told from the modules alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from sparseserve.errors import UnsupportedModelError
-from sparseserve.models.layer_list import is_linear, linear_modules
+from sparseserve.models.layer_list import linear_modules
 
 _Layers = Sequence[tuple[str, nn.Module]]
 
+# A router or the decay rates of a state-space layer may stay dense, the bulk of a model may not.
+_DENSE_SHARE = 0.5
 
-def refuse_foreign_weights(layers: _Layers) -> None:
-    """Refuse layers whose matrices are not all plain weights of linear operators.
+
+def refuse_odd_weights(layers: _Layers) -> None:
+    """Refuse linears whose weights are not plain numbers.
 
     Raises:
-        UnsupportedModelError: A linear weight is quantised or computed, experts are stacked in one
-            tensor, or much of the layer lies outside linear operators, so that pruning would
-            silently pass it by.
+        UnsupportedModelError: A linear weight is quantised or computed.
     """
     for layer_name, layer in layers:
-        linears = list(linear_modules(layer))
-        for name, module in linears:
+        for name, module in linear_modules(layer):
             _refuse_odd_weight(layer_name, name, module)
-        _refuse_loose_matrices(layer_name, layer, [module for _, module in linears])
 
 
-def refuse_shared_weights(model: nn.Module, layers: _Layers) -> None:
-    """Refuse operators whose weight is used by any other module of the model.
+def shared_weights(model: nn.Module, layers: _Layers) -> dict[str, dict[str, str]]:
+    """Find linears whose weight is used by any other module of the model.
 
-    Raises:
-        UnsupportedModelError: Pruning the operator would also change, for instance, another
-            layer or the embeddings.
+    Pruning one would also change, for instance, another layer or the embeddings.
+
+    Returns:
+        For each layer that has some, by the name of the linear, why it stays dense.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter.data_ptr(), []).append(name)
+    found: dict[str, dict[str, str]] = {}
     for layer_name, layer in layers:
         for name, module in linear_modules(layer):
             weight = module.get_parameter("weight")
             full_name = f"{layer_name}.{name}.weight"
             others = [other for other in owners[weight.data_ptr()] if other != full_name]
             if others:
-                raise UnsupportedModelError(
-                    f"{layer_name}: {name} shares its weight with {_kind(model, others[0])}; "
-                    "tied operators are not supported"
-                )
+                reason = f"shares its weight with {_kind(model, others[0])}"
+                found.setdefault(layer_name, {})[name] = reason
+    return found
 
 
-# A router or the decay rates of a state-space layer may stay dense, the bulk of a layer may not.
-_LOOSE_SHARE = 0.1
+def refuse_mostly_dense(layers: _Layers, pruned: Mapping[str, int]) -> None:
+    """Refuse a model most of whose layers would stay dense: it would only seem to be pruned.
 
-# Convolutions and embeddings inside a layer stay dense, as they do outside.
-_KNOWN_HOLDERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+    Args:
+        layers: The decoder layers.
+        pruned: Numbers of weights of the operators, by full name.
+
+    Raises:
+        UnsupportedModelError: Names the largest matrix that would stay dense.
+    """
+    matrices = {
+        f"{layer_name}.{name}".removesuffix(".weight"): parameter
+        for layer_name, layer in layers
+        for name, parameter in layer.named_parameters()
+        if parameter.squeeze().ndim >= 2
+    }
+    share = 1 - sum(pruned.values()) / sum(matrix.numel() for matrix in matrices.values())
+    if share <= _DENSE_SHARE:
+        return
+    dense = {name: matrix for name, matrix in matrices.items() if name not in pruned}
+    largest = max(dense, key=lambda name: dense[name].numel())
+    raise UnsupportedModelError(
+        f"{share:.0%} of the decoder layers' weights would stay dense, such as {largest} "
+        f"{list(dense[largest].shape)}; at most {_DENSE_SHARE:.0%} may. Only linears that see "
+        "every token once can be pruned, and experts that transformers runs through its "
+        "ExpertsInterface"
+    )
 
 
 def _refuse_odd_weight(layer: str, name: str, module: nn.Module) -> None:
@@ -67,32 +89,6 @@ def _refuse_odd_weight(layer: str, name: str, module: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{layer}: the weight of {name} is {tuple(weight.shape)} of {weight.dtype}; "
             "quantised models cannot be pruned, use the dense original"
-        )
-
-
-def _refuse_loose_matrices(layer_name: str, layer: nn.Module, linears: list[nn.Module]) -> None:
-    loose = {
-        f"{owner_name}.{name}".lstrip("."): parameter
-        for owner_name, owner in layer.named_modules()
-        if not is_linear(owner) and not isinstance(owner, _KNOWN_HOLDERS)
-        for name, parameter in owner.named_parameters(recurse=False)
-        if parameter.squeeze().ndim >= 2
-    }
-    for name, stack in loose.items():
-        if stack.squeeze().ndim >= 3:
-            raise UnsupportedModelError(
-                f"{layer_name}: {name} {list(stack.shape)} stacks the matrices of {len(stack)} "
-                "experts or heads, which transformers does not run through its ExpertsInterface; "
-                "they cannot be pruned one by one"
-            )
-    outside = sum(matrix.numel() for matrix in loose.values())
-    inside = sum(module.get_parameter("weight").numel() for module in linears)
-    if outside > _LOOSE_SHARE * (outside + inside):
-        largest = max(loose, key=lambda name: loose[name].numel())
-        raise UnsupportedModelError(
-            f"{layer_name}: {outside / (outside + inside):.0%} of its weights, such as {largest} "
-            f"{list(loose[largest].shape)}, lie outside linear operators (nn.Linear or Conv1D) "
-            f"and would stay dense; at most {_LOOSE_SHARE:.0%} may"
         )
 
 

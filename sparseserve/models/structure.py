@@ -8,7 +8,7 @@ is refused with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -18,7 +18,14 @@ from sparseserve.errors import UnsupportedModelError
 from sparseserve.huggingface.experts import ExpertLinears, experts_in, routers_in
 from sparseserve.models.hooks import TensorIdentity, as_batch, hooks, run_model
 from sparseserve.models.layer_list import find_decoder_layers, linear_modules
-from sparseserve.models.refusals import refuse_foreign_weights, refuse_shared_weights
+from sparseserve.models.refusals import (
+    refuse_mostly_dense,
+    refuse_odd_weights,
+    shared_weights,
+)
+
+# Gates and mixing coefficients are smaller: nothing is saved there, and all tokens depend on them.
+_SMALLEST = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +65,26 @@ class OperatorGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class DenseLinear:
+    """A linear of a layer that cannot be pruned as an operator, and why; it stays dense."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LayerStructure:
-    """A decoder layer: its full name and its groups, in the order the data reaches them."""
+    """A decoder layer.
+
+    Attributes:
+        name: Its full name.
+        groups: Its operators, in the order the data reaches them.
+        dense: Its other linears.
+    """
 
     name: str
     groups: tuple[OperatorGroup, ...]
+    dense: tuple[DenseLinear, ...] = ()
 
     @property
     def operators(self) -> tuple[Operator, ...]:
@@ -89,30 +111,44 @@ class ModelStructure:
 def trace_structure(model: nn.Module, input_ids: Tensor) -> ModelStructure:
     """Find the decoder layers and their operators by running ``model`` on ``input_ids``.
 
+    A linear whose weight is shared with another module, or which is used more than once, not
+    reached, or sees other rows than the tokens, stays dense.
+
     Args:
         model: A causal language model in evaluation mode.
         input_ids: Token ids ``[T]`` or ``[1, T]``; a dozen are enough.
 
     Raises:
-        UnsupportedModelError: There is no list of decoder layers chained one after the other, or
-            a layer holds weights that cannot be pruned as linear operators: shared with another
-            module, used more than once, not reached, or seeing only some of the tokens.
+        UnsupportedModelError: There is no list of decoder layers chained one after the other, a
+            linear is quantised or computed, or most of the layers would stay dense.
     """
     tokens = as_batch(input_ids)
     layers = find_decoder_layers(model, tokens)
-    refuse_foreign_weights(layers)
-    refuse_shared_weights(model, layers)
-    watches = [_LayerWatch(name, layer, tokens.shape[1]) for name, layer in layers]
+    refuse_odd_weights(layers)
+    shared = shared_weights(model, layers)
+    watches = [
+        _LayerWatch(name, layer, tokens.shape[1], shared.get(name, {})) for name, layer in layers
+    ]
     with hooks([handle for watch in watches for handle in watch.handles()]):
         run_model(model, tokens)
-    return ModelStructure(tuple(watch.structure() for watch in watches))
+    structure = ModelStructure(tuple(watch.structure() for watch in watches))
+    refuse_mostly_dense(
+        layers,
+        {
+            layer.full_name(operator): operator.out_features * operator.in_features
+            for layer in structure.layers
+            for operator in layer.operators
+        },
+    )
+    return structure
 
 
 class _LayerWatch:
     """The calls of the linear operators of one layer during a forward pass."""
 
-    def __init__(self, name: str, layer: nn.Module, tokens: int) -> None:
+    def __init__(self, name: str, layer: nn.Module, tokens: int, dense: Mapping[str, str]) -> None:
         self._name = name
+        self._dense = dict(dense)
         self._layer = layer
         self._tokens = tokens
         self._running = False
@@ -145,21 +181,16 @@ class _LayerWatch:
             )
 
     def structure(self) -> LayerStructure:
-        """Return the groups seen, once every operator has been called."""
-        missed = [name for name in (*self._linears, *self._experts) if name not in self._called]
-        if missed:
-            raise UnsupportedModelError(
-                f"{self._name}: {missed[0]} is not called as a linear operator when the layer runs "
-                f"({len(missed)} of {len(missed) + len(self._called)} are not); mixtures of "
-                "experts that transformers does not run through its ExpertsInterface are not "
-                "supported"
-            )
+        """Return the groups seen, and the linears that fit in none."""
+        for name in self._linears.keys() - self._called:
+            self._dense.setdefault(name, "is not called as a linear operator when the layer runs")
         groups: list[OperatorGroup] = []
-        for number, operators in enumerate(self._groups):
+        for number, operators in enumerate([*self._groups, []]):
             groups += self._groups_of_experts.get(number, ())
-            groups.append(OperatorGroup(tuple(operators)))
-        groups += self._groups_of_experts.get(len(self._groups), ())
-        return LayerStructure(self._name, tuple(groups))
+            kept = tuple(operator for operator in operators if operator.name not in self._dense)
+            groups += [OperatorGroup(kept)] if kept else []
+        dense = (DenseLinear(name, self._dense[name]) for name in sorted(self._dense))
+        return LayerStructure(self._name, tuple(groups), tuple(dense))
 
     def _enter(self) -> None:
         self._running = True
@@ -173,26 +204,34 @@ class _LayerWatch:
     ) -> None:
         operator = operator_of(name, module)
         value = args[0] if args else next(iter(kwargs.values()), None)
-        if not self._running:
-            raise self._refusal(name, "is called from outside its layer")
-        if name in self._called:
-            raise self._refusal(name, "is called more than once when the layer runs")
-        if not isinstance(value, Tensor):
-            raise self._refusal(name, "is called on something else than a tensor")
-        rows = value.numel() // operator.in_features
-        if rows != self._tokens:
-            raise self._refusal(
-                name,
-                f"sees {rows} rows for {self._tokens} tokens; mixtures of experts and operators "
-                "that work per head are not supported",
-            )
+        if (reason := self._reason_against(operator, value)) is not None:
+            self._dense.setdefault(name, reason)
+        elif isinstance(value, Tensor):
+            self._add(operator, value)
         self._called.add(name)
-        self._add(operator, value)
+
+    def _reason_against(self, operator: Operator, value: object) -> str | None:
+        """Say why the linear that is called on ``value`` is no operator of this layer."""
+        if not self._running:
+            return "is called from outside its layer"
+        if operator.name in self._called:
+            return "is called more than once when the layer runs"
+        if not isinstance(value, Tensor):
+            return "is called on something else than a tensor"
+        smaller = min(operator.in_features, operator.out_features)
+        if smaller < _SMALLEST:
+            shape = f"{operator.out_features} x {operator.in_features}"
+            return f"is {shape}, too small to gain anything"
+        rows = value.numel() // operator.in_features
+        return None if rows == self._tokens else f"sees {rows} rows for {self._tokens} tokens"
 
     def _call_experts(self, name: str, experts: ExpertLinears) -> None:
         """Add the groups of each expert: first all that read hidden states, then what follows."""
         if name in self._called:
-            raise self._refusal(name, "are called more than once when the layer runs")
+            raise UnsupportedModelError(
+                f"{self._name}: {name} are called more than once when the layer runs; such a model "
+                "can be pruned with --experts dense only"
+            )
         self._called.add(name)
         groups = [
             OperatorGroup(
@@ -213,9 +252,6 @@ class _LayerWatch:
                 return
         self._inputs.append(TensorIdentity(value))
         self._groups.append([operator])
-
-    def _refusal(self, name: str, reason: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{self._name}: {name} {reason}")
 
 
 def operator_of(name: str, module: nn.Module) -> Operator:

@@ -26,7 +26,7 @@ from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.huggingface.names import stored_modules
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.layerwise.pipeline import LayerStore, prune_model
-from sparseserve.layerwise.plan import ignored_modules, planned_operators
+from sparseserve.layerwise.plan import dense_reasons, ignored_modules, planned_operators
 from sparseserve.models.saving import save_weights
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
@@ -43,12 +43,14 @@ class PrunePlan:
     Attributes:
         operators: Full names and shapes of the linears to prune, in pruning order.
         dense_modules: Linears in decoder layers that stay dense.
+        dense_reasons: Why, by name, of those that the recipe does not exclude.
         pruned_parameters: Parameters in the operators, before pruning.
         total_parameters: Parameters of the whole model, tied ones counted once.
     """
 
     operators: tuple[tuple[str, tuple[int, int]], ...]
     dense_modules: tuple[str, ...]
+    dense_reasons: dict[str, str]
     pruned_parameters: int
     total_parameters: int
 
@@ -76,7 +78,8 @@ def plan(job: Job, out: Path | None = None) -> PrunePlan:
     parameters = opening.loaded.model.parameters()
     return PrunePlan(
         operators=operators,
-        dense_modules=ignored_modules(structure, job.recipe),
+        dense_modules=(*ignored_modules(structure, job.recipe), *dense_reasons(structure)),
+        dense_reasons=dense_reasons(structure),
         pruned_parameters=sum(rows * columns for _, (rows, columns) in operators),
         total_parameters=sum(parameter.numel() for parameter in parameters),
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparseserve.errors import UnsupportedModelError
+from sparseserve.layerwise.layer_calls import VaryingArguments
 from sparseserve.models.layer_call import LayerCall
-from sparseserve.models.layers import capture_layer_calls, run_layer
-from sparseserve.models.structure import trace_structure
+from sparseserve.models.layers import capture_layer_calls, entering_states, run_layer
+from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.testing import TINY_FAMILIES, tiny_model
 from tests.unit.models.layer_runs import CPU, ScaledChain, capture, modules_of, windows
 
@@ -37,11 +40,11 @@ def test_local_and_global_attention_layers_have_calls_of_their_own(family: str) 
 
     calls = capture_layer_calls(model, structure, windows(2))
 
-    local = calls[0]
-    alike = [local.first_difference(call) is None for call in calls]
+    # Nothing hides tokens of a short window from global attention but their order.
+    local = [call.kwargs["attention_mask"] is not None for call in calls]
     kinds = TINY_FAMILIES[family]["layer_types"]
     assert isinstance(kinds, list)
-    assert alike == [kind == "sliding_attention" for kind in kinds]
+    assert local == [kind == "sliding_attention" for kind in kinds]
     assert all(call.kwargs["past_key_values"] is None for call in calls)
 
 
@@ -66,19 +69,64 @@ def test_windows_of_different_lengths_are_a_programming_error() -> None:
         capture_layer_calls(model, structure, [torch.arange(8), torch.arange(9)])
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_layer_argument_that_depends_on_the_tokens_is_refused(count: int) -> None:
-    class ByToken(ScaledChain):
-        def scale(self, tokens: Tensor) -> object:
-            return tokens[0, :, None].float()
+class ByToken(ScaledChain):
+    """Its layers are scaled by numbers that the tokens decide."""
 
+    def scale(self, tokens: Tensor) -> object:
+        return tokens[0, :, None].float() / 100
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_argument_that_depends_on_the_tokens_is_known_as_such(count: int) -> None:
     model = ByToken()
     structure = trace_structure(model, windows(1)[0])
 
-    with pytest.raises(
-        UnsupportedModelError, match=r"layers\.0: argument scale depends on the tokens"
-    ):
-        capture_layer_calls(model, structure, windows(count))
+    for call in capture_layer_calls(model, structure, windows(count)):
+        assert call.varying == ("scale",)
+        [scale] = call.varying_tensors()
+        assert scale.equal(windows(1)[0][:, None].float() / 100)
+
+
+def test_an_argument_of_another_form_for_other_tokens_is_refused() -> None:
+    class Shrinking(ScaledChain):
+        def scale(self, tokens: Tensor) -> object:
+            return torch.ones(()) if tokens[0, 0] % 2 else torch.ones(1)
+
+    model = Shrinking()
+    structure = trace_structure(model, torch.tensor([1, 2, 3]))
+
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0: argument scale has another form"):
+        capture_layer_calls(model, structure, [torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])])
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text", "llama"])
+def test_layers_run_alone_give_what_the_model_gives_whatever_they_are_handed(
+    family: str, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    texts = windows(4)
+    structure = trace_structure(model, texts[0])
+    calls = capture_layer_calls(model, structure, texts)
+    assert any(call.varying for call in calls) == (family != "llama")
+    varying = VaryingArguments.record(tmp_path, model, structure, calls, texts).without_first(1)
+    for number, text in enumerate(texts[1:]):
+        [hidden] = entering_states(model, structure, [text])
+        for layer, call in zip(structure.layers, calls, strict=True):
+            own = varying.calls(layer.name, call)[number]
+            hidden = run_layer(model.get_submodule(layer.name), hidden, own)
+        assert hidden.equal(leaving_states(model, structure, text))
+
+
+def leaving_states(model: nn.Module, structure: ModelStructure, text: Tensor) -> Tensor:
+    found: list[Tensor] = []
+    last = model.get_submodule(structure.layers[-1].name)
+    handle = last.register_forward_hook(
+        lambda _, args, output: found.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.no_grad():
+        model(text[None], use_cache=False)
+    handle.remove()
+    return found[0]
 
 
 def test_a_layer_argument_that_cannot_be_replayed_is_refused() -> None:
@@ -102,12 +150,15 @@ def test_nested_arguments_are_compared_and_moved() -> None:
     other = LayerCall("layer", (1, [torch.ones(2)]), {"pair": ({"a": torch.ones(1)}, None)})
     fewer = LayerCall("layer", (1, [torch.ones(2)]), {})
 
-    assert call.first_difference(same) is None
-    assert call.first_difference(other) == "pair"
-    assert call.first_difference(fewer) == fewer.first_difference(call) == "pair"
+    assert call.compared(same).varying == ()
+    assert call.compared(other).varying == ("pair",)
+    for one, another in ((call, fewer), (fewer, call)):
+        with pytest.raises(UnsupportedModelError, match="layer: argument pair has another form"):
+            one.compared(another)
     halved = call.to(CPU, torch.float16)
-    assert halved.first_difference(call) == "2"
-    assert halved.to(CPU, torch.float32).first_difference(call) is None
+    with pytest.raises(UnsupportedModelError, match="layer: argument 2 has another form"):
+        halved.compared(call)
+    assert halved.to(CPU, torch.float32).compared(call).varying == ()
 
 
 def test_hidden_states_given_by_keyword_are_replayed_by_keyword() -> None:

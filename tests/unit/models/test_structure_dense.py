@@ -1,0 +1,115 @@
+"""Linears that cannot be pruned as operators stay dense, each with its reason."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sparseserve.models.structure import DenseLinear, trace_structure
+from sparseserve.testing import TINY_VOCABULARY
+from tests.unit.models.chains import TOKENS, WIDTH, Block, Chain, names
+
+
+def dense(model: Chain) -> list[tuple[DenseLinear, ...]]:
+    return [layer.dense for layer in trace_structure(model.eval(), TOKENS).layers]
+
+
+class Wide(Block):
+    """A layer with another pair of operators, so that not most of it stays dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over, self.back = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner: Tensor = self.back(self.over(super().forward(hidden)))
+        return inner
+
+
+OTHERS = [("over",), ("back",)]
+
+
+def test_a_linear_called_twice_in_its_layer() -> None:
+    class Twice(Wide):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(self.down(self.up(hidden)))
+
+    model = Chain(Twice())
+    reason = "is called more than once when the layer runs"
+    assert dense(model) == [(DenseLinear("down", reason), DenseLinear("up", reason))]
+    assert names(trace_structure(model, TOKENS)) == [tuple(OTHERS)]
+
+
+def test_a_linear_that_its_layer_never_calls() -> None:
+    class Idle(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Linear(WIDTH, WIDTH)
+
+    reason = "is not called as a linear operator when the layer runs"
+    assert dense(Chain(Idle(), Block())) == [(DenseLinear("spare", reason),), ()]
+
+
+def test_a_linear_called_from_outside_its_layer() -> None:
+    class Borrowing(Chain):
+        def forward(self, tokens: Tensor) -> Tensor:
+            output: Tensor = self.layers[0].get_submodule("up")(super().forward(tokens))
+            return output
+
+    model = Borrowing(Wide(), Wide())
+    model.head = nn.Linear(WIDTH, WIDTH)
+    assert dense(model) == [(DenseLinear("up", "is called from outside its layer"),), ()]
+
+
+def test_a_linear_shared_between_layers() -> None:
+    model = Chain(Wide(), Wide())
+    model.layers[1].up = model.layers[0].up
+    assert [layer[0].reason for layer in dense(model)] == [
+        "shares its weight with layers.1.up.weight",
+        "shares its weight with layers.0.up.weight",
+    ]
+
+
+def test_a_linear_tied_to_the_embedding() -> None:
+    model = Chain(Wide())
+    model.layers[0].up = nn.Linear(WIDTH, TINY_VOCABULARY)
+    model.layers[0].down = nn.Linear(TINY_VOCABULARY, WIDTH)
+    model.layers[0].get_submodule("up").weight = model.embedding.weight
+    reason = "shares its weight with the embedding embedding"
+    assert dense(model) == [(DenseLinear("up", reason),)]
+
+
+def test_a_linear_that_sees_other_rows_than_the_tokens() -> None:
+    class Halved(Wide):
+        def __init__(self) -> None:
+            super().__init__()
+            self.halves = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            parts = zip(self.halves, hidden.chunk(2, dim=1), strict=True)
+            return super().forward(torch.cat([half(part) for half, part in parts], dim=1))
+
+    reason = "sees 6 rows for 12 tokens"
+    assert dense(Chain(Halved())) == [
+        (DenseLinear("halves.0", reason), DenseLinear("halves.1", reason))
+    ]
+
+
+def test_a_linear_too_small_to_gain_anything() -> None:
+    class Gated(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(WIDTH, 1)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            gated: Tensor = super().forward(hidden) * self.gate(hidden)
+            return gated
+
+    reason = "is 1 x 16, too small to gain anything"
+    assert dense(Chain(Gated())) == [(DenseLinear("gate", reason),)]
+
+
+def test_layers_of_several_classes_are_found() -> None:
+    structure = trace_structure(Chain(Block(), Wide(), Block()), TOKENS)
+    own = (("up",), ("down",))
+    assert names(structure) == [own, (*own, *OTHERS), own]
