@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 
 from benchmarks.exports.onnx_model import onnx_table
+from benchmarks.families.sweep import families_table
 from benchmarks.gpu.tables import GPU_TABLES
 from benchmarks.harness.results import RESEARCH, RESULTS, Result, read_result
 from benchmarks.peers.tables import PEER_TABLES
@@ -27,7 +28,7 @@ from benchmarks.serving.tables import SERVING_TABLES
 ROOT = Path(__file__).parents[2]
 PAGES = (
     *("README.md", "docs/method.md", "docs/serving.md", "docs/evidence.md", "docs/gpu.md"),
-    "docs/formats.md",
+    *("docs/formats.md", "docs/families.md"),
 )
 MARKED = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -38,6 +39,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "budget-smollm2-2of4": budget_table,
     "calibration-memory": calibration_memory_table,
     "onnx-smollm2": onnx_table,
+    "families": families_table,
     **PEER_TABLES,
     **SERVING_TABLES,
     **GPU_TABLES,

@@ -1,0 +1,1 @@
+"""Which of the families that transformers knows can be pruned, exported and served."""
