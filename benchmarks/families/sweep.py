@@ -126,7 +126,8 @@ def try_family(family: str, place: Path) -> Outcome:
         reason = str(error).replace(f"{place}/", "").removeprefix("source: ")
         return Outcome(family=family, outcome="refused", dense={}, reason=reason)
     packed, dense = (_logits(place / form, type(model)) for form in ("packed", "dense"))
-    if not packed.equal(dense):
+    # The weights are the same; how they lie in memory may move the last digit.
+    if not torch.allclose(packed, dense, rtol=1e-5, atol=1e-5):
         raise AssertionError(f"{family}: transformers computes another thing from the packed form")
     report = artifact.manifest.report
     operators = [item for layer in report["layers"] for item in layer["operators"]]

@@ -95,5 +95,7 @@ def _print_plan(job: Job, output: Path | None, as_json: bool) -> None:
     share = found.pruned_parameters / found.total_parameters
     click.echo(
         f"{len(found.operators)} operators with {found.pruned_parameters:,} of "
-        f"{found.total_parameters:,} parameters ({share:.1%}) to {job.recipe.pattern}"
+        f"{found.total_parameters:,} parameters ({share:.1%}) to {job.recipe.pattern}; about "
+        f"{found.needs.memory_bytes / 2**30:.1f} GiB of memory and "
+        f"{found.needs.disk_bytes / 2**30:.1f} GiB of disk"
     )

@@ -21,11 +21,10 @@ from sparseserve.layerwise.streams import LayerContext
 from sparseserve.models.layers import group_inputs
 from sparseserve.models.structure import Operator, OperatorGroup
 from sparseserve.recipe.correction import ErrorCorrection
-from sparseserve.solvers.statistics import InputStatistics, StatisticsSum
+from sparseserve.solvers.statistics import InputStatistics, StatisticsSum, moment_bytes
 
-# What the statistics of the experts that are served by one pass may take.
-_BLOCK_BYTES = 2**31
-_ITEM = 8  # bytes, at most
+#: What the statistics of the experts that are served by one pass may take.
+BLOCK_BYTES = 2**31
 
 
 class ExpertStatistics:
@@ -60,7 +59,7 @@ class ExpertStatistics:
     def _block_from(self, group: OperatorGroup) -> list[OperatorGroup]:
         """Return ``group`` and those after it that one pass can serve."""
         moments = 3 if self._paired else 1
-        room = max(1, _BLOCK_BYTES // (moments * _ITEM * group.in_features**2))
+        room = max(1, BLOCK_BYTES // (moments * moment_bytes(group.in_features)))
         first = self._groups.index(group)
         return [
             other

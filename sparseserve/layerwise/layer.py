@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseserve.errors import NumericalError, SparseServeError
+from sparseserve.huggingface.experts import experts_in
 from sparseserve.layerwise.group_statistics import GroupStatistics
 from sparseserve.layerwise.plan import planned_operators
 from sparseserve.layerwise.progress import PruneProgress
@@ -34,9 +35,18 @@ class PrunedLayer:
     report: LayerReport
 
     def write_to(self, module: nn.Module) -> None:
-        """Copy the parameters into the decoder layer ``module``."""
+        """Put the parameters into the decoder layer ``module``.
+
+        Their memory is taken over, so that a layer that waits on the disk stays there. The weights
+        of experts are views of what the model keeps in one tensor, and are copied.
+        """
+        experts = tuple(f"{name}." for name in experts_in(module))
         for name, value in self.parameters.items():
-            module.get_parameter(name).detach().copy_(value)
+            parameter = module.get_parameter(name)
+            if name.startswith(experts) or value.device != parameter.device:
+                parameter.detach().copy_(value)
+            else:
+                parameter.data = value.to(parameter.dtype)
 
 
 def prune_layer(

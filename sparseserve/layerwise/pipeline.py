@@ -132,6 +132,8 @@ def _prune_layers(
             error = errors.of_layer(number) if errors else None
             pruned = prune_layer(context, recipe, progress, error)
             store.save(layer.name, pruned)
+            # What was read from a file is mapped, not held: memory does not grow with the layers.
+            pruned = store.load(layer.name) or pruned
         else:
             earlier += pruned.report.seconds
         pruned.write_to(module)

@@ -106,7 +106,7 @@ class StatisticsSum:
 
     def __init__(self, in_features: int, *, corrected: bool, device: torch.device) -> None:
         """Begin with no tokens; ``corrected`` keeps ``X`` and ``X*`` apart."""
-        dtype = torch.float64 if in_features <= _DOUBLE_WIDTH else torch.float32
+        dtype = _sum_dtype(in_features)
 
         def zeros() -> Tensor:
             return torch.zeros(in_features, in_features, dtype=dtype, device=device)
@@ -144,6 +144,11 @@ class StatisticsSum:
         return InputStatistics(gram, self._cross, self._dense_gram, self._tokens)
 
 
+def moment_bytes(in_features: int) -> int:
+    """Return what one second moment of an input takes while it is summed."""
+    return in_features**2 * _sum_dtype(in_features).itemsize
+
+
 def output_error(weight: Tensor, dense_weight: Tensor, statistics: InputStatistics) -> Tensor:
     """Return ``||W X* - W0 X||^2`` of every row, ``[out]`` in float64.
 
@@ -175,6 +180,10 @@ def relative_output_error(
     energy = output_energy(dense_weight, statistics).sum()
     error = output_error(weight, dense_weight, statistics).sum()
     return float((error / energy).sqrt()) if energy > 0 else float(error.sqrt())
+
+
+def _sum_dtype(in_features: int) -> torch.dtype:
+    return torch.float64 if in_features <= _DOUBLE_WIDTH else torch.float32
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:

@@ -19,6 +19,7 @@ from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.text import position_limit, vocabulary_size
 from sparseserve.text.calibration import CalibrationSet, load_calibration
 from sparseserve.workflow.job import Job
+from sparseserve.workflow.needs import Needs
 from sparseserve.workflow.rehearsal import rehearse
 
 # Whose releases decide the bytes of a result.
@@ -34,6 +35,7 @@ class Opening:
         loaded: The dense model.
         calibration: The windows it is pruned with.
         structure: Its decoder layers.
+        needs: What the run will take of memory and disk.
         fingerprint: Everything that decides the bytes of the pruned layers.
     """
 
@@ -41,6 +43,7 @@ class Opening:
     loaded: LoadedModel
     calibration: CalibrationSet
     structure: ModelStructure
+    needs: Needs
     fingerprint: Fingerprint
 
 
@@ -64,9 +67,9 @@ def open_run(job: Job, place: OutputPlace | None) -> Opening:
         recipe.calibration, loaded.tokenizer, position_limit(config), vocabulary_size(config)
     )
     progress.stage("rehearsing the run")
-    structure = rehearse(job, loaded, calibration, place)
+    structure, needs = rehearse(job, loaded, calibration, place)
     fingerprint = _fingerprint(loaded, recipe, calibration, device)
-    return Opening(job, loaded, calibration, structure, fingerprint)
+    return Opening(job, loaded, calibration, structure, needs, fingerprint)
 
 
 def with_part(fingerprint: Fingerprint, name: str, value: object) -> Fingerprint:

@@ -20,7 +20,6 @@ from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_json, writing
-from sparseserve.devices import pruning_dtype
 from sparseserve.errors import ArtifactError, SparseServeError, UnsupportedModelError
 from sparseserve.exporters.side_files import copy_side_files, model_config
 from sparseserve.huggingface.experts import ExpertLinears, unstacked_experts
@@ -35,12 +34,13 @@ from sparseserve.paths import local_path
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.text.calibration import CalibrationSet
 from sparseserve.workflow.job import Job
+from sparseserve.workflow.needs import Needs, needs_of, require_memory
 
 
 def rehearse(
     job: Job, loaded: LoadedModel, calibration: CalibrationSet, place: OutputPlace | None
-) -> ModelStructure:
-    """Try all that a run does with the model but pruning, and return its structure.
+) -> tuple[ModelStructure, Needs]:
+    """Try all that a run does with the model but pruning.
 
     Args:
         job: What would be done. The rehearsal itself needs no more than a CPU.
@@ -48,10 +48,14 @@ def rehearse(
         calibration: What it would be done with.
         place: Where the result would go; None asks nothing of the disk.
 
+    Returns:
+        The structure of the model, and what the run will take.
+
     Raises:
         UnsupportedModelError: The structure cannot be found, a layer cannot be run alone or
             trained, or an operator is stored in another form.
-        RecipeError: An operator does not fit the pattern, or there are too few windows.
+        RecipeError: An operator does not fit the pattern, there are too few windows, or memory is
+            too small.
         ArtifactError: The format cannot hold the result, the disk is too small, or a file that goes
             with the weights is missing.
     """
@@ -60,15 +64,16 @@ def rehearse(
         structure = trace_structure(model, calibration.windows[0][:TRIED_TOKENS])
         check_plan(structure, recipe)
         _rehearse_storing(model, structure, recipe, job.stored_as)
+    needs = needs_of(loaded, structure, recipe, calibration, job.runs_on)
+    require_memory(needs, job.runs_on)
     if place is not None:
-        needed = _needed_bytes(loaded, structure, recipe, calibration, job.runs_on)
         there = sum(path.stat().st_size for path in place.partial.rglob("*") if path.is_file())
-        require_space(place.partial, needed - there)
+        require_space(place.partial, needs.disk_bytes - there)
     with tempfile.TemporaryDirectory(prefix="sparseserve-") as scratch:
         _rehearse_writing(loaded, structure, recipe, Path(scratch) / "model")
     with unstacked_experts(model):
         try_layers(model, structure, recipe, calibration)
-    return structure
+    return structure, needs
 
 
 def write_model(
@@ -126,31 +131,6 @@ def _rehearse_storing(
                     f"{name}: {export_format} cannot hold rows of {operator.in_features} in "
                     f"{dtype} ({error}): use --format dense"
                 ) from error
-
-
-def _needed_bytes(
-    loaded: LoadedModel,
-    structure: ModelStructure,
-    recipe: PruneRecipe,
-    calibration: CalibrationSet,
-    device: torch.device,
-) -> int:
-    """Return what the pruned layers, both checkpoints and hidden states take on the disk."""
-    weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
-    windows = (*calibration.windows, *calibration.scrambled)
-    tokens = sum(len(window) for window in windows)
-    item = pruning_dtype(next(loaded.model.parameters()).dtype, device).itemsize
-    inputs = [
-        [group.operators[0].in_features for group in layer.groups] for layer in structure.layers
-    ]
-    # What enters and leaves a layer, and on a CPU what its operators read.
-    hidden = next(width for widths in inputs for width in widths)
-    width = 2 * hidden + (max(map(sum, inputs)) if device.type == "cpu" else 0)
-    predictions = 0
-    if recipe.retraining.epochs and recipe.retraining.distillation:
-        predictions = 12 * (recipe.retraining.likeliest + 1) * tokens
-    needed: int = 3 * weights + tokens * width * item + predictions
-    return needed
 
 
 def _rehearse_writing(

@@ -32,6 +32,7 @@ from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.retraining.retrain import retrain
 from sparseserve.workflow.job import Job
+from sparseserve.workflow.needs import Needs
 from sparseserve.workflow.opening import Opening, open_run
 from sparseserve.workflow.rehearsal import write_model
 
@@ -46,6 +47,7 @@ class PrunePlan:
         dense_reasons: Why, by name, of those that the recipe does not exclude.
         pruned_parameters: Parameters in the operators, before pruning.
         total_parameters: Parameters of the whole model, tied ones counted once.
+        needs: What the run would take of memory and disk, estimated.
     """
 
     operators: tuple[tuple[str, tuple[int, int]], ...]
@@ -53,6 +55,7 @@ class PrunePlan:
     dense_reasons: dict[str, str]
     pruned_parameters: int
     total_parameters: int
+    needs: Needs
 
 
 def plan(job: Job, out: Path | None = None) -> PrunePlan:
@@ -82,6 +85,7 @@ def plan(job: Job, out: Path | None = None) -> PrunePlan:
         dense_reasons=dense_reasons(structure),
         pruned_parameters=sum(rows * columns for _, (rows, columns) in operators),
         total_parameters=sum(parameter.numel() for parameter in parameters),
+        needs=opening.needs,
     )
 
 

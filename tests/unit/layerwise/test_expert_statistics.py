@@ -140,7 +140,7 @@ def test_blocks_of_any_size_give_the_same_statistics(
 ) -> None:
     run = make_run(100)
     together = run.statistics(correction)
-    monkeypatch.setattr(expert_statistics, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(expert_statistics, "BLOCK_BYTES", 1)
     for name, alone in run.statistics(correction).items():
         torch.testing.assert_close(alone.gram, together[name].gram)
         torch.testing.assert_close(alone.cross, together[name].cross)

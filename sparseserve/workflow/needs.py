@@ -1,0 +1,156 @@
+"""What a run will take of memory and disk, told from the structure of the model.
+
+The model itself is not counted in memory: its weights are mapped from their files, and the system
+drops the pages of a file when memory is needed for something else. What counts is one decoder
+layer, twice, with the statistics and the solver of its widest operators or its training, and
+the output head where the last layer is trained towards predictions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sparseserve.devices import pruning_dtype
+from sparseserve.errors import RecipeError
+from sparseserve.huggingface.experts import unstacked_experts
+from sparseserve.layerwise.expert_statistics import BLOCK_BYTES
+from sparseserve.machine import this_machine
+from sparseserve.models.loading import LoadedModel
+from sparseserve.models.structure import LayerStructure, ModelStructure, OperatorGroup
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.solvers.statistics import moment_bytes
+from sparseserve.text.calibration import CalibrationSet
+
+_FLOAT = 4
+# Matrices of a solver, each as large as a second moment or as the stacked weights: its factors,
+# its right side, and the candidates that it compares. Counted in the solvers of this package.
+_SOLVER_MOMENTS = 6
+_SOLVER_WEIGHTS = 6
+# A trained parameter, its gradient, two moments of Adam, the best epoch's value, and its mask.
+_TRAINED = 5.25 * _FLOAT
+# What the program itself takes: Python, torch, transformers, and what the allocator holds back.
+_PROGRAM = 600 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Estimates.
+
+    Attributes:
+        memory_bytes: At most, on the device that prunes; without what is mapped from files.
+        disk_bytes: At most, in the folder of the output; without what is there already.
+    """
+
+    memory_bytes: int
+    disk_bytes: int
+
+
+def needs_of(
+    loaded: LoadedModel,
+    structure: ModelStructure,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    device: torch.device,
+) -> Needs:
+    """Estimate what a run takes.
+
+    Args:
+        loaded: The model.
+        structure: Its layers.
+        recipe: How it is pruned.
+        calibration: What with.
+        device: Where.
+    """
+    item = pruning_dtype(next(loaded.model.parameters()).dtype, device).itemsize
+    with unstacked_experts(loaded.model):
+        largest = max(
+            _layer_bytes(loaded.model.get_submodule(layer.name), layer, recipe, calibration, item)
+            for layer in structure.layers
+        )
+    head = loaded.model.get_output_embeddings()
+    trained = recipe.reconstruction.epochs > 0
+    predicting = _FLOAT * _parameters(head) if trained and isinstance(head, nn.Module) else 0
+    return Needs(
+        memory_bytes=int(_PROGRAM + largest + predicting),
+        disk_bytes=_disk_bytes(loaded, structure, recipe, calibration, device),
+    )
+
+
+def require_memory(needs: Needs, device: torch.device) -> None:
+    """Refuse a run that cannot fit.
+
+    Raises:
+        RecipeError: Names both figures.
+    """
+    if device.type == "cuda":
+        free, where = torch.cuda.mem_get_info(device)[0], str(device)
+    else:
+        free, where = this_machine().free_bytes, "this machine"
+    if free and needs.memory_bytes > free:
+        raise RecipeError(
+            f"pruning takes about {needs.memory_bytes / 2**30:.1f} GiB of memory, and {where} has "
+            f"{free / 2**30:.1f} GiB free: --reconstruct 0 trains no layers, --error-correction "
+            "none keeps a third of the statistics, and a smaller --sequence-length helps"
+        )
+
+
+def _layer_bytes(
+    module: nn.Module,
+    layer: LayerStructure,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    item: int,
+) -> float:
+    parameters = _parameters(module)
+    solving = max((_group_bytes(group, recipe) for group in layer.groups), default=0)
+    training = 0.0
+    if recipe.reconstruction.epochs:
+        tokens = max(len(window) for window in calibration.windows)
+        outputs = sum(operator.out_features for operator in layer.operators)
+        # What the backward pass keeps: about the inputs and outputs of every operator.
+        training = _TRAINED * parameters + 3 * _FLOAT * tokens * outputs
+    return 2 * item * parameters + max(solving, training)
+
+
+def _group_bytes(group: OperatorGroup, recipe: PruneRecipe) -> float:
+    width = group.in_features
+    moments = 3 if recipe.correction.needs_dense and recipe.correction.paired else 1
+    # The sums, and the mixed ones made of them.
+    statistics = 2 * moments * moment_bytes(width)
+    if group.experts is not None:
+        statistics = max(statistics, BLOCK_BYTES)
+    rows = sum(operator.out_features for operator in group.operators)
+    return statistics + _FLOAT * (_SOLVER_MOMENTS * width**2 + _SOLVER_WEIGHTS * rows * width)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _disk_bytes(
+    loaded: LoadedModel,
+    structure: ModelStructure,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    device: torch.device,
+) -> int:
+    """Return what the pruned layers, both checkpoints and hidden states take."""
+    weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
+    windows = (*calibration.windows, *calibration.scrambled)
+    tokens = sum(len(window) for window in windows)
+    item = pruning_dtype(next(loaded.model.parameters()).dtype, device).itemsize
+    inputs = [
+        [group.operators[0].in_features for group in layer.common_groups]
+        for layer in structure.layers
+    ]
+    # What enters and leaves a layer, and on a CPU what its operators read.
+    hidden = next(width for widths in inputs for width in widths)
+    width = 2 * hidden + (max(map(sum, inputs)) if device.type == "cpu" else 0)
+    predictions = 0
+    if recipe.retraining.epochs and recipe.retraining.distillation:
+        predictions = 12 * (recipe.retraining.likeliest + 1) * tokens
+    needed: int = 3 * weights + tokens * width * item + predictions
+    return needed
