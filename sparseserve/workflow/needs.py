@@ -105,7 +105,7 @@ def _layer_bytes(
     item: int,
 ) -> float:
     parameters = _parameters(module)
-    solving = max((_group_bytes(group, recipe) for group in layer.groups), default=0)
+    solving = max((_group_bytes(group, layer, recipe) for group in layer.groups), default=0)
     training = 0.0
     if recipe.reconstruction.epochs:
         tokens = max(len(window) for window in calibration.windows)
@@ -115,13 +115,14 @@ def _layer_bytes(
     return 2 * item * parameters + max(solving, training)
 
 
-def _group_bytes(group: OperatorGroup, recipe: PruneRecipe) -> float:
+def _group_bytes(group: OperatorGroup, layer: LayerStructure, recipe: PruneRecipe) -> float:
     width = group.in_features
     moments = 3 if recipe.correction.needs_dense and recipe.correction.paired else 1
     # The sums, and the mixed ones made of them.
     statistics = 2 * moments * moment_bytes(width)
     if group.experts is not None:
-        statistics = max(statistics, BLOCK_BYTES)
+        alike = sum(other.experts == group.experts for other in layer.groups)
+        statistics += min(BLOCK_BYTES, alike * moments * moment_bytes(width))
     rows = sum(operator.out_features for operator in group.operators)
     return statistics + _FLOAT * (_SOLVER_MOMENTS * width**2 + _SOLVER_WEIGHTS * rows * width)
 

@@ -8,16 +8,17 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from benchmarks.families.tiny_configurations import tiny_configuration
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.folder_lock import locked
 from sparseserve.errors import ArtifactError, RecipeError
 from sparseserve.layerwise.progress import PruneProgress
+from sparseserve.machine import this_machine
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.retraining.retrain import Retraining
 from sparseserve.testing import save_tiny_model, tiny_tokenizer
@@ -66,22 +67,24 @@ def test_nothing_left_to_prune_is_an_error(prune: Prune, quick: PruneRecipe) -> 
         prune("llama", recipe=replace(quick, ignore=(".",)))
 
 
-def test_a_layer_that_cannot_run_alone_is_refused(
+def test_layers_that_run_more_than_once_are_refused(
     tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "global_head_dim": 32}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128}
-    config = AutoConfig.for_model(
-        "gemma4_text",
-        **sizes,
-        **{"vocab_size": 264, "vocab_size_per_layer_input": 264, "max_position_embeddings": 256},
-        **{"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
-        **{"sliding_window": 8, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0},
+    AutoModelForCausalLM.from_config(tiny_configuration("hrm_text")).save_pretrained(
+        tmp_path / "hrm"
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma4")
-    tiny_tokenizer().save_pretrained(tmp_path / "gemma4")
-    assert "cannot be replayed" in refused(tmp_path / "gemma4")
+    tiny_tokenizer().save_pretrained(tmp_path / "hrm")
+    assert "layers must run once each, in order" in refused(tmp_path / "hrm")
+
+
+def test_a_run_that_memory_cannot_hold_is_refused_with_what_to_change(
+    model: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(this_machine(), free_bytes=2**28)
+    monkeypatch.setattr("sparseserve.workflow.needs.this_machine", lambda: small)
+    message = refused(model)
+    assert "GiB of memory, and this machine has 0.2 GiB free: --reconstruct 0" in message
 
 
 def test_code_that_the_configuration_names_but_nobody_has_is_refused(
