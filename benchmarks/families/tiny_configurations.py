@@ -65,6 +65,8 @@ SIZES: dict[str, object] = {key: value for value, keys in VALUES.items() for key
 SIZES["initializer_range"] = 0.1
 # Where these are None, they follow from others.
 MAY_BE_NONE = {"num_key_value_heads", "head_dim", "pad_token_id", "q_lora_rank", "sliding_window"}
+# Positions in time, height and width, in parts that add up to half a head.
+_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 PARTS = ("text_config", "vision_config", "audio_config", "decoder", "encoder")
 
 _LATENT = {"head_dim": 16, "num_key_value_heads": 2}
@@ -108,6 +110,8 @@ OWN: dict[str, dict[str, Any]] = {
     "longcat_flash": {**_LATENT, "zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
     "nemotron": {"head_dim": 32, "num_key_value_heads": 1},
+    "qwen2_vl": {"text_config": {"rope_parameters": _ROTARY}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": _ROTARY}},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -119,15 +123,16 @@ def tiny_configuration(family: str) -> PretrainedConfig:
         Exception: Whatever its class raises where the sizes do not fit together.
     """
     defaults = CONFIG_MAPPING[family]().to_dict()
+    own = dict(OWN.get(family, {}))
     settings = _sizes(defaults)
     for part in PARTS:
         if isinstance(inner := defaults.get(part), dict):
             named = {"model_type": inner["model_type"]} if "model_type" in inner else {}
-            settings[part] = {**_sizes(inner), **named}
+            settings[part] = {**_sizes(inner), **named, **own.pop(part, {})}
     if kinds := list(dict.fromkeys(defaults.get("layer_types") or ())):
         settings["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
         settings["num_hidden_layers"] = len(settings["layer_types"])
-    return AutoConfig.for_model(family, **{**settings, **OWN.get(family, {})})
+    return AutoConfig.for_model(family, **{**settings, **own})
 
 
 def _sizes(defaults: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from benchmarks.harness.results import RESEARCH, RESULTS, Result, read_result
 from benchmarks.peers.tables import PEER_TABLES
 from benchmarks.quality.budget import budget_table
 from benchmarks.quality.calibration_memory import calibration_memory_table
+from benchmarks.quality.layer_memory import layer_memory_table
 from benchmarks.quality.retraining import retraining_table
 from benchmarks.quality.tables import QUALITY_TABLES
 from benchmarks.research.tables import RESEARCH_TABLES
@@ -38,6 +39,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "retraining-smollm2-2of4": retraining_table,
     "budget-smollm2-2of4": budget_table,
     "calibration-memory": calibration_memory_table,
+    "layer-memory": layer_memory_table,
     "onnx-smollm2": onnx_table,
     "families": families_table,
     **PEER_TABLES,

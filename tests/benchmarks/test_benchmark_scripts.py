@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.harness.machine import Machine
-from benchmarks.quality import calibration_memory
+from benchmarks.quality import calibration_memory, layer_memory
 from benchmarks.quality import compare as quality
 from benchmarks.quality.calibration_memory import calibration_memory_table
+from benchmarks.quality.layer_memory import layer_memory_table
 from benchmarks.serving import cpu_kernels
 from benchmarks.serving.tables import cpu_kernels_table
 from sparseserve.testing import save_tiny_model
@@ -27,6 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.further
 def test_a_smoke_run_measures_memory_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     smoke_run(calibration_memory, monkeypatch)
+    smoke_run(layer_memory, monkeypatch)
 
 
 def test_a_smoke_run_times_every_product() -> None:
@@ -48,6 +50,27 @@ def test_processes_are_combined_by_medians_of_each_product() -> None:
     times = [{"a": 1.0, "b": 9.0}, {"a": 3.0, "b": 2.0}, {"a": 2.0, "b": 4.0}]
     runs = [cpu_kernels.Row(64, 64, 1, 2, each) for each in times]
     assert cpu_kernels.median_row(runs) == cpu_kernels.Row(64, 64, 1, 2, {"a": 2.0, "b": 4.0})
+
+
+def test_the_table_of_memory_by_layers_has_a_line_for_each_run() -> None:
+    rows = [
+        layer_memory.Row(
+            recipe="fast",
+            layers=count,
+            model_bytes=count * 2**20,
+            estimate=3 * 2**20,
+            peak_memory_bytes=2**21,
+            seconds=1.0,
+        )
+        for count in (8, 16)
+    ]
+    setting = {"hidden_size": 64, "intermediate_size": 128, "samples": 8, "sequence_length": 16}
+    head, *lines = table_cells(layer_memory_table, rows, **setting)
+    assert head[1] == "decoder layers"
+    assert lines == [
+        ["`fast`", "8", "8 MiB", "2 MiB", "3 MiB"],
+        ["`fast`", "16", "16 MiB", "2 MiB", "3 MiB"],
+    ]
 
 
 def test_the_table_of_memory_has_a_line_for_each_recipe() -> None:
