@@ -17,8 +17,8 @@ ROWS: dict[str, dict[str, Any]] = {
     row["family"]: row for row in read_result(RESULTS / "families.json")["rows"]
 }
 PRUNED = [family for family, row in ROWS.items() if row["outcome"] == "pruned"]
-# Layers of several classes, arguments that depend on the tokens, experts, and images.
-REPRESENTATIVES = ("jamba", "gemma4_text", "deepseek_v4", "gpt_oss", "mistral3")
+# Layers of several classes with experts, arguments that depend on the tokens, and images.
+REPRESENTATIVES = ("jamba", "gemma4_text", "mistral3")
 # What people run in 2026, by transformers' names.
 WANTED = (
     *("llama", "llama4_text", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text"),

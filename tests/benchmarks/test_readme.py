@@ -14,7 +14,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"`(python -m [^`]+|benchmarks/[^`]+\.sh)`", README)
 # peers.compare starts it in another tool's environment; run.sh calls outcomes.
-STARTED_BY_OTHERS = {"benchmarks.peers.worker", "benchmarks.gpu.outcomes"}
+STARTED_BY_OTHERS = {
+    "benchmarks.families.serve_forms",
+    "benchmarks.peers.worker",
+    "benchmarks.gpu.outcomes",
+}
 
 
 def scripts() -> set[str]:
