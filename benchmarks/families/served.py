@@ -1,7 +1,7 @@
 """What vLLM does with the packed and the dense forms of tiny models.
 
-Several models are served by one process, because starting vLLM takes long. If that process dies,
-each model of it gets one of its own.
+Several models are served by one process, because starting vLLM takes long. One that is not served
+there gets a process of its own.
 """
 
 from __future__ import annotations
@@ -53,10 +53,13 @@ def serve(folders: Mapping[str, Path]) -> dict[str, Served]:
     for start in range(0, len(items), _TOGETHER):
         together = items[start : start + _TOGETHER]
         results = _in_one_process([folder for _, folder in together])
-        if results is None:
-            results = [(_in_one_process([folder]) or [_DIED])[0] for _, folder in together]
-        for (family, _), result in zip(together, results, strict=True):
-            found[family] = Served(**result)
+        results = results or [_DIED] * len(together)
+        for (family, folder), result in zip(together, results, strict=True):
+            # What one model leaves behind may stop the next.
+            alone = len(together) > 1 and "difference" not in result
+            found[family] = Served(
+                **((_in_one_process([folder]) or [_DIED])[0] if alone else result)
+            )
     return found
 
 
