@@ -104,17 +104,15 @@ def load_dense_state(folder: Path) -> dict[str, Tensor]:
 def _put_together(artifact: Artifact, checkpoint: Checkpoint, stack: ExpertStack) -> Tensor:
     """Return the tensor of all experts from those of each."""
     pruned = set(artifact.manifest.pruned)
-    whole: Tensor | None = None
-    for module in stack.modules:
-        if module in pruned:
-            weight = artifact.pruned_weight(checkpoint, module)
-        else:
-            weight = checkpoint.tensor(f"{module}.weight")
-        if whole is None:
-            whole = stack.empty(weight)
-        stack.weight(whole, *stack.place(module)).copy_(weight)
-    assert whole is not None
-    return whole
+    return stack.put_together(
+        (
+            module,
+            artifact.pruned_weight(checkpoint, module)
+            if module in pruned
+            else checkpoint.tensor(f"{module}.weight"),
+        )
+        for module in stack.modules
+    )
 
 
 def _stored_tensors(

@@ -169,7 +169,7 @@ class PruneReport:
 
     Attributes:
         layers: The decoder layers, first to last.
-        dense_modules: Linears inside decoder layers that were left dense.
+        dense_modules: Linears and other matrices inside decoder layers that were left dense.
         seconds: Wall time of all layers, with that of the layers an interrupted run had finished.
         peak_memory_bytes: Largest resident size of the process, or of the CUDA allocator.
         environment: Where it ran.

@@ -97,8 +97,8 @@ def tiny_model_of(family: str) -> PreTrainedModel:
     return model
 
 
-def _made(kind: type, config: PretrainedConfig) -> PreTrainedModel:
-    made: PreTrainedModel = kind.from_config(config)  # type: ignore[attr-defined]
+def _made(kind: type[Any], config: PretrainedConfig) -> PreTrainedModel:
+    made: PreTrainedModel = kind.from_config(config)
     return made
 
 
@@ -175,9 +175,8 @@ def families_table(result: Result) -> str:
     return "\n".join([*lines, f"\n{pruned} of {len(rows)} families that were tried are pruned."])
 
 
-def _served(row: dict[str, object]) -> str:
-    served = row["served"]
-    return "" if served is None else Served(**served).short  # type: ignore[arg-type]
+def _served(row: dict[str, Any]) -> str:
+    return "" if row["served"] is None else Served(**row["served"]).short
 
 
 @click.command()
@@ -186,15 +185,19 @@ def _served(row: dict[str, object]) -> str:
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=RESULTS / "families.json")
 def main(families: tuple[str, ...], serving: bool, output: Path) -> None:
     quiet()
-    known = {row["family"]: row for row in _known(output)} if families else {}
+    known = {row["family"]: row for row in _known(output)}
     place = Path(tempfile.mkdtemp(prefix="families-"))
     try:
         for outcome in outcomes(families or FAMILIES, place, serving=serving):
+            served = known.get(outcome.family, {}).get("served")
             known[outcome.family] = asdict(outcome)
+            if not serving and outcome.outcome == "pruned":
+                known[outcome.family]["served"] = served
             click.echo(f"{outcome.family}: {outcome.outcome} {outcome.reason}")
     finally:
         shutil.rmtree(place)
-    write_result(output, {"tokens": 48, "method": "wanda"}, rows=[known[n] for n in sorted(known)])
+    rows = [known[family] for family in FAMILIES if family in known]
+    write_result(output, {"tokens": 48, "method": "wanda"}, rows=rows)
 
 
 def outcomes(families: Iterable[str], place: Path, *, serving: bool) -> Iterable[Outcome]:

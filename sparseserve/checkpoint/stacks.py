@@ -7,7 +7,7 @@ alone knows those layouts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,16 @@ class ExpertStack:
         """Return ``[out, in]`` of one of the weights in ``stack``."""
         rows, columns = self.weight(stack, 0, self.projections[0]).shape
         return rows, columns
+
+    def put_together(self, weights: Iterable[tuple[str, Tensor]]) -> Tensor:
+        """Return a new stack of ``weights``, ``[out, in]`` by the names of all ``modules``."""
+        whole: Tensor | None = None
+        for module, weight in weights:
+            if whole is None:
+                whole = self.empty(weight)
+            self.weight(whole, *self.place(module)).copy_(weight)
+        assert whole is not None, "a stack has at least one expert"
+        return whole
 
     def empty(self, one: Tensor) -> Tensor:
         """Return memory for a whole stack of weights like ``one``, ``[out, in]``."""

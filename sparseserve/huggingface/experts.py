@@ -93,7 +93,7 @@ class ExpertLinears(nn.Module):
 class SpreadExpertLinears(ExpertLinears):
     """Experts that are handed all tokens, those of others as zeros, and weigh nothing: Llama 4."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]  # its own call
         """Return what each expert makes of its tokens.
 
         Args:

@@ -231,16 +231,15 @@ class _PutTogether(ConversionOps):  # type: ignore[misc]  # likewise
     ) -> dict[str, Tensor]:
         """Return the tensor in the layout that the model has it in."""
         stack = self._stack
-        whole = stack.empty(input_dict[self._stems[0]][0])
+        weights: list[tuple[str, Tensor]] = []
         for stem, projection in zip(self._stems, stack.projections, strict=True):
-            if len(weights := input_dict[stem]) != stack.experts:
+            if len(found := input_dict.get(stem, ())) != stack.experts:
                 raise ArtifactError(
-                    f"{full_layer_name}: {len(weights)} experts instead of {stack.experts}: "
+                    f"{full_layer_name}: {len(found)} experts instead of {stack.experts}: "
                     "copy or export the checkpoint again"
                 )
-            for expert, weight in enumerate(weights):
-                stack.weight(whole, expert, projection).copy_(weight)
-        return {full_layer_name: whole}
+            weights += [(stack.module(number, projection), w) for number, w in enumerate(found)]
+        return {full_layer_name: stack.put_together(weights)}
 
 
 def _unpacked(name: str, parts: dict[str, list[Tensor]]) -> list[Tensor]:

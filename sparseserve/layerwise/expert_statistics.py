@@ -93,13 +93,14 @@ class ExpertStatistics:
         """Yield what ``groups`` read in the pruned layer and in the dense one, window by window."""
         context = self._context
         dense = self._correction.needs_dense
-        windows = context.on_device(context.required_dense.entering if dense else context.entering)
+        windows = context.windows(context.required_dense.entering if dense else context.entering)
         if not self._paired:
-            for window, call in zip(windows, context.calls, strict=False):
+            for window, call in windows:
                 yield group_inputs(context.module, window, call, groups), [None] * len(groups)
             return
-        pairs = zip(windows, context.on_device(context.entering), strict=True)
-        for (dense_window, window), call in zip(pairs, context.calls, strict=False):
+        for (dense_window, call), (window, _) in zip(
+            windows, context.windows(context.entering), strict=True
+        ):
             with recorded_routing(context.module) as routing:
                 dense_inputs = group_inputs(context.module, dense_window, call, groups)
             with replayed_routing(self._pruned, routing):

@@ -67,7 +67,7 @@ class GroupStatistics:
         totals = [self._sum(group, corrected=False) for group in self._groups]
         dense = self._correction.needs_dense
         windows = context.required_dense.entering if dense else context.entering
-        for window, call in zip(context.on_device(windows), context.calls, strict=False):
+        for window, call in context.windows(windows):
             inputs = group_inputs(context.module, window, call, self._groups)
             for total, x in zip(totals, inputs, strict=True):
                 total.add(x)
@@ -82,7 +82,7 @@ class GroupStatistics:
     def _paired(self, group: OperatorGroup) -> InputStatistics:
         """Sum the second moments of a group's dense and pruned inputs, token by token."""
         context, total = self._context, self._sum(group, corrected=True)
-        windows = zip(context.on_device(context.entering), context.calls, strict=False)
+        windows = context.windows(context.entering)
         for dense_inputs, (window, call) in zip(
             context.dense_group_inputs(group), windows, strict=True
         ):

@@ -7,7 +7,6 @@ dense and the pruned layer receive them.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,10 +41,6 @@ class LayerCalls:
             kept[window].to(place) for kept, place in zip(self.varying, places, strict=True)
         )
 
-    def __iter__(self) -> Iterator[LayerCall]:
-        """Yield one for each window, without an end."""
-        return (self[window] for window in itertools.count())
-
     def to(self, device: torch.device, dtype: torch.dtype) -> LayerCalls:
         """Return the calls with their tensors on ``device``, the floating ones as ``dtype``."""
         return replace(self, first=self.first.to(device, dtype))
@@ -74,14 +69,22 @@ class VaryingArguments:
 
         Raises:
             ArtifactError: The disk is full or cannot be written.
-            ValueError: A tensor has another shape in another window.
+            ValueError: A tensor has another shape, or goes to other layers, in another window.
         """
         if not any(call.varying for call in calls):
             return cls()
-        [(tensors, places)] = varying_arguments(model, structure, calls, windows[:1])
+        found = varying_arguments(model, structure, calls, windows)
+        tensors, places = next(found)
+
+        def of_every_window() -> Iterator[Sequence[Tensor]]:
+            yield tensors
+            for others, elsewhere in found:
+                if elsewhere != places:
+                    raise ValueError("tensors go to other layers in another window")
+                yield others
+
         files = HiddenStates.write_several(
-            [folder / f"argument-{number}" for number in range(len(tensors))],
-            (found for found, _ in varying_arguments(model, structure, calls, windows)),
+            [folder / f"argument-{number}" for number in range(len(tensors))], of_every_window()
         )
         return cls(
             {

@@ -82,10 +82,10 @@ class LayerContext:
         """The call of the first window."""
         return self.calls[0]
 
-    def on_device(self, windows: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Yield ``windows`` one at a time as the layer can take them."""
-        for window in windows:
-            yield window.to(self.device, self.dtype)
+    def windows(self, hidden: HiddenStates) -> Iterator[tuple[Tensor, LayerCall]]:
+        """Yield each window of ``hidden`` as the layer can take it, and how it is called then."""
+        for number, window in enumerate(hidden):
+            yield window.to(self.device, self.dtype), self.calls[number]
 
     def dense_group_inputs(self, group: OperatorGroup) -> Iterator[Tensor]:
         """Yield what ``group`` reads in the dense layer, ``[tokens, in_features]`` a window."""
@@ -93,7 +93,7 @@ class LayerContext:
         if dense.inputs:
             yield from dense.inputs[self.layer.common_groups.index(group)]
             return
-        for window, call in zip(self.on_device(dense.entering), self.calls, strict=False):
+        for window, call in self.windows(dense.entering):
             yield group_input(self.module, window, call, group)
 
 
@@ -226,8 +226,8 @@ class HiddenStreams:
                 *(self.folder / f"inputs-{number}" for number in range(len(groups))),
             ],
             (
-                _output_and_inputs(module, window, call, groups)
-                for window, call in zip(windows, calls, strict=False)
+                _output_and_inputs(module, window, calls[number], groups)
+                for number, window in enumerate(windows)
             ),
         )
         return DensePart(entering, leaving, tuple(inputs))
@@ -244,12 +244,7 @@ class HiddenStreams:
             copied = copy_layer(module, context.device, context.dtype)
             pruned = HiddenStates.write(
                 self.folder / f"pruned-{context.layer.name}",
-                (
-                    run_layer(copied, window, call)
-                    for window, call in zip(
-                        context.on_device(self.pruned), context.calls, strict=False
-                    )
-                ),
+                (run_layer(copied, window, call) for window, call in context.windows(self.pruned)),
             )
         dense = context.dense
         done = (self.dense, self.pruned, *(dense.inputs if dense else ()))

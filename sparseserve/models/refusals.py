@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from sparseserve.errors import UnsupportedModelError
-from sparseserve.models.layer_list import linear_modules
+from sparseserve.models.layer_list import is_linear, linear_modules
 
 _Layers = Sequence[tuple[str, nn.Module]]
 
 # A router or the decay rates of a state-space layer may stay dense, the bulk of a model may not.
 _DENSE_SHARE = 0.5
+
+# Convolutions and embeddings inside a layer stay dense, as they do outside.
+_KNOWN_HOLDERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 def refuse_odd_weights(layers: _Layers) -> None:
@@ -47,6 +50,17 @@ def shared_weights(model: nn.Module, layers: _Layers) -> dict[str, dict[str, str
                 reason = f"shares its weight with {_kind(model, others[0])}"
                 found.setdefault(layer_name, {})[name] = reason
     return found
+
+
+def loose_matrices(layer: nn.Module) -> dict[str, str]:
+    """Find the matrices of ``layer`` that are no weights of linears, and say that of each."""
+    return {
+        f"{owner_name}.{name}".strip(".").removesuffix(".weight"): "is no linear"
+        for owner_name, owner in layer.named_modules()
+        if not is_linear(owner) and not isinstance(owner, _KNOWN_HOLDERS)
+        for name, parameter in owner.named_parameters(recurse=False)
+        if parameter.squeeze().ndim >= 2
+    }
 
 
 def refuse_mostly_dense(layers: _Layers, pruned: Mapping[str, int]) -> None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparseserve.errors import UnsupportedModelError
 from sparseserve.huggingface.experts import ExpertLinears, experts_in, routers_in
 from sparseserve.models.hooks import TensorIdentity, as_batch, hooks, run_model
 from sparseserve.models.layer_list import find_decoder_layers, linear_modules
 from sparseserve.models.refusals import (
+    loose_matrices,
     refuse_mostly_dense,
     refuse_odd_weights,
     shared_weights,
@@ -65,8 +65,11 @@ class OperatorGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class DenseLinear:
-    """A linear of a layer that cannot be pruned as an operator, and why; it stays dense."""
+class DenseMatrix:
+    """A matrix of a layer that cannot be pruned as an operator, and why; it stays dense.
+
+    ``name`` is that of its module where it is the module's ``weight``.
+    """
 
     name: str
     reason: str
@@ -79,12 +82,12 @@ class LayerStructure:
     Attributes:
         name: Its full name.
         groups: Its operators, in the order the data reaches them.
-        dense: Its other linears.
+        dense: Its other linears and matrices; convolutions and embeddings are not counted.
     """
 
     name: str
     groups: tuple[OperatorGroup, ...]
-    dense: tuple[DenseLinear, ...] = ()
+    dense: tuple[DenseMatrix, ...] = ()
 
     @property
     def operators(self) -> tuple[Operator, ...]:
@@ -148,22 +151,22 @@ class _LayerWatch:
 
     def __init__(self, name: str, layer: nn.Module, tokens: int, dense: Mapping[str, str]) -> None:
         self._name = name
-        self._dense = dict(dense)
         self._layer = layer
         self._tokens = tokens
+        self._dense = {**loose_matrices(layer), **dense}
         self._running = False
         self._called: set[str] = set()
-        self._inputs: list[TensorIdentity] = []
-        self._groups: list[list[Operator]] = []
+        self._inputs: list[tuple[TensorIdentity, list[Operator]]] = []
+        self._groups: list[tuple[list[Operator], str | None]] = []
         self._experts = experts_in(layer)
-        self._groups_of_experts: dict[int, list[OperatorGroup]] = {}
         # Routers are never pruned: their choices decide what everything after them sees.
         routers = routers_in(layer)
+        self._dense |= dict.fromkeys(routers, "sends tokens to experts")
+        of_experts = tuple(f"{experts}." for experts in self._experts)
         self._linears = {
             linear: module
             for linear, module in linear_modules(layer)
-            if linear not in routers
-            and not any(linear.startswith(f"{experts}.") for experts in self._experts)
+            if linear not in routers and not linear.startswith(of_experts)
         }
 
     def handles(self) -> Iterator[RemovableHandle]:
@@ -181,15 +184,15 @@ class _LayerWatch:
             )
 
     def structure(self) -> LayerStructure:
-        """Return the groups seen, and the linears that fit in none."""
-        for name in self._linears.keys() - self._called:
-            self._dense.setdefault(name, "is not called as a linear operator when the layer runs")
-        groups: list[OperatorGroup] = []
-        for number, operators in enumerate([*self._groups, []]):
-            groups += self._groups_of_experts.get(number, ())
+        """Return the groups seen, and the matrices that are in none."""
+        for name, _ in linear_modules(self._layer):
+            if name not in self._called:
+                self._dense.setdefault(name, "is not called as a linear when the layer runs")
+        groups = []
+        for operators, experts in self._groups:
             kept = tuple(operator for operator in operators if operator.name not in self._dense)
-            groups += [OperatorGroup(kept)] if kept else []
-        dense = (DenseLinear(name, self._dense[name]) for name in sorted(self._dense))
+            groups += [OperatorGroup(kept, experts)] if kept else []
+        dense = (DenseMatrix(name, self._dense[name]) for name in sorted(self._dense))
         return LayerStructure(self._name, tuple(groups), tuple(dense))
 
     def _enter(self) -> None:
@@ -204,54 +207,48 @@ class _LayerWatch:
     ) -> None:
         operator = operator_of(name, module)
         value = args[0] if args else next(iter(kwargs.values()), None)
-        if (reason := self._reason_against(operator, value)) is not None:
+        reason = self._reason_against(operator)
+        if not isinstance(value, Tensor):
+            reason = reason or "is called on something else than a tensor"
+        elif (rows := value.numel() // operator.in_features) != self._tokens:
+            reason = reason or f"sees {rows} rows for {self._tokens} tokens"
+        elif reason is None:
+            self._group_of(value).append(operator)
+        if reason is not None:
             self._dense.setdefault(name, reason)
-        elif isinstance(value, Tensor):
-            self._add(operator, value)
         self._called.add(name)
 
-    def _reason_against(self, operator: Operator, value: object) -> str | None:
-        """Say why the linear that is called on ``value`` is no operator of this layer."""
+    def _call_experts(self, name: str, experts: ExpertLinears) -> None:
+        """Add the groups of each expert: first all that read hidden states, then what follows."""
+        for linears in experts.linears_by_input():
+            operators = []
+            for linear in linears:
+                operator = operator_of(f"{name}.{linear}", experts.get_submodule(linear))
+                if (reason := self._reason_against(operator)) is not None:
+                    self._dense.setdefault(operator.name, reason)
+                self._called.add(operator.name)
+                operators.append(operator)
+            self._groups.append((operators, name))
+
+    def _reason_against(self, operator: Operator) -> str | None:
+        """Say why a linear that is called now is no operator of this layer."""
         if not self._running:
             return "is called from outside its layer"
         if operator.name in self._called:
             return "is called more than once when the layer runs"
-        if not isinstance(value, Tensor):
-            return "is called on something else than a tensor"
-        smaller = min(operator.in_features, operator.out_features)
-        if smaller < _SMALLEST:
+        if min(operator.in_features, operator.out_features) < _SMALLEST:
             shape = f"{operator.out_features} x {operator.in_features}"
             return f"is {shape}, too small to gain anything"
-        rows = value.numel() // operator.in_features
-        return None if rows == self._tokens else f"sees {rows} rows for {self._tokens} tokens"
+        return None
 
-    def _call_experts(self, name: str, experts: ExpertLinears) -> None:
-        """Add the groups of each expert: first all that read hidden states, then what follows."""
-        if name in self._called:
-            raise UnsupportedModelError(
-                f"{self._name}: {name} are called more than once when the layer runs; such a model "
-                "can be pruned with --experts dense only"
-            )
-        self._called.add(name)
-        groups = [
-            OperatorGroup(
-                tuple(
-                    operator_of(f"{name}.{linear}", experts.get_submodule(linear))
-                    for linear in linears
-                ),
-                experts=name,
-            )
-            for linears in experts.linears_by_input()
-        ]
-        self._groups_of_experts.setdefault(len(self._groups), []).extend(groups)
-
-    def _add(self, operator: Operator, value: Tensor) -> None:
-        for identity, operators in zip(self._inputs, self._groups, strict=True):
+    def _group_of(self, value: Tensor) -> list[Operator]:
+        for identity, operators in self._inputs:
             if identity.is_same(value):
-                operators.append(operator)
-                return
-        self._inputs.append(TensorIdentity(value))
-        self._groups.append([operator])
+                return operators
+        operators = []
+        self._inputs.append((TensorIdentity(value), operators))
+        self._groups.append((operators, None))
+        return operators
 
 
 def operator_of(name: str, module: nn.Module) -> Operator:

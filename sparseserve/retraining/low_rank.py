@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sparseserve.huggingface.experts import routers_in
 from sparseserve.models.layer_list import is_linear
 
 
@@ -98,12 +99,17 @@ def installed(updates: list[Update]) -> Iterator[None]:
 
 
 def vector_updates(model: nn.Module, *, norms: bool, biases: bool) -> list[Update]:
-    """Return updates of all norm weights and of all biases (of norms as well as of linears)."""
+    """Return updates of all norm weights and of all biases (of norms as well as of linears).
+
+    Routers are left alone: the experts were pruned on the tokens that they send.
+    """
+    routers = routers_in(model)
     return [
         Update(module, name, Shift(parameter))
-        for module in model.modules()
+        for module_name, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 1
+        and module_name not in routers
         and ((norms and _is_norm(module, name)) or (biases and name == "bias"))
     ]
 

@@ -26,7 +26,8 @@ from sparseserve.text.calibration import CalibrationSet
 
 _FLOAT = 4
 # Matrices of a solver, each as large as a second moment or as the stacked weights: its factors,
-# its right side, and the candidates that it compares. Counted in the solvers of this package.
+# its right side, and the candidates that it compares. benchmarks/quality/layer_memory.py measures
+# runs against the whole estimate.
 _SOLVER_MOMENTS = 6
 _SOLVER_WEIGHTS = 6
 # A trained parameter, its gradient, two moments of Adam, the best epoch's value, and its mask.

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from sparseserve.checkpoint.formats import FORMATS
@@ -147,10 +147,10 @@ def _rehearse_writing(
     ]
     places = stored_modules(loaded.model, planned)
     with unstacked_experts(loaded.model):
-        written = [name for name in planned if not _is_later_expert(loaded.model, name)]
-        for module in written:
-            weight = loaded.model.get_parameter(f"{module}.weight")
-            if module not in places or not _is_written(stored, places[module], weight):
+        for module in planned:
+            if module not in places or not _is_written(
+                loaded.model, module, stored, places[module]
+            ):
                 raise UnsupportedModelError(
                     f"{loaded.folder}: {module}.weight is stored in another form, so it cannot be "
                     "exported: save the model with transformers' save_pretrained(FOLDER, "
@@ -159,22 +159,19 @@ def _rehearse_writing(
     _require_same_tokenizer(loaded, folder)
 
 
-def _is_later_expert(model: nn.Module, module: str) -> bool:
-    """Whether a linear is that of an expert whose weight is not in a model of first rows."""
-    owner, _, rest = module.rpartition(".")[0].rpartition(".")
-    return isinstance(model.get_submodule(owner), ExpertLinears) and rest != "0"
-
-
-def _is_written(stored: Checkpoint, place: StoredModule, weight: Tensor) -> bool:
-    """Whether the first row of a matrix, or the first expert of a stack, is where it should be."""
-    name = place.stack.tensor if place.stack else f"{place.name}.weight"
+def _is_written(model: nn.Module, module: str, stored: Checkpoint, place: StoredModule) -> bool:
+    """Whether the first row of a matrix, or the first expert, is where it should be."""
+    if place.stack is not None:
+        # Whether a stack is turned when it is saved may depend on its whole shape.
+        return place.stack.tensor in stored
+    owner, _, expert = module.rpartition(".")[0].rpartition(".")
+    if isinstance(model.get_submodule(owner), ExpertLinears) and expert != "0":
+        return True  # a model of first rows has no other experts
+    name = f"{place.name}.weight"
     if name not in stored:
         return False
-    # Whether a stack is turned when it is saved may depend on its whole shape.
-    if place.stack is not None:
-        return True
     found = stored.tensor(name)
-    return torch.equal(found, weight[: len(found)])
+    return torch.equal(found, model.get_parameter(f"{module}.weight")[: len(found)])
 
 
 def _refuse_outside_tokenizer(loaded: LoadedModel) -> None:

@@ -185,13 +185,13 @@ def _retrained(
 def _write_dense(folder: Path, opening: Opening, report: PruneReport) -> Artifact:
     loaded, recipe = opening.loaded, opening.job.recipe
     write_model(loaded, folder, recipe.torch_dtype, save_weights)
-    # The rehearsal saw that each has a place of its own.
     places = stored_modules(loaded.model, [operator.name for operator in report.operators])
     stacks = {place.stack.tensor: place.stack for place in places.values() if place.stack}
     manifest = Manifest(
         format="dense",
         pattern=str(recipe.pattern),
-        pruned=tuple(place.name for place in places.values()),
+        # The rehearsal saw that each has a place.
+        pruned=tuple(places[item.name].name for item in report.operators),
         transposed=tuple(places[item.name].name for item in report.operators if item.transposed),
         stacks=tuple(stacks.values()),
         source=str(loaded.source),

@@ -79,7 +79,11 @@ def test_experts_stay_dense_on_request(prune: Prune, quick: PruneRecipe) -> None
         *("q_proj", "k_proj", "v_proj", "o_proj")
     }
     left = dense.manifest.report["dense_modules"]
-    assert len(left) == 2 * 4 * 3
+    assert len(left) == 2 * 4 * 3 + 2
+    routers = {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}
+    assert dense.manifest.report["dense_reasons"] == dict.fromkeys(
+        routers, "sends tokens to experts"
+    )
     assert "model.layers.1.mlp.experts.3.down_proj" in left
 
 

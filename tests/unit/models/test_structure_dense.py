@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparseserve.models.structure import DenseLinear, trace_structure
+from sparseserve.models.structure import DenseMatrix, trace_structure
 from sparseserve.testing import TINY_VOCABULARY
 from tests.unit.models.chains import TOKENS, WIDTH, Block, Chain, names
 
 
-def dense(model: Chain) -> list[tuple[DenseLinear, ...]]:
+def dense(model: Chain) -> list[tuple[DenseMatrix, ...]]:
     return [layer.dense for layer in trace_structure(model.eval(), TOKENS).layers]
 
 
@@ -36,7 +36,7 @@ def test_a_linear_called_twice_in_its_layer() -> None:
 
     model = Chain(Twice())
     reason = "is called more than once when the layer runs"
-    assert dense(model) == [(DenseLinear("down", reason), DenseLinear("up", reason))]
+    assert dense(model) == [(DenseMatrix("down", reason), DenseMatrix("up", reason))]
     assert names(trace_structure(model, TOKENS)) == [tuple(OTHERS)]
 
 
@@ -46,8 +46,8 @@ def test_a_linear_that_its_layer_never_calls() -> None:
             super().__init__()
             self.spare = nn.Linear(WIDTH, WIDTH)
 
-    reason = "is not called as a linear operator when the layer runs"
-    assert dense(Chain(Idle(), Block())) == [(DenseLinear("spare", reason),), ()]
+    reason = "is not called as a linear when the layer runs"
+    assert dense(Chain(Idle(), Block())) == [(DenseMatrix("spare", reason),), ()]
 
 
 def test_a_linear_called_from_outside_its_layer() -> None:
@@ -58,7 +58,7 @@ def test_a_linear_called_from_outside_its_layer() -> None:
 
     model = Borrowing(Wide(), Wide())
     model.head = nn.Linear(WIDTH, WIDTH)
-    assert dense(model) == [(DenseLinear("up", "is called from outside its layer"),), ()]
+    assert dense(model) == [(DenseMatrix("up", "is called from outside its layer"),), ()]
 
 
 def test_a_linear_shared_between_layers() -> None:
@@ -76,7 +76,7 @@ def test_a_linear_tied_to_the_embedding() -> None:
     model.layers[0].down = nn.Linear(TINY_VOCABULARY, WIDTH)
     model.layers[0].get_submodule("up").weight = model.embedding.weight
     reason = "shares its weight with the embedding embedding"
-    assert dense(model) == [(DenseLinear("up", reason),)]
+    assert dense(model) == [(DenseMatrix("up", reason),)]
 
 
 def test_a_linear_that_sees_other_rows_than_the_tokens() -> None:
@@ -91,7 +91,7 @@ def test_a_linear_that_sees_other_rows_than_the_tokens() -> None:
 
     reason = "sees 6 rows for 12 tokens"
     assert dense(Chain(Halved())) == [
-        (DenseLinear("halves.0", reason), DenseLinear("halves.1", reason))
+        (DenseMatrix("halves.0", reason), DenseMatrix("halves.1", reason))
     ]
 
 
@@ -106,7 +106,16 @@ def test_a_linear_too_small_to_gain_anything() -> None:
             return gated
 
     reason = "is 1 x 16, too small to gain anything"
-    assert dense(Chain(Gated())) == [(DenseLinear("gate", reason),)]
+    assert dense(Chain(Gated())) == [(DenseMatrix("gate", reason),)]
+
+
+def test_a_matrix_that_is_no_linear() -> None:
+    class Mixing(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.zeros(4, WIDTH))
+
+    assert dense(Chain(Mixing())) == [(DenseMatrix("mix", "is no linear"),)]
 
 
 def test_layers_of_several_classes_are_found() -> None:
