@@ -85,71 +85,57 @@ def prune_model(
         RecipeError: An operator does not fit the pattern.
         NumericalError: Activations, weights or statistics are not finite; names the operator.
     """
-    with unstacked_experts(model):
-        return _prune_layers(
-            model, recipe, calibration, store=store, progress=progress, device=device
-        )
-
-
-def _prune_layers(
-    model: nn.Module,
-    recipe: PruneRecipe,
-    calibration: CalibrationSet,
-    *,
-    store: LayerStore,
-    progress: PruneProgress,
-    device: torch.device,
-) -> PruneReport:
     started = time.perf_counter()
-    # A few tokens show the structure; more would only cost logits.
-    structure = trace_structure(model, calibration.windows[0][:8])
-    check_plan(structure, recipe)
-    calls = capture_layer_calls(model, structure, calibration.windows)
-    windows = (*calibration.scrambled, *calibration.windows)
-    streams = HiddenStreams.start(
-        store.fresh("hidden"),
-        entering_states(model, structure, windows),
-        dense=recipe.compares_with_dense,
-        chained=recipe.correction.chained,
-        # A GPU runs a layer again sooner than a disk gives its inputs back; a CPU does not.
-        keep_inputs=recipe.correction.needs_dense and device.type == "cpu",
-        scrambled=len(calibration.scrambled),
-    )
-    streams = streams.recording(model, structure, calls, windows)
-    errors = None
-    if recipe.reconstruction.epochs:
-        errors = _OutputErrors.of(model, structure, calibration.windows[0], device)
-    reports = []
-    earlier = 0.0
-    for number, (layer, call) in enumerate(zip(structure.layers, calls, strict=True), start=1):
-        progress.layer_started(layer.name, number, len(structure.layers))
-        module = model.get_submodule(layer.name)
-        if number > calibration.scrambled_layers:
-            streams = streams.without_scrambled()
-        context = streams.enter(module, layer, call, device)
-        pruned = store.load(layer.name)
-        if pruned is None:
-            error = errors.of_layer(number) if errors else None
-            pruned = prune_layer(context, recipe, progress, error)
-            store.save(layer.name, pruned)
-            # What was read from a file is mapped, not held: memory does not grow with the layers.
-            pruned = store.load(layer.name) or pruned
-        else:
-            earlier += pruned.report.seconds
-        pruned.write_to(module)
-        streams = streams.leave(context, module)
-        reports.append(pruned.report)
-        progress.layer_finished(pruned.report)
-    reasons = dense_reasons(structure)
-    reasons |= {name: UNSEEN for report in reports for name in report.unseen}
-    return PruneReport(
-        layers=tuple(reports),
-        dense_modules=(*ignored_modules(structure, recipe), *reasons),
-        dense_reasons=reasons,
-        seconds=earlier + time.perf_counter() - started,
-        peak_memory_bytes=_peak_memory(device),
-        environment=Environment.here(),
-    )
+    with unstacked_experts(model):
+        # A few tokens show the structure; more would only cost logits.
+        structure = trace_structure(model, calibration.windows[0][:8])
+        check_plan(structure, recipe)
+        calls = capture_layer_calls(model, structure, calibration.windows)
+        windows = (*calibration.scrambled, *calibration.windows)
+        streams = HiddenStreams.start(
+            store.fresh("hidden"),
+            entering_states(model, structure, windows),
+            dense=recipe.compares_with_dense,
+            chained=recipe.correction.chained,
+            # A GPU runs a layer again sooner than a disk gives its inputs back; a CPU does not.
+            keep_inputs=recipe.correction.needs_dense and device.type == "cpu",
+            scrambled=len(calibration.scrambled),
+        )
+        streams = streams.recording(model, structure, calls, windows)
+        errors = None
+        if recipe.reconstruction.epochs:
+            errors = _OutputErrors.of(model, structure, calibration.windows[0], device)
+        reports = []
+        earlier = 0.0
+        for number, (layer, call) in enumerate(zip(structure.layers, calls, strict=True), start=1):
+            progress.layer_started(layer.name, number, len(structure.layers))
+            module = model.get_submodule(layer.name)
+            if number > calibration.scrambled_layers:
+                streams = streams.without_scrambled()
+            context = streams.enter(module, layer, call, device)
+            pruned = store.load(layer.name)
+            if pruned is None:
+                error = errors.of_layer(number) if errors else None
+                pruned = prune_layer(context, recipe, progress, error)
+                store.save(layer.name, pruned)
+                # What is read from a file is mapped: memory does not grow with the layers.
+                pruned = store.load(layer.name) or pruned
+            else:
+                earlier += pruned.report.seconds
+            pruned.write_to(module)
+            streams = streams.leave(context, module)
+            reports.append(pruned.report)
+            progress.layer_finished(pruned.report)
+        reasons = dense_reasons(structure)
+        reasons |= {name: UNSEEN for report in reports for name in report.unseen}
+        return PruneReport(
+            layers=tuple(reports),
+            dense_modules=(*ignored_modules(structure, recipe), *reasons),
+            dense_reasons=reasons,
+            seconds=earlier + time.perf_counter() - started,
+            peak_memory_bytes=_peak_memory(device),
+            environment=Environment.here(),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,9 +148,8 @@ def _rehearse_writing(
     places = stored_modules(loaded.model, planned)
     with unstacked_experts(loaded.model):
         for module in planned:
-            if module not in places or not _is_written(
-                loaded.model, module, stored, places[module]
-            ):
+            place = places.get(module)
+            if place is None or not _is_written(loaded.model, module, stored, place):
                 raise UnsupportedModelError(
                     f"{loaded.folder}: {module}.weight is stored in another form, so it cannot be "
                     "exported: save the model with transformers' save_pretrained(FOLDER, "

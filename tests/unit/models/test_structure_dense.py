@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.models.structure import DenseMatrix, trace_structure
-from sparseserve.testing import TINY_VOCABULARY
+from sparseserve.testing import TINY_VOCABULARY, tiny_model
 from tests.unit.models.chains import TOKENS, WIDTH, Block, Chain, names
 
 
@@ -122,3 +124,33 @@ def test_layers_of_several_classes_are_found() -> None:
     structure = trace_structure(Chain(Block(), Wide(), Block()), TOKENS)
     own = (("up",), ("down",))
     assert names(structure) == [own, (*own, *OTHERS), own]
+
+
+@pytest.mark.parametrize(
+    ("calls", "reason"),
+    [
+        (0, "is not called as a linear when the layer runs"),
+        (2, "is called more than once when the layer runs"),
+    ],
+)
+def test_experts_that_their_layer_does_not_call_once(calls: int, reason: str) -> None:
+    model = tiny_model("mixtral")
+    with unstacked_experts(model):
+        block = model.get_submodule("model.layers.0.mlp")
+        experts = block.get_submodule("experts")
+        if calls == 2:
+
+            def call_once_more(_: nn.Module, args: tuple[Tensor]) -> None:
+                rows = args[0].reshape(-1, args[0].shape[-1])
+                chosen = torch.zeros(len(rows), 1, dtype=torch.int64)
+                experts(rows, chosen, torch.ones(len(rows), 1))
+
+            block.register_forward_pre_hook(call_once_more)
+        else:
+            block.__dict__["forward"] = lambda hidden: hidden
+        layer = trace_structure(model, TOKENS).layers[0]
+    dense = {matrix.name: matrix.reason for matrix in layer.dense}
+    of_experts = {name for name in dense if name.startswith("mlp.experts.")}
+    assert len(of_experts) == 12
+    assert {dense[name] for name in of_experts} == {reason}
+    assert all(group.experts is None for group in layer.groups)

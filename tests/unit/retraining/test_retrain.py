@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sparseserve.errors import NumericalError, RecipeError
+from sparseserve.huggingface.experts import routers_in, unstacked_experts
 from sparseserve.models.structure import trace_structure
 from sparseserve.report import RetrainReport
 from sparseserve.retraining.checkpointing import checkpointed_layers
@@ -24,7 +25,7 @@ from sparseserve.retraining.losses import (
     next_token_logits,
     prediction_loss,
 )
-from sparseserve.retraining.low_rank import MaskedLowRank, Update, installed
+from sparseserve.retraining.low_rank import MaskedLowRank, Update, installed, vector_updates
 from sparseserve.retraining.retrain import Retraining, retrain
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import TINY_FAMILIES, tiny_model
@@ -293,3 +294,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_restores_the_model() -> Non
 def test_knobs_out_of_range_are_refused(knobs: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match="retraining"):
         Retraining(**knobs)  # type: ignore[arg-type]  # wrong values are the point
+
+
+def test_the_bias_of_a_router_is_not_trained() -> None:
+    model = tiny_model("gpt_oss")
+    with unstacked_experts(model):
+        updates = vector_updates(model, norms=True, biases=True)
+        trained = {id(update.module) for update in updates}
+        routers = [model.get_submodule(name) for name in routers_in(model)]
+        assert all(router.get_parameter("bias").ndim == 1 for router in routers)
+        assert len(routers) == 2
+        assert not {id(router) for router in routers} & trained
+        assert id(model.get_submodule("model.layers.0.mlp.experts.0.up_proj")) in trained
