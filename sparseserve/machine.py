@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -50,6 +51,17 @@ def this_machine() -> Machine:
         native_bfloat16=native,
         free_bytes=_free_memory(),
     )
+
+
+def give_back_freed_memory() -> None:
+    """Give the system what was freed.
+
+    glibc keeps freed memory that something still in use lies behind. After many large matrices
+    that is more than all that is in use. Other C libraries are left alone.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def has_nvidia_gpu() -> bool:

@@ -52,3 +52,9 @@ def local_path(source: str | Path, kind: str, error: type[SparseServeError]) -> 
             f"{kind} {shown(source)} cannot be looked up: {reason.strerror or first_line(reason)}"
         ) from reason
     return path
+
+
+def existing_parent(path: Path) -> Path:
+    """Return ``path``, or the nearest folder above it that is there."""
+    whole = path.resolve()
+    return next(folder for folder in (whole, *whole.parents) if folder.exists())

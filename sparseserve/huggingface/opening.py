@@ -7,7 +7,7 @@ is downloaded either, and weights are read from safetensors only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    FineGrainedFP8Config,
+    Mxfp4Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,7 +31,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from sparseserve.errors import UnsupportedModelError, first_line
+from sparseserve.huggingface.unread import unread_tensors
 
+#: Quantised forms that are read, and made dense while they are; transformers knows how.
+DEQUANTISED: Mapping[str, Callable[..., Any]] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
 _REFUSED = "Python code of its own, which is never run"
 
 
@@ -49,11 +55,13 @@ class OpenedWeights:
         model: With the tensors that were found, and random values where none was.
         missing: Names of the tensors that no file holds, in order.
         mismatched: Tensors of another shape than the model's.
+        unread: Names of tensors in the files that the model has no place for.
     """
 
     model: PreTrainedModel
     missing: tuple[str, ...]
     mismatched: tuple[Mismatch, ...]
+    unread: tuple[str, ...]
 
 
 def open_config(folder: Path) -> PretrainedConfig:
@@ -102,6 +110,8 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeights:
     """Read a causal language model, or a multimodal model around one.
 
+    Weights in a form of ``DEQUANTISED`` become dense ones.
+
     Args:
         folder: Holds its configuration and safetensors.
         dtype: Floating type of the weights; the checkpoint's own when left out.
@@ -111,8 +121,10 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
     """
     try:
         with only_errors_logged():
-            model, loading = _kind_of(open_config(folder)).from_pretrained(
+            config = open_config(folder)
+            model, loading = _kind_of(config).from_pretrained(
                 folder,
+                quantization_config=_dequantising(config),
                 dtype="auto" if dtype is None else dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -120,9 +132,36 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
                 ignore_mismatched_sizes=True,  # the caller is told, with the tensor's name
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UnsupportedModelError(f"{folder} cannot be loaded: {first_line(error)}") from error
-    return _opened(model, loading)
+    if quantisation_of(config) in DEQUANTISED:
+        _forget_quantisation(model)
+        _convert_dequantised(model, dtype)
+    return _opened(folder, model, loading)
+
+
+def quantisation_of(config: PretrainedConfig) -> str | None:
+    """Return how the weights are quantised, as config.json calls it; None if they are not."""
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        return None
+    return str(settings.get("quant_method") if isinstance(settings, dict) else settings)
+
+
+def _dequantising(config: PretrainedConfig) -> object:
+    """Return the settings by which transformers makes dense weights; None for other models."""
+    kind = DEQUANTISED.get(quantisation_of(config) or "")
+    return None if kind is None else kind(dequantize=True)
+
+
+def _forget_quantisation(model: PreTrainedModel) -> None:
+    """Make transformers save ``model`` as the dense model that it is now."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model._weight_conversions = None  # else the reverse of dequantising is looked for
+    for owner, name in ((model.config, "quantization_config"), (model, "quantization_method")):
+        if hasattr(owner, name):
+            delattr(owner, name)
 
 
 def sketch_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -153,7 +192,17 @@ def _names(kind: type[Any]) -> set[str]:
     return set(kind._model_mapping._model_mapping.values())
 
 
-def _opened(model: PreTrainedModel, loading: Mapping[str, Any]) -> OpenedWeights:
+def _convert_dequantised(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Round to ``dtype`` what transformers made bfloat16 whatever it was asked for."""
+    if dtype is None:
+        return
+    for module in model.modules():
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            if parameter.dtype == torch.bfloat16 != dtype:
+                setattr(module, name, nn.Parameter(parameter.detach().to(dtype)))
+
+
+def _opened(folder: Path, model: PreTrainedModel, loading: Mapping[str, Any]) -> OpenedWeights:
     return OpenedWeights(
         model=model,
         missing=tuple(sorted(loading["missing_keys"])),
@@ -161,6 +210,7 @@ def _opened(model: PreTrainedModel, loading: Mapping[str, Any]) -> OpenedWeights
             Mismatch(name, tuple(stored), tuple(expected))
             for name, stored, expected in loading["mismatched_keys"]
         ),
+        unread=unread_tensors(folder, model, loading["unexpected_keys"]),
     )
 
 

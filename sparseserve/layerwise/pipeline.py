@@ -36,6 +36,7 @@ from sparseserve.layerwise.plan import UNSEEN, check_plan, dense_reasons, ignore
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.reconstruction import OutputError, PredictionError, RelativeError
 from sparseserve.layerwise.streams import HiddenStreams
+from sparseserve.machine import give_back_freed_memory
 from sparseserve.models.layers import capture_layer_calls, entering_states
 from sparseserve.models.prediction import prediction_head
 from sparseserve.models.reading import reading_weights
@@ -125,6 +126,7 @@ def prune_model(
             pruned.write_to(module)
             streams = streams.leave(context, module)
             reports.append(pruned.report)
+            give_back_freed_memory()
             progress.layer_finished(pruned.report)
         reasons = dense_reasons(structure)
         reasons |= {name: UNSEEN for report in reports for name in report.unseen}

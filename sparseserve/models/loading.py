@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.errors import NumericalError, UnsupportedModelError
-from sparseserve.huggingface.opening import open_tokenizer, open_weights
+from sparseserve.huggingface.mapped_weights import mapped_weights
+from sparseserve.huggingface.opening import OpenedWeights, open_tokenizer, open_weights
 from sparseserve.models.model_folder import check_model_folder, find_model_folder
 
 
@@ -24,16 +26,22 @@ class LoadedModel:
         tokenizer: The tokenizer it came with.
         source: What the user called it: a folder or a hub name.
         folder: Where its files lie on this machine.
+        unread: Tensors in these files that the model has no place for.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
     folder: Path
+    unread: tuple[str, ...] = ()
 
 
 def load_model(
-    source: str | Path, *, dtype: torch.dtype | None = None, check_hashes: bool = True
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    check_hashes: bool = True,
+    scratch: Path | None = None,
 ) -> LoadedModel:
     """Load the causal language model ``source`` with its tokenizer.
 
@@ -44,9 +52,11 @@ def load_model(
         dtype: Floating type of the weights; the checkpoint's own when left out.
         check_hashes: Whether to compare a checkpoint of ours with its hashes. Whoever writes
             another checkpoint from it must, or the new hashes would vouch for damage.
+        scratch: Folder whose disk holds the tensors that must be converted; None for memory.
 
     Raises:
-        ArtifactError: A checkpoint of ours is damaged, or holds a file that it does not list.
+        ArtifactError: A checkpoint of ours is damaged, or holds a file that it does not list, or
+            the disk of ``scratch`` is full.
         UnsupportedModelError: There is no such model, it is not a dense causal language model, or
             its checkpoint or tokenizer is incomplete.
         NumericalError: A weight is NaN or infinite.
@@ -56,13 +66,14 @@ def load_model(
     if check_hashes and (folder / MANIFEST_FILE).exists():
         Artifact.open(folder).check_hashes()
     tokenizer = open_tokenizer(folder)
-    model = _load_weights(folder, dtype)
-    _refuse_non_finite(model, folder)
-    model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, str(source), folder)
+    with nullcontext() if scratch is None else mapped_weights(scratch):
+        opened = _load_weights(folder, dtype)
+    _refuse_non_finite(opened.model, folder)
+    opened.model.eval().requires_grad_(False)
+    return LoadedModel(opened.model, tokenizer, str(source), folder, opened.unread)
 
 
-def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def _load_weights(folder: Path, dtype: torch.dtype | None) -> OpenedWeights:
     opened = open_weights(folder, dtype)
     _refuse_missing(folder, opened.missing)
     for wrong in opened.mismatched:
@@ -70,7 +81,7 @@ def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             f"{folder}: tensor {wrong.name} is {list(wrong.stored)}, but config.json asks for "
             f"{list(wrong.expected)}: the two do not belong together"
         )
-    return opened.model
+    return opened
 
 
 def _refuse_missing(folder: Path, names: Collection[str]) -> None:

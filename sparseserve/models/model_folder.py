@@ -14,7 +14,7 @@ from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.weight_files import weight_files
 from sparseserve.errors import ArtifactError, UnsupportedModelError, first_line
 from sparseserve.huggingface.asked_size import check_asked_size, check_layer_counts, dense_shapes
-from sparseserve.huggingface.opening import is_language_model, open_config
+from sparseserve.huggingface.opening import DEQUANTISED, is_language_model, open_config
 from sparseserve.paths import local_path, shown
 
 # What is read, and what comes along with the weights: a licence, and code, which is never run.
@@ -86,13 +86,15 @@ def _check_settings(folder: Path) -> None:
     if not quantization:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method in DEQUANTISED:
+        return
     if method == METHOD:
         raise UnsupportedModelError(
             f"{folder} is already a packed24 checkpoint: prune the dense model it was made from"
         )
     raise UnsupportedModelError(
         f"{folder} is quantised ({method or 'unknown method'}): only dense models can be pruned, "
-        "give the original"
+        f"and those in {' or '.join(DEQUANTISED)}: give the original"
     )
 
 

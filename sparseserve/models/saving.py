@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES
 from sparseserve.errors import UnsupportedModelError, first_line
 
 
@@ -45,7 +46,7 @@ def _save(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | No
     model.config = copy.deepcopy(config)
     model.config.save_pretrained = _save_nothing
     try:
-        model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+        model.save_pretrained(folder, state_dict=state, max_shard_size=DEFAULT_SHARD_BYTES)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise UnsupportedModelError(
             f"{config.name_or_path or config.model_type}: transformers cannot save this model "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,7 @@ from sparseserve.checkpoint.run_folder import Fingerprint
 from sparseserve.exporters.side_files import side_files
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import ModelStructure
+from sparseserve.paths import existing_parent
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.text import position_limit, vocabulary_size
 from sparseserve.text.calibration import CalibrationSet, load_calibration
@@ -60,7 +63,8 @@ def open_run(job: Job, place: OutputPlace | None) -> Opening:
     recipe, device, progress = job.recipe, job.runs_on, job.progress
     require_fit(job.stored_as, str(recipe.pattern))
     progress.stage(f"loading {job.source}")
-    loaded = load_model(job.source, dtype=recipe.torch_dtype)
+    scratch = existing_parent(place.partial) if place else Path(tempfile.gettempdir())
+    loaded = load_model(job.source, dtype=recipe.torch_dtype, scratch=scratch)
     progress.stage("reading calibration text")
     config = loaded.model.config
     calibration = load_calibration(

@@ -7,9 +7,7 @@ stop a run at its end stops it here.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,9 +17,8 @@ from transformers import PreTrainedModel
 from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.storage import storage_of
-from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_json, writing
+from sparseserve.checkpoint.tensors import Checkpoint, require_space
 from sparseserve.errors import ArtifactError, SparseServeError, UnsupportedModelError
-from sparseserve.exporters.side_files import copy_side_files, model_config
 from sparseserve.huggingface.experts import ExpertLinears, unstacked_experts
 from sparseserve.huggingface.names import StoredModule, stored_modules
 from sparseserve.huggingface.opening import open_config, open_tokenizer
@@ -34,6 +31,7 @@ from sparseserve.paths import local_path
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.text.calibration import CalibrationSet
 from sparseserve.workflow.job import Job
+from sparseserve.workflow.model_files import write_model
 from sparseserve.workflow.needs import Needs, needs_of, require_memory
 
 
@@ -74,39 +72,6 @@ def rehearse(
     with unstacked_experts(model):
         try_layers(model, structure, recipe, calibration)
     return structure, needs
-
-
-def write_model(
-    loaded: LoadedModel,
-    folder: Path,
-    dtype: torch.dtype | None,
-    save: Callable[[PreTrainedModel, Path], None],
-) -> None:
-    """Write the model to the new ``folder``: its weights by ``save``, all else as it came.
-
-    Args:
-        loaded: The model, and the folder it came from.
-        folder: Where to.
-        dtype: What the weights were asked to be in; None leaves ``config.json`` as it is.
-        save: Writes the weights.
-
-    Raises:
-        ArtifactError: The disk is full, or a file that goes with the weights is missing.
-        UnsupportedModelError: transformers cannot save the model.
-    """
-    with writing(folder):
-        folder.mkdir(parents=True)
-        save(loaded.model, folder)
-    copy_side_files(loaded.folder, folder)
-    config = folder / "config.json"
-    if dtype is None:
-        with writing(config):
-            shutil.copyfile(loaded.folder / "config.json", config)
-    else:
-        write_json(config, model_config(loaded.folder, dtype))
-    with writing(folder):
-        for shard in folder.glob("*.safetensors"):
-            shard.chmod(config.stat().st_mode)  # else only the owner may read
 
 
 def _rehearse_storing(

@@ -32,9 +32,9 @@ from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.retraining.retrain import retrain
 from sparseserve.workflow.job import Job
+from sparseserve.workflow.model_files import copy_unread, write_model
 from sparseserve.workflow.needs import Needs
 from sparseserve.workflow.opening import Opening, open_run
-from sparseserve.workflow.rehearsal import write_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +185,7 @@ def _retrained(
 def _write_dense(folder: Path, opening: Opening, report: PruneReport) -> Artifact:
     loaded, recipe = opening.loaded, opening.job.recipe
     write_model(loaded, folder, recipe.torch_dtype, save_weights)
+    copy_unread(loaded, folder)
     places = stored_modules(loaded.model, [operator.name for operator in report.operators])
     stacks = {place.stack.tensor: place.stack for place in places.values() if place.stack}
     manifest = Manifest(
