@@ -6,6 +6,7 @@ tokenizer names comes along. Code is copied too where they name it; it is never 
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.json_file import read_json
-from sparseserve.checkpoint.tensors import writing
+from sparseserve.checkpoint.tensors import write_json, writing
 from sparseserve.checkpoint.weight_files import WEIGHT_KINDS
 from sparseserve.errors import ArtifactError
 
@@ -59,19 +60,38 @@ def copy_side_files(source: Path, folder: Path) -> None:
 def model_config(source: Path, dtype: torch.dtype | None = None) -> dict[str, object]:
     """Read ``config.json``, and say in it that the weights are in ``dtype``; None changes nothing.
 
-    Configurations of parts of a model, such as ``text_config``, follow where they name a dtype.
-
     Raises:
         ArtifactError: It is missing or not JSON.
     """
     config = read_json(source / "config.json")
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-            # Older releases of transformers write and read it under the second name only.
-            keys = [key for key in ("dtype", "torch_dtype") if key in part]
-            part.update(dict.fromkeys(keys or ["dtype"] * (part is config), name))
-    return config
+    return config if dtype is None else with_dtype(config, dtype)
+
+
+def with_dtype(config: dict[str, object], dtype: torch.dtype) -> dict[str, object]:
+    """Return ``config`` saying that the weights are in ``dtype``.
+
+    Configurations of parts of a model, such as ``text_config``, follow where they name a dtype.
+    """
+    changed = copy.deepcopy(config)
+    name = str(dtype).removeprefix("torch.")
+    for part in (changed, *(value for value in changed.values() if isinstance(value, dict))):
+        # Older releases of transformers write and read it under the second name only.
+        keys = [key for key in ("dtype", "torch_dtype") if key in part]
+        part.update(dict.fromkeys(keys or ["dtype"] * (part is changed), name))
+    return changed
+
+
+def write_config(source: Path, folder: Path, config: dict[str, object]) -> None:
+    """Write ``config.json`` to ``folder``, byte for byte as in ``source`` where it says the same.
+
+    Raises:
+        ArtifactError: The disk is full.
+    """
+    if config != read_json(source / "config.json"):
+        write_json(folder / "config.json", config)
+        return
+    with writing(folder / "config.json"):
+        shutil.copyfile(source / "config.json", folder / "config.json")
 
 
 def _is_wanted(name: str) -> bool:

@@ -5,21 +5,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sparseserve.checkpoint.artifact import Artifact, write_manifest
+from sparseserve.checkpoint.artifact import Artifact, Manifest, write_manifest
 from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack, stacks_to_json
 from sparseserve.checkpoint.storage import WeightStorage, storage_of
-from sparseserve.checkpoint.tensors import Checkpoint, write_checkpoint, write_json
+from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES, Checkpoint, write_checkpoint
 from sparseserve.devices import dtype_name
 from sparseserve.errors import ArtifactError
-from sparseserve.exporters.side_files import copy_side_files, model_config
+from sparseserve.exporters.side_files import (
+    copy_side_files,
+    model_config,
+    with_dtype,
+    write_config,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseSource:
+    """What a checkpoint is made of.
+
+    Attributes:
+        folder: Holds the files that go with the weights.
+        config: What config.json is to say; nothing of how weights are stored.
+        manifest: Which weights are pruned, how and from what; its format and files do not count.
+        dtype: Of the pruned weights.
+        tensors: All of the dense model by name, in the order in which they are to be written.
+    """
+
+    folder: Path
+    config: dict[str, object]
+    manifest: Manifest
+    dtype: torch.dtype
+    tensors: Iterable[tuple[str, Tensor]]
 
 
 def export_stored(
@@ -43,33 +67,61 @@ def export_stored(
     """
     require_fit(name, artifact.manifest.pattern)
     artifact.check_hashes()
-    storage = storage_of(name)
-    own = _pruned_dtype(artifact)
-    kept = dtype or storage.kept_dtype(own)
-    dtype = None if dtype is None and kept == own else kept
-    tensors = _stored_tensors(artifact, storage, dtype)
-    write_checkpoint(folder, tensors, shard_bytes=shard_bytes)
-    copy_side_files(artifact.path, folder)
-    config = model_config(artifact.path, dtype)
+    config = model_config(artifact.path)
     config.pop("quantization_config", None)
-    pruned = artifact.manifest.pruned
-    if (said := storage.quantization_config(pruned, kept)) is not None:
-        stacks = stacks_to_json(artifact.manifest.stacks)
-        config["quantization_config"] = {**said, STACKS_KEY: stacks} if stacks else said
-    write_json(folder / "config.json", config)
-    report = artifact.manifest.report
-    if kept != own:
-        report = {**report, "rounded": {"from": dtype_name(own), "to": dtype_name(kept)}}
-    return write_manifest(folder, replace(artifact.manifest, format=name, report=report, files={}))
+    source = DenseSource(
+        folder=artifact.path,
+        config=config,
+        manifest=artifact.manifest,
+        dtype=_pruned_dtype(artifact),
+        tensors=dense_tensors(artifact),
+    )
+    return write_stored(source, folder, name, dtype, shard_bytes=shard_bytes)
 
 
-def dense_tensors(
-    artifact: Artifact, dtype: torch.dtype | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def write_stored(
+    source: DenseSource,
+    folder: Path,
+    name: str,
+    dtype: torch.dtype | None = None,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Artifact:
+    """Write ``source`` to the new ``folder`` in the format ``name``.
+
+    Args:
+        source: What to write.
+        folder: Where.
+        name: The format, a name of ``FORMATS`` that has a storage.
+        dtype: To round all weights to; None keeps theirs, where the format can.
+        shard_bytes: Largest size of a file.
+
+    Raises:
+        ArtifactError: A weight is too large for ``dtype``, or the disk is full.
+    """
+    storage = storage_of(name)
+    kept = dtype or storage.kept_dtype(source.dtype)
+    dtype = None if dtype is None and kept == source.dtype else kept
+    write_checkpoint(folder, _stored_tensors(source, storage, dtype), shard_bytes=shard_bytes)
+    copy_side_files(source.folder, folder)
+    config = source.config if dtype is None else with_dtype(source.config, dtype)
+    manifest = source.manifest
+    if (said := storage.quantization_config(manifest.pruned, kept)) is not None:
+        stacks = stacks_to_json(manifest.stacks)
+        said = {**said, STACKS_KEY: stacks} if stacks else said
+        config = {**config, "quantization_config": said}
+    write_config(source.folder, folder, config)
+    report = manifest.report
+    if kept != source.dtype:
+        report = {**report, "rounded": {"from": dtype_name(source.dtype), "to": dtype_name(kept)}}
+    return write_manifest(folder, replace(manifest, format=name, report=report, files={}))
+
+
+def dense_tensors(artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the dense checkpoint by name, in order, unpacking what is packed.
 
     Raises:
-        ArtifactError: The artifact is damaged, or a weight is too large for ``dtype``.
+        ArtifactError: The artifact is damaged.
     """
     checkpoint = artifact.checkpoint
     parts = artifact.parts(checkpoint)
@@ -80,16 +132,14 @@ def dense_tensors(
         if module in stack_of:
             stack = stack_of[module]
             if module == stack.modules[0] and leaf == "weight":
-                whole = _put_together(artifact, checkpoint, stack)
-                yield stack.tensor, _rounded(artifact, stack.tensor, whole, dtype)
+                yield stack.tensor, _put_together(artifact, checkpoint, stack)
         elif name not in parts:
-            yield name, _rounded(artifact, name, checkpoint.tensor(name), dtype)
+            yield name, checkpoint.tensor(name)
         elif parts[name].stands_for_all:
             module = parts[name].module
             weight = artifact.pruned_weight(checkpoint, module)
             transposed = module in artifact.manifest.transposed
-            dense = f"{module}.weight"
-            yield dense, _rounded(artifact, dense, weight.T if transposed else weight, dtype)
+            yield f"{module}.weight", weight.T if transposed else weight
 
 
 def load_dense_state(folder: Path) -> dict[str, Tensor]:
@@ -116,35 +166,35 @@ def _put_together(artifact: Artifact, checkpoint: Checkpoint, stack: ExpertStack
 
 
 def _stored_tensors(
-    artifact: Artifact, storage: WeightStorage, dtype: torch.dtype | None
+    source: DenseSource, storage: WeightStorage, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    pruned = set(artifact.manifest.pruned)
-    stacks = {stack.tensor: stack for stack in artifact.manifest.stacks}
-    for name, tensor in dense_tensors(artifact, dtype):
+    pruned = set(source.manifest.pruned)
+    stacks = {stack.tensor: stack for stack in source.manifest.stacks}
+    for name, exact in source.tensors:
+        tensor = exact if dtype is None else _rounded(source.folder, name, exact, dtype)
         module, _, leaf = name.rpartition(".")
         if name in stacks and not storage.keeps_stacks():
             for module in stacks[name].modules:
                 weight = stacks[name].weight(tensor, *stacks[name].place(module))
                 if module in pruned:
-                    yield from _stored_parts(artifact, storage, module, weight)
+                    yield from _stored_parts(source, storage, module, weight)
                 else:
                     yield f"{module}.weight", weight
         elif module in pruned and leaf == "weight":
-            transposed = module in artifact.manifest.transposed
-            weight = tensor.T if transposed else tensor
-            yield from _stored_parts(artifact, storage, module, weight)
+            transposed = module in source.manifest.transposed
+            yield from _stored_parts(source, storage, module, tensor.T if transposed else tensor)
         else:
             yield name, tensor
 
 
 def _stored_parts(
-    artifact: Artifact, storage: WeightStorage, module: str, weight: Tensor
+    source: DenseSource, storage: WeightStorage, module: str, weight: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    transposed = module in artifact.manifest.transposed
+    transposed = module in source.manifest.transposed
     try:
         parts = storage.stored(weight, transposed=transposed)
     except ArtifactError as error:
-        raise ArtifactError(f"{artifact.path}: {module}: {error}") from error
+        raise ArtifactError(f"{source.folder}: {module}: {error}") from error
     for suffix, part in parts.items():
         yield f"{module}.{suffix}", part
 
@@ -155,15 +205,14 @@ def _pruned_dtype(artifact: Artifact) -> torch.dtype:
     return kinds[0] if kinds else torch.get_default_dtype()
 
 
-def _rounded(artifact: Artifact, name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None or not tensor.is_floating_point():
+def _rounded(folder: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
         return tensor
     rounded = tensor.to(dtype)
     if tensor.isfinite().all() and not rounded.isfinite().all():
         largest = float(tensor.abs().max())
         kind = dtype_name(dtype)
         raise ArtifactError(
-            f"{artifact.path}: {name} holds {largest:g}, more than {kind} can: "
-            "choose another --dtype"
+            f"{folder}: {name} holds {largest:g}, more than {kind} can: choose another --dtype"
         )
     return rounded

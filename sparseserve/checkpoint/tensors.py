@@ -29,7 +29,6 @@ from sparseserve.errors import ArtifactError
 from sparseserve.machine import give_back_freed_memory
 from sparseserve.paths import existing_parent
 
-_ADDED = "added.safetensors"
 # A shard is in memory while it is put together.
 DEFAULT_SHARD_BYTES = 10**9
 
@@ -141,29 +140,9 @@ def write_checkpoint(
         return
     weight_map = {}
     for number, names in enumerate(written):
-        name = _shard_name(number, len(written))
+        name = f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
         (folder / f"shard-{number}").replace(folder / name)
         weight_map.update(dict.fromkeys(names, name))
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def add_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Add a shard to the checkpoint in ``folder``, whose other shards get new numbers.
-
-    Raises:
-        ArtifactError: The disk is full or not writable.
-    """
-    there = Checkpoint.open(folder)
-    files = sorted(set(there.files.values()))
-    save_tensors(folder / _ADDED, tensors)
-    names = [_shard_name(number, len(files) + 1) for number in range(len(files) + 1)]
-    renamed = dict(zip([*files, _ADDED], names, strict=True))
-    with writing(folder):
-        for old, new in renamed.items():
-            (folder / old).rename(folder / new)
-    weight_map = {tensor: renamed[file] for tensor, file in there.files.items()}
-    weight_map |= dict.fromkeys(tensors, renamed[_ADDED])
-    total = sum((folder / name).stat().st_size for name in names)
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
@@ -224,10 +203,6 @@ def require_space(folder: Path, needed_bytes: int) -> None:
             f"{folder}: needs {needed_bytes / 2**20:,.0f} MiB, but the disk has "
             f"{free / 2**20:,.0f} MiB free: make room or choose another output folder"
         )
-
-
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _reason(error: Exception) -> str:

@@ -124,13 +124,13 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
             config = open_config(folder)
             model, loading = _kind_of(config).from_pretrained(
                 folder,
-                quantization_config=_dequantising(config),
                 dtype="auto" if dtype is None else dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # the caller is told, with the tensor's name
                 output_loading_info=True,
+                **_dequantising(config),
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UnsupportedModelError(f"{folder} cannot be loaded: {first_line(error)}") from error
@@ -148,10 +148,10 @@ def quantisation_of(config: PretrainedConfig) -> str | None:
     return str(settings.get("quant_method") if isinstance(settings, dict) else settings)
 
 
-def _dequantising(config: PretrainedConfig) -> object:
-    """Return the settings by which transformers makes dense weights; None for other models."""
+def _dequantising(config: PretrainedConfig) -> dict[str, object]:
+    """Return the arguments by which transformers makes quantised weights dense."""
     kind = DEQUANTISED.get(quantisation_of(config) or "")
-    return None if kind is None else kind(dequantize=True)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
 
 
 def _forget_quantisation(model: PreTrainedModel) -> None:

@@ -1,61 +1,57 @@
-"""Writing the weights of a model under the names that its checkpoint gives them."""
+"""The tensors of a model as its checkpoint has them: under other names, taken apart, or merged."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from pathlib import Path
+import re
+from collections.abc import Iterator
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES
 from sparseserve.errors import UnsupportedModelError, first_line
 
+# Up to the number of a layer, or of a block of another part.
+_LAYER = re.compile(r"\D*?\.\d+(?=\.)")
 
-def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Write the weights of ``model``, and nothing else, to ``folder`` as safetensors.
+
+def stored_tensors(
+    model: PreTrainedModel, *, first_rows: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what ``save_pretrained`` would write, one layer after the other.
+
+    transformers converts a model whole, and needs its size in memory where experts are taken apart.
+    A layer's tensors hold all that its conversions need.
+
+    Args:
+        model: With its weights.
+        first_rows: Whether to take only the first row of every matrix: names without bulk.
 
     Raises:
         UnsupportedModelError: transformers cannot save the model.
-        OSError, SafetensorError: The disk is full or not writable.
     """
-    _save(model, folder, None)
-
-
-def save_first_rows(model: PreTrainedModel, folder: Path) -> None:
-    """Do the same as ``save_weights`` with the first row of every matrix: names without bulk.
-
-    Raises:
-        UnsupportedModelError: transformers cannot save the model.
-        OSError, SafetensorError: The disk is full or not writable.
-    """
-    # Views keep the storage of what they show, by which transformers knows tied weights.
-    rows = {
-        name: tensor[:1] if tensor.ndim > 1 else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    _save(model, folder, rows)
-
-
-def _save(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None) -> None:
-    own, config = model.generation_config, model.config
-    # Both are checked when they are saved, though neither is kept here, and files that transformers
-    # calls invalid are common: temperature without do_sample, for instance.
-    model.generation_config = GenerationConfig()
-    model.config = copy.deepcopy(config)
-    model.config.save_pretrained = _save_nothing
     try:
-        model.save_pretrained(folder, state_dict=state, max_shard_size=DEFAULT_SHARD_BYTES)
+        state = model.state_dict()
+        for name in model._keys_to_ignore_on_save or ():
+            state.pop(name, None)
+        for part in _parts(remove_tied_weights_from_state_dict(state, model)):
+            chosen = {
+                name: tensor[:1] if first_rows and tensor.ndim > 1 else tensor
+                for name, tensor in part.items()
+            }
+            yield from sorted(revert_weight_conversion(model, chosen).items())
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
         raise UnsupportedModelError(
-            f"{config.name_or_path or config.model_type}: transformers cannot save this model "
-            f"({first_line(error)}): prune one that it can load and save"
+            f"{model.config.name_or_path or model.config.model_type}: transformers cannot save "
+            f"this model ({first_line(error)}): prune one that it can load and save"
         ) from error
-    finally:
-        model.generation_config, model.config = own, config
-    (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def _save_nothing(*_: object, **__: object) -> None:
-    """Take the place of a configuration's ``save_pretrained``."""
+def _parts(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of each layer, and before them those of none."""
+    parts: dict[str, dict[str, Tensor]] = {"": {}}
+    for name, tensor in state.items():
+        found = _LAYER.match(name)
+        parts.setdefault(found[0] if found else "", {})[name] = tensor
+    yield from parts.values()

@@ -1,64 +1,84 @@
-"""Writing a pruned model: its weights, and everything else as it came."""
+"""A model in memory as what a checkpoint is made of."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from sparseserve.checkpoint.json_file import read_json
-from sparseserve.checkpoint.tensors import Checkpoint, add_tensors, write_json, writing
-from sparseserve.exporters.side_files import copy_side_files, model_config
+from sparseserve.checkpoint.artifact import Manifest
+from sparseserve.checkpoint.tensors import Checkpoint
+from sparseserve.exporters.side_files import model_config
+from sparseserve.exporters.stored import DenseSource
+from sparseserve.huggingface.experts import unstacked_experts
+from sparseserve.huggingface.names import stored_modules
 from sparseserve.models.loading import LoadedModel
+from sparseserve.models.saving import stored_tensors
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.report import PruneReport
+from sparseserve.text.calibration import CalibrationSet
 
 
-def write_model(
-    loaded: LoadedModel,
-    folder: Path,
-    dtype: torch.dtype | None,
-    save: Callable[[PreTrainedModel, Path], None],
-) -> None:
-    """Write the model to the new ``folder``: its weights by ``save``, all else as it came.
+def pruned_source(
+    loaded: LoadedModel, recipe: PruneRecipe, calibration: CalibrationSet, report: PruneReport
+) -> DenseSource:
+    """Return the pruned model as what its checkpoint is made of.
 
     Args:
-        loaded: The model, and the folder it came from.
-        folder: Where to.
-        dtype: What the weights were asked to be in; None leaves ``config.json`` as it is.
-        save: Writes the weights.
-
-    Raises:
-        ArtifactError: The disk is full, or a file that goes with the weights is missing.
-        UnsupportedModelError: transformers cannot save the model.
+        loaded: The model, pruned in place.
+        recipe: By which.
+        calibration: With what.
+        report: What happened.
     """
-    with writing(folder):
-        folder.mkdir(parents=True)
-        save(loaded.model, folder)
-    copy_side_files(loaded.folder, folder)
-    config = folder / "config.json"
-    settings = model_config(loaded.folder, dtype)
-    dequantised = settings.pop("quantization_config", None) is not None
-    if dtype is None and not dequantised:
-        with writing(config):
-            shutil.copyfile(loaded.folder / "config.json", config)
-    else:
-        write_json(config, settings)
-    with writing(folder):
-        for shard in folder.glob("*.safetensors"):
-            shard.chmod(config.stat().st_mode)  # else only the owner may read
+    places = stored_modules(loaded.model, [operator.name for operator in report.operators])
+    stacks = {place.stack.tensor: place.stack for place in places.values() if place.stack}
+    manifest = Manifest(
+        format="dense",
+        pattern=str(recipe.pattern),
+        # The rehearsal saw that each has a place.
+        pruned=tuple(places[item.name].name for item in report.operators),
+        transposed=tuple(places[item.name].name for item in report.operators if item.transposed),
+        stacks=tuple(stacks.values()),
+        source=str(loaded.source),
+        recipe=recipe.to_json(),
+        calibration=asdict(calibration.record),
+        report=report.to_json(),
+        files={},
+    )
+    return DenseSource(
+        folder=loaded.folder,
+        config=model_settings(loaded, recipe),
+        manifest=manifest,
+        dtype=_pruned_dtype(loaded, report),
+        tensors=_all_tensors(loaded),
+    )
 
 
-def copy_unread(loaded: LoadedModel, folder: Path) -> None:
-    """Add to the model written in ``folder`` what its class left in the files, as it is there.
+def model_settings(loaded: LoadedModel, recipe: PruneRecipe) -> dict[str, object]:
+    """Return what config.json says of the model, whose weights are dense now."""
+    settings = model_config(loaded.folder, recipe.torch_dtype)
+    settings.pop("quantization_config", None)
+    return settings
 
-    Quantised tensors are left out: nothing would say any more how they are to be read.
 
-    Raises:
-        ArtifactError: The disk is full.
+def _all_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the model, then as they are those that its class has no place for.
+
+    Of a quantised model the latter are left out: nothing would say how they are to be read.
     """
-    if not loaded.unread or read_json(loaded.folder / "config.json").get("quantization_config"):
-        return
-    source = Checkpoint.open(loaded.folder)
-    add_tensors(folder, {name: source.tensor(name) for name in loaded.unread})
+    yield from stored_tensors(loaded.model)
+    if loaded.unread and not model_config(loaded.folder).get("quantization_config"):
+        source = Checkpoint.open(loaded.folder)
+        for name in loaded.unread:
+            yield name, source.tensor(name)
+
+
+def _pruned_dtype(loaded: LoadedModel, report: PruneReport) -> torch.dtype:
+    with unstacked_experts(loaded.model):
+        kinds = [
+            loaded.model.get_parameter(f"{operator.name}.weight").dtype
+            for operator in report.operators[:1]
+        ]
+    return kinds[0] if kinds else torch.get_default_dtype()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.devices import pruning_dtype
 from sparseserve.errors import RecipeError
 from sparseserve.huggingface.experts import unstacked_experts
@@ -23,6 +24,7 @@ from sparseserve.models.structure import LayerStructure, ModelStructure, Operato
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.solvers.statistics import moment_bytes
 from sparseserve.text.calibration import CalibrationSet
+from sparseserve.workflow.job import Job
 
 _FLOAT = 4
 # Matrices of a solver, each as large as a second moment or as the stacked weights: its factors,
@@ -51,21 +53,17 @@ class Needs:
 
 
 def needs_of(
-    loaded: LoadedModel,
-    structure: ModelStructure,
-    recipe: PruneRecipe,
-    calibration: CalibrationSet,
-    device: torch.device,
+    job: Job, loaded: LoadedModel, structure: ModelStructure, calibration: CalibrationSet
 ) -> Needs:
     """Estimate what a run takes.
 
     Args:
+        job: How the model is pruned and stored, and where.
         loaded: The model.
         structure: Its layers.
-        recipe: How it is pruned.
-        calibration: What with.
-        device: Where.
+        calibration: What it is pruned with.
     """
+    recipe, device = job.recipe, job.runs_on
     item = pruning_dtype(next(loaded.model.parameters()).dtype, device).itemsize
     with unstacked_experts(loaded.model):
         largest = max(
@@ -77,7 +75,7 @@ def needs_of(
     predicting = _FLOAT * _parameters(head) if trained and isinstance(head, nn.Module) else 0
     return Needs(
         memory_bytes=int(_PROGRAM + largest + predicting),
-        disk_bytes=_disk_bytes(loaded, structure, recipe, calibration, device),
+        disk_bytes=_disk_bytes(job, loaded, structure, calibration),
     )
 
 
@@ -134,13 +132,10 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _disk_bytes(
-    loaded: LoadedModel,
-    structure: ModelStructure,
-    recipe: PruneRecipe,
-    calibration: CalibrationSet,
-    device: torch.device,
+    job: Job, loaded: LoadedModel, structure: ModelStructure, calibration: CalibrationSet
 ) -> int:
-    """Return what the pruned layers, both checkpoints and hidden states take."""
+    """Return what the pruned layers, the checkpoint and hidden states take."""
+    recipe, device = job.recipe, job.runs_on
     weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
     windows = (*calibration.windows, *calibration.scrambled)
     tokens = sum(len(window) for window in windows)
@@ -155,5 +150,7 @@ def _disk_bytes(
     predictions = 0
     if recipe.retraining.epochs and recipe.retraining.distillation:
         predictions = 12 * (recipe.retraining.likeliest + 1) * tokens
-    needed: int = 3 * weights + tokens * width * item + predictions
+    # The layers, and the result; what is not stored as a checkpoint is made from a dense one.
+    copies = 3 if FORMATS[job.stored_as].storage is None else 2
+    needed: int = copies * weights + tokens * width * item + predictions
     return needed

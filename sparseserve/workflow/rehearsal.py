@@ -17,21 +17,22 @@ from transformers import PreTrainedModel
 from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.storage import storage_of
-from sparseserve.checkpoint.tensors import Checkpoint, require_space
+from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_checkpoint
 from sparseserve.errors import ArtifactError, SparseServeError, UnsupportedModelError
+from sparseserve.exporters.side_files import copy_side_files, write_config
 from sparseserve.huggingface.experts import ExpertLinears, unstacked_experts
 from sparseserve.huggingface.names import StoredModule, stored_modules
 from sparseserve.huggingface.opening import open_config, open_tokenizer
 from sparseserve.layerwise.plan import check_plan, planned_operators
 from sparseserve.layerwise.trial import TRIED_TOKENS, try_layers
 from sparseserve.models.loading import LoadedModel
-from sparseserve.models.saving import save_first_rows
+from sparseserve.models.saving import stored_tensors
 from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.paths import local_path
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.text.calibration import CalibrationSet
 from sparseserve.workflow.job import Job
-from sparseserve.workflow.model_files import write_model
+from sparseserve.workflow.model_files import model_settings
 from sparseserve.workflow.needs import Needs, needs_of, require_memory
 
 
@@ -62,7 +63,7 @@ def rehearse(
         structure = trace_structure(model, calibration.windows[0][:TRIED_TOKENS])
         check_plan(structure, recipe)
         _rehearse_storing(model, structure, recipe, job.stored_as)
-    needs = needs_of(loaded, structure, recipe, calibration, job.runs_on)
+    needs = needs_of(job, loaded, structure, calibration)
     require_memory(needs, job.runs_on)
     if place is not None:
         there = sum(path.stat().st_size for path in place.partial.rglob("*") if path.is_file())
@@ -103,7 +104,9 @@ def _rehearse_writing(
 ) -> None:
     """Write the model with one row of each matrix, and open what was written."""
     _refuse_outside_tokenizer(loaded)
-    write_model(loaded, folder, recipe.torch_dtype, save_first_rows)
+    write_checkpoint(folder, stored_tensors(loaded.model, first_rows=True))
+    copy_side_files(loaded.folder, folder)
+    write_config(loaded.folder, folder, model_settings(loaded, recipe))
     stored = Checkpoint.open(folder)
     planned = [
         layer.full_name(operator)

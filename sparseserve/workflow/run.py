@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from sparseserve.checkpoint.artifact import Artifact, Manifest, write_manifest
-from sparseserve.checkpoint.formats import require_fit
+from sparseserve.checkpoint.artifact import Artifact
+from sparseserve.checkpoint.formats import FORMATS, require_fit
 from sparseserve.checkpoint.output_place import not_empty
 from sparseserve.checkpoint.run_folder import (
     Fingerprint,
@@ -22,17 +22,16 @@ from sparseserve.checkpoint.run_folder import (
 from sparseserve.checkpoint.tensors import require_space
 from sparseserve.checkpoint.verification import verify
 from sparseserve.exporters import EXPORTERS, TensorRTSettings, export_tensorrt
+from sparseserve.exporters.stored import write_stored
 from sparseserve.huggingface.experts import unstacked_experts
-from sparseserve.huggingface.names import stored_modules
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.layerwise.pipeline import LayerStore, prune_model
 from sparseserve.layerwise.plan import dense_reasons, ignored_modules, planned_operators
-from sparseserve.models.saving import save_weights
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.retraining.retrain import retrain
 from sparseserve.workflow.job import Job
-from sparseserve.workflow.model_files import copy_unread, write_model
+from sparseserve.workflow.model_files import pruned_source
 from sparseserve.workflow.needs import Needs
 from sparseserve.workflow.opening import Opening, open_run
 
@@ -109,10 +108,7 @@ def prune_and_export(job: Job, out: Path, *, store: LayerStore | None = None) ->
         layers = store or LayerFolder(run.path / "layers", run.path, job.progress)
         report = _prune(opening, run, layers)
         job.progress.stage("writing the checkpoint")
-        artifact = _write_dense(run.fresh("dense"), opening, report)
-        if job.stored_as != "dense":
-            job.progress.stage(f"packing as {job.stored_as}")
-            artifact = EXPORTERS[job.stored_as](artifact, run.fresh(job.stored_as), None)
+        artifact = _write(opening, report, run)
         run.publish(artifact.path)
     return replace(artifact, path=out)
 
@@ -127,6 +123,17 @@ def finished(out: Path, export_format: str) -> Artifact:
     if artifact.manifest.format != export_format:
         raise not_empty(out)
     return artifact
+
+
+def _write(opening: Opening, report: PruneReport, run: RunFolder) -> Artifact:
+    job = opening.job
+    source = pruned_source(opening.loaded, job.recipe, opening.calibration, report)
+    if FORMATS[job.stored_as].storage is not None:
+        return write_stored(source, run.fresh(job.stored_as), job.stored_as)
+    # Other programs' forms are made from a checkpoint.
+    dense = write_stored(source, run.fresh("dense"), "dense")
+    job.progress.stage(f"packing as {job.stored_as}")
+    return EXPORTERS[job.stored_as](dense, run.fresh(job.stored_as), None)
 
 
 def _prune(opening: Opening, run: RunFolder, layers: LayerStore) -> PruneReport:
@@ -180,28 +187,6 @@ def _retrained(
         found = retrain(model, operators, windows, knobs, dense=dense, on_window=say)
     model.to("cpu")
     return replace(report, retraining=found, seconds=report.seconds + found.seconds)
-
-
-def _write_dense(folder: Path, opening: Opening, report: PruneReport) -> Artifact:
-    loaded, recipe = opening.loaded, opening.job.recipe
-    write_model(loaded, folder, recipe.torch_dtype, save_weights)
-    copy_unread(loaded, folder)
-    places = stored_modules(loaded.model, [operator.name for operator in report.operators])
-    stacks = {place.stack.tensor: place.stack for place in places.values() if place.stack}
-    manifest = Manifest(
-        format="dense",
-        pattern=str(recipe.pattern),
-        # The rehearsal saw that each has a place.
-        pruned=tuple(places[item.name].name for item in report.operators),
-        transposed=tuple(places[item.name].name for item in report.operators if item.transposed),
-        stacks=tuple(stacks.values()),
-        source=str(loaded.source),
-        recipe=recipe.to_json(),
-        calibration=asdict(opening.calibration.record),
-        report=report.to_json(),
-        files={},
-    )
-    return write_manifest(folder, manifest)
 
 
 def export(

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from sparseserve.errors import ArtifactError
 from sparseserve.huggingface import mapped_weights
@@ -35,7 +41,7 @@ def file_behind(tensor: Tensor) -> str | None:
     raise AssertionError("not mapped at all")
 
 
-def loaded(folder: Path, scratch: Path, dtype: torch.dtype | None) -> torch.nn.Module:
+def loaded(folder: Path, scratch: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     with mapped_weights.mapped_weights(scratch):
         return open_weights(folder, dtype).model
 

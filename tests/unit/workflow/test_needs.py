@@ -18,6 +18,7 @@ from sparseserve.recipe.toml import PRESETS, UNTRAINED
 from sparseserve.solvers.statistics import StatisticsSum, moment_bytes
 from sparseserve.testing import TINY_FAMILIES, tiny_model, tiny_tokenizer
 from sparseserve.text.calibration import CalibrationSet, CalibrationSpec, load_calibration
+from sparseserve.workflow.job import Job
 from sparseserve.workflow.needs import Needs, needs_of
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def needs(
     with unstacked_experts(model):
         structure = trace_structure(model, torch.arange(8))
     loaded = LoadedModel(model, tiny_tokenizer(), family, Path())
-    return needs_of(loaded, structure, recipe, calibration, CPU)
+    return needs_of(Job(family, recipe, device=CPU), loaded, structure, calibration)
 
 
 def test_memory_does_not_grow_with_the_layers_and_disk_does(calibration: CalibrationSet) -> None:
