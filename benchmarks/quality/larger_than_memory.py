@@ -1,0 +1,193 @@
+"""Can a model be pruned that is several times as large as the memory it is given?
+
+A random model with decoder layers of Llama 3.2 3B, and more of them, is pruned by
+`sparseserve prune-and-export` in a control group of Linux whose memory is limited. The limit counts
+what the process has of its own, and the pages of files that it reads and writes; the system drops
+those as it needs. Control groups can be made by root, or where a folder of them was handed over::
+
+    python -m benchmarks.quality.larger_than_memory --layers 57 --limit-gib 4
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from benchmarks.harness.markdown import head, line, processor_and_software
+from benchmarks.harness.results import RESULTS, Result, write_result
+from benchmarks.quality.layer_memory import peak_of
+from sparseserve.checkpoint.tensors import write_checkpoint
+from sparseserve.huggingface.opening import sketch_model
+from sparseserve.testing import tiny_tokenizer
+
+_GROUPS = Path("/sys/fs/cgroup")
+_SIZES = {"hidden_size": 3072, "intermediate_size": 8192, "vocab_size": 128_256}
+_HEADS = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128}
+_SMOKE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
+_SMOKE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One run; sizes in bytes.
+
+    Attributes:
+        recipe: How the model was pruned.
+        layers: How many decoder layers it has.
+        model_bytes: Its weights on the disk.
+        limit_bytes: What the control group may have; 0 for no limit.
+        estimate: What the dry run says.
+        peak_memory_bytes: Largest anonymous memory of the process.
+        seconds: Wall time.
+    """
+
+    recipe: str
+    layers: int
+    model_bytes: int
+    limit_bytes: int
+    estimate: int
+    peak_memory_bytes: int
+    seconds: float
+
+
+def write_random_model(folder: Path, config: LlamaConfig) -> int:
+    """Write a model with random bfloat16 weights, one tensor after the other.
+
+    Returns:
+        The size of its files.
+    """
+    write_checkpoint(folder, _random_tensors(config))
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _random_tensors(config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sketch_model(config).named_parameters():
+        shape = parameter.shape
+        values = torch.empty(shape, dtype=torch.bfloat16)
+        yield (
+            name,
+            (values.fill_(1) if len(shape) == 1 else values.normal_(0, 0.02, generator=generator)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RandomModel:
+    """A model in ``folder`` whose files take ``size`` bytes."""
+
+    folder: Path
+    layers: int
+    size: int
+
+
+@contextmanager
+def limited(command: list[str], limit: int) -> Iterator[list[str]]:
+    """Give the ``command`` that runs ``command`` in a new control group of ``limit`` bytes.
+
+    Raises:
+        click.ClickException: The group cannot be made.
+    """
+    first = _GROUPS / "memory" if (_GROUPS / "memory").is_dir() else _GROUPS
+    group = first / f"sparseserve-{time.time_ns()}"
+    name = "memory.limit_in_bytes" if first != _GROUPS else "memory.max"
+    try:
+        group.mkdir()
+        (group / name).write_text(str(limit))
+    except OSError as error:
+        raise click.ClickException(f"{group}: no control group can be made: {error}") from error
+    try:
+        enter = 'echo $$ > "$0"/cgroup.procs && exec "$@"'
+        yield ["sh", "-c", enter, str(group), *command]
+    finally:
+        group.rmdir()
+
+
+def measure(recipe: str, model: RandomModel, limit: int, samples: int) -> Row:
+    """Prune ``model`` under ``limit``, the dry run too.
+
+    Raises:
+        click.ClickException: The run failed.
+    """
+    with tempfile.TemporaryDirectory(dir=model.folder.parent) as scratch:
+        command = [sys.executable, "-m", "sparseserve", "prune-and-export", str(model.folder)]
+        command += ["-o", str(Path(scratch) / "out"), "--recipe", recipe, "--json"]
+        command += ["--samples", str(samples), "--sequence-length", "256"]
+        with limited(command, limit) as inside:
+            dry = subprocess.run([*inside, "--dry-run"], stdout=subprocess.PIPE, check=True)
+            started = time.perf_counter()
+            peak = peak_of(inside)
+        return Row(
+            recipe=recipe,
+            layers=model.layers,
+            model_bytes=model.size,
+            limit_bytes=limit,
+            estimate=json.loads(dry.stdout)["needs"]["memory_bytes"],
+            peak_memory_bytes=peak,
+            seconds=round(time.perf_counter() - started, 1),
+        )
+
+
+def larger_than_memory_table(result: Result) -> str:
+    """Memory by the size of the model."""
+    lines = [head("recipe", "decoder layers", "weights", "limit", "peak", "estimate", "minutes")]
+    for row in result["rows"]:
+        keys = ("model_bytes", "limit_bytes", "peak_memory_bytes", "estimate")
+        sizes = (f"{row[key] / 2**30:.2f} GiB" for key in keys)
+        minutes = f"{row['seconds'] / 60:.0f}"
+        lines.append(line(f"`{row['recipe']}`", str(row["layers"]), *sizes, minutes))
+    lines.append(
+        "\nThe limit is that of a control group, and counts pages of files too; the peak is what "
+        f"the process had of its own. {processor_and_software(result['machine'])}"
+    )
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--recipe", "recipes", multiple=True, default=("fast",), show_default=True)
+@click.option("--layers", multiple=True, type=int, default=(57,), show_default=True)
+@click.option("--limit-gib", default=4.0, show_default=True)
+@click.option("--samples", default=8, show_default=True)
+@click.option("--in", "place", type=click.Path(path_type=Path), help="Folder with much room.")
+@click.option("--smoke", is_flag=True, help="A tiny model; writes nothing.")
+def main(
+    *,
+    recipes: tuple[str, ...],
+    layers: tuple[int, ...],
+    limit_gib: float,
+    samples: int,
+    place: Path | None,
+    smoke: bool,
+) -> None:
+    rows = []
+    for count in (2,) if smoke else layers:
+        sizes = {**_SMOKE, **_SMOKE_HEADS} if smoke else {**_SIZES, **_HEADS}
+        config = LlamaConfig(**sizes, num_hidden_layers=count, tie_word_embeddings=True)
+        with tempfile.TemporaryDirectory(dir=place) as scratch:
+            folder = Path(scratch) / "model"
+            model = RandomModel(folder, count, write_random_model(folder, config))
+            for recipe in recipes:
+                rows.append(measure(recipe, model, int(limit_gib * 2**30), samples))
+                click.echo(json.dumps(asdict(rows[-1])))
+    if not smoke:
+        setting = {"samples": samples, "sequence_length": 256, **_SIZES}
+        write_result(RESULTS / "larger-than-memory.json", setting, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
