@@ -19,6 +19,8 @@ from sparseserve.solvers.problem import operator_problem
 from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
+_NEAR_COLUMNS = 16
+
 
 @dataclass(frozen=True, slots=True)
 class SparseGPT:
@@ -64,24 +66,31 @@ class SparseGPT:
             errors = self._prune_block(
                 weight[:, start:stop], factor[start:stop, start:stop], pattern
             )
-            weight[:, stop:] -= errors @ factor[start:stop, stop:]
+            weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
         return PrunedWeight(weight, 1)
 
     @staticmethod
     def _prune_block(weight: Tensor, factor: Tensor, pattern: SparsityPattern) -> Tensor:
         """Prune the columns of one block in place; return their scaled errors ``[out, block]``."""
-        width = weight.shape[1]
+        columns = weight.T.contiguous()  # column after column in memory, as they are gone through
+        width = len(columns)
         chosen = pattern.selection_columns or width
-        pivots = factor.diagonal()
-        errors = torch.empty_like(weight)
-        mask = torch.empty_like(weight, dtype=torch.bool)
-        for column in range(width):
-            if column % chosen == 0:
-                span = slice(column, column + chosen)
-                mask[:, span] = pattern.best_mask((weight[:, span] / pivots[span]).square())
-            kept = weight[:, column].where(mask[:, column], 0)
-            error = (weight[:, column] - kept) / pivots[column]
-            weight[:, column + 1 :] -= torch.outer(error, factor[column, column + 1 :])
-            weight[:, column] = kept
-            errors[:, column] = error
-        return errors
+        # Errors spread at once to the few columns that come next, and to the others together.
+        near = min(max(_NEAR_COLUMNS // chosen, 1) * chosen, width)
+        pivots = factor.diagonal()[:, None]
+        errors = torch.empty_like(columns)
+        for first in range(0, width, near):
+            stop = min(first + near, width)
+            for column in range(first, stop):
+                if column % chosen == 0:
+                    span = slice(column, column + chosen)
+                    mask = pattern.best_mask((columns[span] / pivots[span]).square().T).T
+                kept = columns[column].where(mask[column % chosen], 0)
+                errors[column] = (columns[column] - kept) / pivots[column]
+                columns[column] = kept
+                columns[column + 1 : stop].addr_(
+                    factor[column, column + 1 : stop], errors[column], alpha=-1
+                )
+            columns[stop:].addmm_(factor[first:stop, stop:].T, errors[first:stop], alpha=-1)
+        weight.copy_(columns.T)
+        return errors.T

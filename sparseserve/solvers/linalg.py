@@ -27,17 +27,17 @@ def largest_eigenvalue(gram: Tensor, *, iterations: int = 30, margin: float = 1.
 def upper_inverse_factor(gram: Tensor) -> Tensor:
     """Return the upper triangular ``U`` with ``U^T U = G^-1``, in float32.
 
+    ``G`` with its rows and columns in reverse order has a lower factor, which reversed again is an
+    upper ``R`` with ``R R^T = G``. So ``U`` is ``R^-1``, and ``G^-1`` is never formed.
+
     Raises:
         NumericalError: ``G`` is not numerically positive definite; names the remedy.
     """
-    # Nothing is kept by a name that the next step does not need: each matrix is the largest there.
-    factor: Tensor = torch.linalg.cholesky(
-        torch.cholesky_inverse(
-            _cholesky(gram.double() if len(gram) <= _DOUBLE_WIDTH else gram),
-        ),
-        upper=True,
-    )
-    return factor.float()
+    wide = gram.double() if len(gram) <= _DOUBLE_WIDTH else gram
+    factor = _cholesky(wide.flip(0, 1)).flip(0, 1)
+    unit = torch.eye(len(gram), dtype=factor.dtype, device=factor.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, unit, upper=True)
+    return inverse.float()
 
 
 def shifted_inverse(gram: Tensor, shift: float) -> Tensor:
