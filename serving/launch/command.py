@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import NoReturn
 
@@ -19,13 +20,17 @@ from sparseserve.serving.launch.policy import runs_eagerly, server_cache, vllm_d
 from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.launch.served_model import ServedModel
 
+#: vLLM itself would answer all machines that reach this one.
+LOCAL_HOST = "127.0.0.1"
+
 
 @dataclass(frozen=True, slots=True)
 class ServerCommand:
-    """A command line and what it adds to the environment."""
+    """A command line and what it adds to the environment; ``warning`` is a line for its user."""
 
     arguments: tuple[str, ...]
     environment: dict[str, str]
+    warning: str = ""
 
 
 def server_command(folder: Path, options: Sequence[str], *, verify: bool = False) -> ServerCommand:
@@ -44,11 +49,31 @@ def server_command(folder: Path, options: Sequence[str], *, verify: bool = False
     model = ServedModel.open(folder, verified=verify)
     defaults = default_options(model, this_machine(), options, os.environ)
     return ServerCommand(
-        arguments=(*_server_program(), str(folder), *defaults, *options),
+        arguments=(*_server_program(), str(folder), *address(options), *defaults, *options),
         environment={
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
             **SAFE_PATH,
         },
+        warning=open_to_all(options, os.environ),
+    )
+
+
+def address(options: Sequence[str]) -> list[str]:
+    """Return where to listen: on this machine alone, unless the user says where."""
+    said = any(_given(options, flag) for flag in ("--host", "--uds", "--config"))
+    return [] if said else ["--host", LOCAL_HOST]
+
+
+def open_to_all(options: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Return a warning where other machines are answered without a key, or an empty text."""
+    host = _value(options, "--host")
+    is_local = host is None or host == "localhost" or _is_loopback(host)
+    has_key = _given(options, "--api-key") or environment.get("VLLM_API_KEY")
+    if is_local or has_key:
+        return ""
+    return (
+        f"the server at {host} answers every machine that reaches this one, without a key: "
+        "add --api-key KEY, or leave --host out"
     )
 
 
@@ -108,6 +133,23 @@ def _cache_options(
 def _bytes_per_number(options: Sequence[str], defaults: Sequence[str]) -> int:
     everything = [*defaults, *options]
     return 4 if "float32" in everything or "--dtype=float32" in everything else 2
+
+
+def _value(options: Sequence[str], flag: str) -> str | None:
+    """Return what the user gave for ``flag``, the last time; None if nothing."""
+    found = None
+    for place, option in enumerate(options):
+        name, equals, value = option.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value if equals else next(iter(options[place + 1 :]), "")
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False  # a name, which may be that of any address
 
 
 def _given(options: Sequence[str], flag: str) -> bool:

@@ -14,9 +14,8 @@ from typing import Self
 
 from sparseserve.errors import ServingError
 from sparseserve.serving.launch.child import Child
-from sparseserve.serving.launch.command import server_command
+from sparseserve.serving.launch.command import LOCAL_HOST, server_command
 
-HOST = "127.0.0.1"
 _START_SECONDS = 1800
 _STOP_SECONDS = 30
 _POLL_SECONDS = 0.5
@@ -43,7 +42,7 @@ class HttpServer:
         """
         self.folder = folder
         self.port = _free_port()
-        address = ("--host", HOST, "--port", str(self.port))
+        address = ("--host", LOCAL_HOST, "--port", str(self.port))
         command = server_command(folder, (*address, *options))
         self._process = Child(
             command.arguments,
@@ -102,7 +101,7 @@ class HttpServer:
 
     def _is_ready(self) -> bool:
         try:
-            urllib.request.urlopen(f"http://{HOST}:{self.port}/health", timeout=5).close()
+            urllib.request.urlopen(f"http://{LOCAL_HOST}:{self.port}/health", timeout=5).close()
         except (urllib.error.URLError, OSError):
             return False
         return True
@@ -110,6 +109,6 @@ class HttpServer:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
+        probe.bind((LOCAL_HOST, 0))
         port: int = probe.getsockname()[1]
     return port

@@ -17,10 +17,11 @@ import torch
 
 from sparseserve.errors import ServingError
 from sparseserve.serving.launch.child import Child, python_module
+from sparseserve.serving.launch.command import LOCAL_HOST
 from sparseserve.serving.launch.policy import GPU_FRACTION_OF_TWO
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import engine_options
-from sparseserve.serving.measure.http_server import HOST, HttpServer
+from sparseserve.serving.measure.http_server import HttpServer
 from sparseserve.serving.measure.load import Load, LoadLevel, LoadPlan, LoadRow
 from sparseserve.serving.measure.load_client import DONE
 
@@ -137,7 +138,7 @@ def client_options(run: _Run, tokenizer: Path, plan: LoadPlan, result: Path) -> 
     """Return the options of ``vllm bench serve`` that put one level of load on one server."""
     server, input_length, level = run
     options = [
-        *("--host", HOST, "--port", str(server.port), "--model", str(server.folder)),
+        *("--host", LOCAL_HOST, "--port", str(server.port), "--model", str(server.folder)),
         *("--tokenizer", str(tokenizer), "--dataset-name", "random", "--seed", str(plan.seed)),
         *("--num-prompts", str(plan.requests), "--random-input-len", str(input_length)),
         *("--random-output-len", str(plan.output_length), "--ignore-eos", "--temperature", "0"),

@@ -25,7 +25,8 @@ def serve_command(
     """Serve CHECKPOINT with vLLM's own OpenAI-compatible server.
 
     All other options go to ``vllm serve`` as they are, for example ``-- --port 8001``, and
-    override the defaults chosen for this machine.
+    override the defaults chosen for this machine. The server answers this machine alone, unless
+    ``-- --host ADDRESS`` says otherwise; give ``--api-key`` with it.
     """
     from sparseserve.cli.console import warn_of_missing_kernels
     from sparseserve.serving.launch.command import become, server_command
@@ -38,5 +39,7 @@ def serve_command(
         click.echo(line)
         return
     click.echo(line, err=True)
+    if command.warning:
+        click.echo(f"Warning: {command.warning}", err=True)
     warn_of_missing_kernels()
     become(command)

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparseserve.errors import RecipeError
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.solvers.linalg import upper_inverse_factor
-from sparseserve.solvers.problem import operator_problem
+from sparseserve.solvers.problem import damped_gram, finite_weight, pull_of
 from sparseserve.solvers.statistics import InputStatistics
 from sparseserve.sparsity import SparsityPattern
 
@@ -53,11 +53,10 @@ class SparseGPT:
         the unconstrained minimiser ``B G^-1`` of ``||W X* - W0 X||``, from which the distance in
         the norm of ``G`` is the corrected objective itself; without, it is the dense weight.
         """
-        problem = operator_problem(dense_weight, statistics, self.damping)
-        factor = upper_inverse_factor(problem.gram)
-        weight = problem.reference.clone()
-        if statistics.corrected:
-            weight += problem.pull @ factor.T @ factor
+        factor = upper_inverse_factor(damped_gram(statistics, self.damping))
+        weight = finite_weight(dense_weight).clone()
+        if (pull := pull_of(dense_weight, statistics)) is not None:
+            weight += pull @ factor.T @ factor
         columns = weight.shape[1]
         chosen = pattern.selection_columns or self.block_size
         block = max(self.block_size // chosen, 1) * chosen

@@ -33,8 +33,10 @@ def upper_inverse_factor(gram: Tensor) -> Tensor:
     Raises:
         NumericalError: ``G`` is not numerically positive definite; names the remedy.
     """
-    wide = gram.double() if len(gram) <= _DOUBLE_WIDTH else gram
-    factor = _cholesky(wide.flip(0, 1)).flip(0, 1)
+    # Nothing else is kept by a name: these are the largest matrices that there are.
+    factor = _cholesky(
+        (gram.double() if len(gram) <= _DOUBLE_WIDTH else gram).flip(0, 1),
+    ).flip(0, 1)
     unit = torch.eye(len(gram), dtype=factor.dtype, device=factor.device)
     inverse: Tensor = torch.linalg.solve_triangular(factor, unit, upper=True)
     return inverse.float()

@@ -85,6 +85,33 @@ def operator_problem(
     Raises:
         NumericalError: No input carries any energy, or an entry is not finite.
     """
+    reference = finite_weight(dense_weight)
+    damped = damped_gram(statistics, damping)
+    pull = pull_of(dense_weight, statistics)
+    target = reference @ damped
+    if pull is None:
+        return OperatorProblem(reference, damped, target, torch.zeros_like(reference))
+    return OperatorProblem(reference, damped, target + pull, pull)
+
+
+def finite_weight(weight: Tensor) -> Tensor:
+    """Return ``weight`` in float32.
+
+    Raises:
+        NumericalError: An entry is not finite.
+    """
+    reference = weight.float()
+    if not bool(torch.isfinite(reference).all()):
+        raise NumericalError("the weight has NaN or infinite entries")
+    return reference
+
+
+def damped_gram(statistics: InputStatistics, damping: float) -> Tensor:
+    """Return ``G + mu I`` in float32, ``mu`` being a share of the mean diagonal of ``G``.
+
+    Raises:
+        NumericalError: No input carries any energy.
+    """
     gram = statistics.gram
     mean_energy = float(gram.diagonal().mean())
     if not mean_energy > 0:
@@ -92,18 +119,18 @@ def operator_problem(
             f"the inputs have mean energy {mean_energy:g} over {statistics.tokens} tokens, "
             "so no error can be measured: use other calibration text"
         )
-    reference = dense_weight.float()
-    if not bool(torch.isfinite(reference).all()):
-        raise NumericalError("the weight has NaN or infinite entries")
-    ridge = damping * mean_energy
     damped = gram.float()
     damped = damped.clone() if damped is gram else damped
-    damped.diagonal().add_(ridge)
-    if statistics.corrected:
-        pull = (dense_weight.to(gram.dtype) @ (statistics.cross - gram)).float()
-    else:
-        pull = torch.zeros_like(reference)
-    return OperatorProblem(reference, damped, reference @ damped + pull, pull)
+    damped.diagonal().add_(damping * mean_energy)
+    return damped
+
+
+def pull_of(dense_weight: Tensor, statistics: InputStatistics) -> Tensor | None:
+    """Return ``W0 (C - G)`` in float32, by which errors of the inputs pull; None without any."""
+    if not statistics.corrected:
+        return None
+    gram = statistics.gram
+    return (dense_weight.to(gram.dtype) @ (statistics.cross - gram)).float()
 
 
 def better_rows(problem: OperatorProblem, first: Tensor, second: Tensor) -> Tensor:

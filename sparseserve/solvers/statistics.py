@@ -23,6 +23,8 @@ from sparseserve.errors import NumericalError
 _DOUBLE_WIDTH = 8192
 # Columns of a second moment that are computed at once: its other triangle comes for nothing.
 _BLOCK = 512
+# Rows of a weight whose errors are computed at once.
+_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,21 +158,29 @@ def output_error(weight: Tensor, dense_weight: Tensor, statistics: InputStatisti
     error correction nothing cancels.
     """
     gram = statistics.gram.double()
-    dense = dense_weight.double()
-    change = weight.double() - dense
-    error = _row_products(change @ gram, change)
+    pull = drift = None
     if statistics.corrected:
         cross = statistics.cross.double()
-        drift = gram - cross - cross.T + statistics.dense_gram.double()
-        error += 2 * _row_products(change @ (gram - cross.T), dense)
-        error += _row_products(dense @ drift, dense)
-    return error.clamp_min(0)
+        pull, drift = gram - cross.T, gram - cross - cross.T + statistics.dense_gram.double()
+
+    def of_rows(pruned: Tensor, before: Tensor) -> Tensor:
+        dense = before.double()
+        change = pruned.double() - dense
+        error = _row_products(change @ gram, change)
+        if pull is not None and drift is not None:
+            error += 2 * _row_products(change @ pull, dense)
+            error += _row_products(dense @ drift, dense)
+        return error.clamp_min(0)
+
+    pairs = zip(torch.split(weight, _ROWS), torch.split(dense_weight, _ROWS), strict=True)
+    return torch.cat([of_rows(*pair) for pair in pairs])
 
 
 def output_energy(dense_weight: Tensor, statistics: InputStatistics) -> Tensor:
     """Return ``||W0 X||^2`` of every row, ``[out]`` in float64."""
-    dense = dense_weight.double()
-    return _row_products(dense @ statistics.dense_gram.double(), dense)
+    gram = statistics.dense_gram.double()
+    blocks = (rows.double() for rows in torch.split(dense_weight, _ROWS))
+    return torch.cat([_row_products(rows @ gram, rows) for rows in blocks])
 
 
 def relative_output_error(

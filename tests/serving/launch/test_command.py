@@ -16,7 +16,12 @@ from sparseserve.errors import MissingExtraError, ServingError
 from sparseserve.machine import Machine, this_machine
 from sparseserve.serving.launch import command as server
 from sparseserve.serving.launch import requirements
-from sparseserve.serving.launch.command import default_options, server_command
+from sparseserve.serving.launch.command import (
+    address,
+    default_options,
+    open_to_all,
+    server_command,
+)
 from sparseserve.serving.launch.policy import GIB
 from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.launch.served_model import ServedModel
@@ -192,6 +197,35 @@ class TestTheInstallation:
         monkeypatch.setenv("VLLM_PLUGINS", "another")
         with pytest.raises(ServingError, match="VLLM_PLUGINS=another"):
             require_vllm("serving")
+
+
+class TestTheAddress:
+    def test_is_that_of_this_machine_unless_the_user_says_where(self) -> None:
+        assert address(["--port", "8001"]) == ["--host", "127.0.0.1"]
+        for said in (["--host", "0.0.0.0"], ["--host=::"], ["--uds", "s"], ["--config", "c.yaml"]):
+            assert address(said) == []
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["--host", "0.0.0.0"],
+            ["--host=::"],
+            ["--host", "192.168.0.7"],
+            ["--host", "server.example"],
+            ["--host", "127.0.0.1", "--host", "0.0.0.0"],
+        ],
+    )
+    def test_of_all_machines_needs_a_key_or_is_warned_of(self, options: list[str]) -> None:
+        assert options[-1].rpartition("=")[2] in open_to_all(options, {})
+        assert "--api-key" in open_to_all(options, {})
+        assert open_to_all([*options, "--api-key", "secret"], {}) == ""
+        assert open_to_all([*options, "--api_key=secret"], {}) == ""
+        assert open_to_all(options, {"VLLM_API_KEY": "secret"}) == ""
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
+    def test_of_this_machine_needs_none(self, host: str) -> None:
+        assert open_to_all(["--host", host], {}) == ""
+        assert open_to_all([], {}) == ""
 
 
 class TestTheCommand:
