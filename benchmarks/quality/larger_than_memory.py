@@ -1,11 +1,11 @@
 """Can a model be pruned that is several times as large as the memory it is given?
 
-A random model with decoder layers of Llama 3.2 3B, and more of them, is pruned by
+A random model with the decoder layers of Qwen3 1.7B, and more of them, is pruned by
 `sparseserve prune-and-export` in a control group of Linux whose memory is limited. The limit counts
 what the process has of its own, and the pages of files that it reads and writes; the system drops
 those as it needs. Control groups can be made by root, or where a folder of them was handed over::
 
-    python -m benchmarks.quality.larger_than_memory --layers 57 --limit-gib 4
+    python -m benchmarks.quality.larger_than_memory --layers 114 --limit-gib 4
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from benchmarks.harness.results import RESULTS, Result, write_result
 from benchmarks.quality.layer_memory import peak_of
 from sparseserve.checkpoint.tensors import write_checkpoint
 from sparseserve.huggingface.opening import sketch_model
+from sparseserve.recipe.toml import PRESETS
 from sparseserve.testing import tiny_tokenizer
 
 _GROUPS = Path("/sys/fs/cgroup")
-_SIZES = {"hidden_size": 3072, "intermediate_size": 8192, "vocab_size": 128_256}
-_HEADS = {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128}
+_SIZES = {"hidden_size": 2048, "intermediate_size": 6144, "vocab_size": 151_936}
+_HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 _SMOKE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
 _SMOKE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 
@@ -44,7 +45,7 @@ class Row:
     """One run; sizes in bytes.
 
     Attributes:
-        recipe: How the model was pruned.
+        how: The recipe, or the method, by which the model was pruned.
         layers: How many decoder layers it has.
         model_bytes: Its weights on the disk.
         limit_bytes: What the control group may have; 0 for no limit.
@@ -53,7 +54,7 @@ class Row:
         seconds: Wall time.
     """
 
-    recipe: str
+    how: str
     layers: int
     model_bytes: int
     limit_bytes: int
@@ -118,7 +119,7 @@ def limited(command: list[str], limit: int) -> Iterator[list[str]]:
         group.rmdir()
 
 
-def measure(recipe: str, model: RandomModel, limit: int, samples: int) -> Row:
+def measure(how: str, model: RandomModel, limit: int, samples: int) -> Row:
     """Prune ``model`` under ``limit``, the dry run too.
 
     Raises:
@@ -126,14 +127,19 @@ def measure(recipe: str, model: RandomModel, limit: int, samples: int) -> Row:
     """
     with tempfile.TemporaryDirectory(dir=model.folder.parent) as scratch:
         command = [sys.executable, "-m", "sparseserve", "prune-and-export", str(model.folder)]
-        command += ["-o", str(Path(scratch) / "out"), "--recipe", recipe, "--json"]
-        command += ["--samples", str(samples), "--sequence-length", "256"]
+        command += [
+            "-o",
+            str(Path(scratch) / "out"),
+            "--recipe" if how in PRESETS else "--method",
+            how,
+        ]
+        command += ["--samples", str(samples), "--sequence-length", "256", "--json"]
         with limited(command, limit) as inside:
             dry = subprocess.run([*inside, "--dry-run"], stdout=subprocess.PIPE, check=True)
             started = time.perf_counter()
             peak = peak_of(inside)
         return Row(
-            recipe=recipe,
+            how=how,
             layers=model.layers,
             model_bytes=model.size,
             limit_bytes=limit,
@@ -145,12 +151,12 @@ def measure(recipe: str, model: RandomModel, limit: int, samples: int) -> Row:
 
 def larger_than_memory_table(result: Result) -> str:
     """Memory by the size of the model."""
-    lines = [head("recipe", "decoder layers", "weights", "limit", "peak", "estimate", "minutes")]
+    lines = [head("pruned by", "decoder layers", "weights", "limit", "peak", "estimate", "minutes")]
     for row in result["rows"]:
         keys = ("model_bytes", "limit_bytes", "peak_memory_bytes", "estimate")
         sizes = (f"{row[key] / 2**30:.2f} GiB" for key in keys)
         minutes = f"{row['seconds'] / 60:.0f}"
-        lines.append(line(f"`{row['recipe']}`", str(row["layers"]), *sizes, minutes))
+        lines.append(line(f"`{row['how']}`", str(row["layers"]), *sizes, minutes))
     lines.append(
         "\nThe limit is that of a control group, and counts pages of files too; the peak is what "
         f"the process had of its own. {processor_and_software(result['machine'])}"
@@ -159,15 +165,15 @@ def larger_than_memory_table(result: Result) -> str:
 
 
 @click.command()
-@click.option("--recipe", "recipes", multiple=True, default=("fast",), show_default=True)
-@click.option("--layers", multiple=True, type=int, default=(57,), show_default=True)
+@click.option("--by", multiple=True, default=("fast",), show_default=True, help="Recipe or method.")
+@click.option("--layers", multiple=True, type=int, default=(114,), show_default=True)
 @click.option("--limit-gib", default=4.0, show_default=True)
 @click.option("--samples", default=8, show_default=True)
 @click.option("--in", "place", type=click.Path(path_type=Path), help="Folder with much room.")
 @click.option("--smoke", is_flag=True, help="A tiny model; writes nothing.")
 def main(
     *,
-    recipes: tuple[str, ...],
+    by: tuple[str, ...],
     layers: tuple[int, ...],
     limit_gib: float,
     samples: int,
@@ -181,8 +187,8 @@ def main(
         with tempfile.TemporaryDirectory(dir=place) as scratch:
             folder = Path(scratch) / "model"
             model = RandomModel(folder, count, write_random_model(folder, config))
-            for recipe in recipes:
-                rows.append(measure(recipe, model, int(limit_gib * 2**30), samples))
+            for how in by:
+                rows.append(measure(how, model, int(limit_gib * 2**30), samples))
                 click.echo(json.dumps(asdict(rows[-1])))
     if not smoke:
         setting = {"samples": samples, "sequence_length": 256, **_SIZES}

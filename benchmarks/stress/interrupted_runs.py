@@ -145,12 +145,13 @@ def problem(stage: Stage, first: Ended, expected: dict[str, str]) -> str:
     return ""
 
 
-def measure(stage: Stage, kills: int, full: int, moments: int, seed: int) -> Iterator[Row]:
-    """Disturb one command at many places.
+def measure(stage: Stage, counts: tuple[int, int, int], seed: int) -> Iterator[Row]:
+    """Disturb one command at so many system calls, full disks and random moments.
 
     Raises:
         click.ClickException: The undisturbed command fails.
     """
+    kills, full, moments = counts
     started = time.perf_counter()
     undisturbed = run(stage.cleared().arguments, stage.folder)
     lasts = time.perf_counter() - started
@@ -227,14 +228,15 @@ def main(*, kills: int, full_disks: int, moments: int, seed: int, smoke: bool) -
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # threads do not live on in a forked process
     works = WORKS[:1] if smoke else WORKS
-    counts = (4, 2, 1) if smoke else tuple(n // len(works) for n in (kills, full_disks, moments))
+    many = (kills // len(works), full_disks // len(works), moments // len(works))
+    counts = (4, 2, 1) if smoke else many
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, work in enumerate(works):
             folder = Path(scratch) / str(number)
             folder.mkdir()
             save_tiny_model(work.family, folder / "model")
-            for row in measure(Stage(work, folder), *counts, seed):
+            for row in measure(Stage(work, folder), counts, seed):
                 rows.append(row)
                 click.echo(json.dumps(asdict(row)))
     if not smoke:

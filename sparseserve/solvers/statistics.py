@@ -155,32 +155,29 @@ def output_error(weight: Tensor, dense_weight: Tensor, statistics: InputStatisti
     """Return ``||W X* - W0 X||^2`` of every row, ``[out]`` in float64.
 
     With ``E = W - W0`` and ``S = X* - X`` it is ``||E X* + W0 S||^2``, expanded so that without
-    error correction nothing cancels.
+    error correction nothing cancels; single precision is then enough for the products.
     """
-    gram = statistics.gram.double()
-    pull = drift = None
-    if statistics.corrected:
-        cross = statistics.cross.double()
-        pull, drift = gram - cross.T, gram - cross - cross.T + statistics.dense_gram.double()
+    pairs = zip(torch.split(weight, _ROWS), torch.split(dense_weight, _ROWS), strict=True)
+    if not statistics.corrected:
+        gram = statistics.gram.float()
+        changes = (pruned.float() - dense.float() for pruned, dense in pairs)
+        return torch.cat([_energies(change, gram) for change in changes])
+    gram, cross = statistics.gram.double(), statistics.cross.double()
+    pull, drift = gram - cross.T, gram - cross - cross.T + statistics.dense_gram.double()
 
     def of_rows(pruned: Tensor, before: Tensor) -> Tensor:
         dense = before.double()
         change = pruned.double() - dense
-        error = _row_products(change @ gram, change)
-        if pull is not None and drift is not None:
-            error += 2 * _row_products(change @ pull, dense)
-            error += _row_products(dense @ drift, dense)
-        return error.clamp_min(0)
+        crossed = 2 * ((change @ pull) * dense).sum(dim=-1)
+        return (_energies(change, gram) + crossed + _energies(dense, drift)).clamp_min(0)
 
-    pairs = zip(torch.split(weight, _ROWS), torch.split(dense_weight, _ROWS), strict=True)
     return torch.cat([of_rows(*pair) for pair in pairs])
 
 
 def output_energy(dense_weight: Tensor, statistics: InputStatistics) -> Tensor:
     """Return ``||W0 X||^2`` of every row, ``[out]`` in float64."""
-    gram = statistics.dense_gram.double()
-    blocks = (rows.double() for rows in torch.split(dense_weight, _ROWS))
-    return torch.cat([_row_products(rows @ gram, rows) for rows in blocks])
+    gram = statistics.dense_gram.float()
+    return torch.cat([_energies(rows.float(), gram) for rows in torch.split(dense_weight, _ROWS)])
 
 
 def relative_output_error(
@@ -212,5 +209,6 @@ def _checked(inputs: Tensor) -> Tensor:
     return x
 
 
-def _row_products(left: Tensor, right: Tensor) -> Tensor:
-    return (left * right).sum(dim=-1)
+def _energies(rows: Tensor, gram: Tensor) -> Tensor:
+    """Return ``r G r^T`` of every row, in float64; products are in the dtype of the arguments."""
+    return ((rows @ gram) * rows).sum(dim=-1, dtype=torch.float64).clamp_min(0)

@@ -30,13 +30,12 @@ _FLOAT = 4
 # Matrices of a solver, each as large as a second moment or as the stacked weights: its factors,
 # its right side, and the candidates that it compares. benchmarks/quality/layer_memory.py measures
 # runs against the whole estimate.
-_SOLVER_MOMENTS = 6
+_SOLVER_MOMENTS = 7
 _SOLVER_WEIGHTS = 6
 # A trained parameter, its gradient, two moments of Adam, the best epoch's value, and its mask.
 _TRAINED = 5.25 * _FLOAT
-# What the program itself takes: Python, torch, transformers, and what the allocator holds back, of
-# which equal runs were seen to differ by 300 MiB.
-_PROGRAM = 2**30
+# What the program itself takes: Python, torch, transformers, and what the allocator holds back.
+_PROGRAM = 640 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +117,8 @@ def _layer_bytes(
 def _group_bytes(group: OperatorGroup, layer: LayerStructure, recipe: PruneRecipe) -> float:
     width = group.in_features
     moments = 3 if recipe.correction.needs_dense and recipe.correction.paired else 1
-    # The sums, and the mixed ones made of them.
-    statistics = 2 * moments * moment_bytes(width)
+    # The sums, and where inputs are paired the mixed ones made of them.
+    statistics = (2 * moments if moments > 1 else 1) * moment_bytes(width)
     if group.experts is not None:
         alike = sum(other.experts == group.experts for other in layer.groups)
         statistics += min(BLOCK_BYTES, alike * moments * moment_bytes(width))
