@@ -10,9 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.harness.machine import Machine
-from benchmarks.quality import calibration_memory, layer_memory
+from benchmarks.quality import calibration_memory, larger_than_memory, layer_memory
 from benchmarks.quality import compare as quality
 from benchmarks.quality.calibration_memory import calibration_memory_table
+from benchmarks.quality.larger_than_memory import larger_than_memory_table
 from benchmarks.quality.layer_memory import layer_memory_table
 from benchmarks.serving import cpu_kernels
 from benchmarks.serving.tables import cpu_kernels_table
@@ -111,3 +112,18 @@ def test_a_model_pruned_before_the_kill_is_not_pruned_again(
     run = quality.measure(setting, "magnitude:none", 0, tmp_path)
     assert run.perplexity["speeches"] > 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_a_model_larger_than_memory_gives_sizes_and_minutes() -> None:
+    row = larger_than_memory.Row(
+        how="wanda",
+        layers=100,
+        model_bytes=12 * 2**30,
+        limit_bytes=4 * 2**30,
+        estimate=3 * 2**30,
+        peak_memory_bytes=2 * 2**30,
+        seconds=600.0,
+    )
+    cells = table_cells(larger_than_memory_table, [row])
+    sizes = ["12.00 GiB", "4.00 GiB", "2.00 GiB", "3.00 GiB"]
+    assert cells[1] == ["`wanda`", "100", *sizes, "10"]
