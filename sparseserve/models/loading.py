@@ -14,6 +14,7 @@ from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.errors import NumericalError, UnsupportedModelError
 from sparseserve.huggingface.mapped_weights import mapped_weights
 from sparseserve.huggingface.opening import OpenedWeights, open_tokenizer, open_weights
+from sparseserve.huggingface.unread import surplus_layer
 from sparseserve.models.model_folder import check_model_folder, find_model_folder
 
 
@@ -68,6 +69,11 @@ def load_model(
     tokenizer = open_tokenizer(folder)
     with nullcontext() if scratch is None else mapped_weights(scratch):
         opened = _load_weights(folder, dtype)
+    if name := surplus_layer(opened.model, opened.unread):
+        raise UnsupportedModelError(
+            f"{folder}: holds tensor {name}, but config.json asks for fewer layers: restore the "
+            "original config.json"
+        )
     _refuse_non_finite(opened.model, folder)
     opened.model.eval().requires_grad_(False)
     return LoadedModel(opened.model, tokenizer, str(source), folder, opened.unread)

@@ -52,6 +52,24 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) 
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def test_a_config_with_fewer_layers_than_the_files_is_refused(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=1)
+    message = refusal(folder)
+    assert "model.layers.1." in message
+    assert "fewer layers" in message
+
+
+def test_layers_that_predict_several_tokens_are_not_meant_by_that(tmp_path: Path) -> None:
+    folder = save_tiny_model("deepseek_v3", tmp_path / "model")
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    name = f"model.layers.{layers}.eh_proj.weight"
+    change_tensors(folder, lambda tensors: tensors.update({name: torch.ones(2, 2)}))
+    change_config(folder, num_nextn_predict_layers=0)
+    assert name in refusal(folder)
+    change_config(folder, num_nextn_predict_layers=1)
+    assert load_model(folder).unread == (name,)
+
+
 def split_into_shards(folder: Path) -> list[Path]:
     tiny_model("llama").save_pretrained(folder, max_shard_size="60KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
