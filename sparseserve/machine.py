@@ -15,8 +15,7 @@ from pathlib import Path
 _CPU_INFO = Path("/proc/cpuinfo")
 _MEMORY_INFO = Path("/proc/meminfo")
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
-# The older kind of group counts its own first, then those of the groups below it as well.
-_INACTIVE_PAGES = re.compile(r"^(?:total_)?inactive_file (\d+)$", re.MULTILINE)
+_FILE_PAGES = re.compile(r"^(?:total_)?((?:in)?active_file) (\d+)$", re.MULTILINE)
 _OWN_GROUPS = Path("/proc/self/cgroup")
 # x86 with AVX512-BF16 or AMX, and Arm with BF16; anything else emulates bfloat16.
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
@@ -101,9 +100,9 @@ def _free_memory() -> int:
     for group, names in _control_groups():
         limit, used = (_read(group / name).strip() for name in names)
         if limit.isdigit() and used.isdigit():
-            # Pages of files that nobody has used for a while can be had, too.
-            pages = _INACTIVE_PAGES.findall(_read(group / "memory.stat")) or ["0"]
-            free = min(free, int(limit) - int(used) + int(pages[-1]))
+            # Pages of files can be had, too. Lines for a group with those below it come last.
+            pages = dict(_FILE_PAGES.findall(_read(group / "memory.stat")))
+            free = min(free, int(limit) - int(used) + sum(map(int, pages.values())))
     return free
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 
+import regex
 import torch
 
 from sparseserve.devices import DTYPES
@@ -20,6 +20,7 @@ from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 from sparseserve.text.calibration import CalibrationSpec
 
 RECIPE_VERSION = 1
+_SEARCH_SECONDS = 1
 EXPERTS = ("prune", "dense")
 
 
@@ -70,8 +71,8 @@ class PruneRecipe:
             )
         for expression in self.ignore:
             try:
-                re.compile(expression)
-            except (re.error, RecursionError, OverflowError) as error:
+                regex.compile(expression)
+            except (regex.error, RecursionError, OverflowError) as error:
                 raise RecipeError(
                     f"ignore {shown(expression)} is not a regular expression: {first_line(error)}"
                 ) from error
@@ -97,8 +98,21 @@ class PruneRecipe:
         return DTYPES.get(self.dtype)
 
     def ignores(self, module: str) -> bool:
-        """Whether a linear of that full name stays dense."""
-        return any(re.search(expression, module) for expression in self.ignore)
+        """Whether a linear of that full name stays dense.
+
+        Raises:
+            RecipeError: An expression would be searched for ever.
+        """
+        for expression in self.ignore:
+            try:
+                if regex.search(expression, module, timeout=_SEARCH_SECONDS):
+                    return True
+            except TimeoutError as error:
+                raise RecipeError(
+                    f"ignore {shown(expression)} was searched in {module} for more than "
+                    f"{_SEARCH_SECONDS} s: write it without repeats inside repeats"
+                ) from error
+        return False
 
     def to_json(self) -> dict[str, object]:
         """Return JSON data that ``recipe_from_mapping`` reads back to an equal recipe."""

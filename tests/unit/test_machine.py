@@ -38,7 +38,11 @@ def test_without_a_group_all_that_the_machine_has_free_can_be_had(groups: Path) 
 def test_the_limit_of_the_own_group_counts(groups: Path) -> None:
     (groups / "own").write_text("0::/system/run\n")
     used = {"memory__max": 60 * MIB, "memory__current": 40 * MIB}
-    group(groups / "groups/system/run", **used, memory__stat=f"inactive_file {10 * MIB}")
+    group(
+        groups / "groups/system/run",
+        **used,
+        memory__stat=f"active_file {MIB}\ninactive_file {9 * MIB}",
+    )
     assert this_machine().free_bytes == 30 * MIB
 
 

@@ -147,3 +147,9 @@ def test_a_wrong_recipe_is_refused_in_one_line(tmp_path: Path, text: str, messag
 def test_a_recipe_that_is_neither_preset_nor_file_is_named() -> None:
     with pytest.raises(RecipeError, match="unknown recipe 'papr': did you mean 'paper'"):
         load_recipe("papr")
+
+
+def test_an_expression_that_would_be_searched_for_ever_is_refused() -> None:
+    recipe = PruneRecipe(ignore=("(a|aa)+$",))
+    with pytest.raises(RecipeError, match=r"\(a\|aa\)\+\$.* more than 1 s: .*repeats"):
+        recipe.ignores(f"model.layers.0.{'a' * 60}b")
