@@ -1,6 +1,6 @@
 """A run of the command line in a forked process, traced by strace, which can disturb it.
 
-All libraries are imported once, before the fork. strace attaches to the process before it begins,
+All modules are imported once, before the fork. strace attaches to the process before it begins,
 and counts the system calls of each kind by itself; so the n-th call of a kind is the same one in
 every run that is given the same work.
 """
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -57,6 +58,25 @@ def require_strace() -> None:
     """
     if shutil.which("strace") is None:
         raise click.ClickException("strace is not installed: apt install strace")
+
+
+def warm_up(arguments: Sequence[str], folder: Path) -> None:
+    """Run ``sparseserve`` in this process, so that forked ones find every module imported."""
+    from sparseserve.cli import main  # noqa: PLC0415  # heavy
+
+    before = sys.argv
+    sys.argv = ["sparseserve", *arguments]
+    try:
+        with (
+            (folder / "output.txt").open("w") as output,
+            redirect_stdout(output),
+            redirect_stderr(output),
+        ):
+            main()
+    except SystemExit:
+        pass
+    finally:
+        sys.argv = before
 
 
 def run(arguments: Sequence[str], folder: Path) -> Ended:

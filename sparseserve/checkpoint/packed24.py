@@ -26,6 +26,8 @@ VALUES = "weight"
 INDICES = "weight_indices"
 # Sharding may cut the input features at multiples of it, so that no byte of indices is cut.
 COLUMNS_PER_BYTE = 8
+# Rows that are packed at once.
+_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,13 @@ def pack24(weight: Tensor) -> Packed24:
     """
     if violation := TWO_FOUR.first_violation(weight):
         raise ArtifactError(f"weight is not 2:4 at {violation}")
+    parts = [_packed_rows(rows) for rows in torch.split(weight, _ROWS)]
+    values, indices = zip(*parts, strict=True)
+    return Packed24(torch.cat(values), torch.cat(indices))
+
+
+def _packed_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values and indices of some rows; what is needed on the way is larger than either."""
     rows, columns = weight.shape
     nonzero = weight != 0
     # Non-zeros first, then the lowest free positions; the two chosen are put in ascending order.
@@ -68,7 +77,7 @@ def pack24(weight: Tensor) -> Packed24:
     nibbles = (positions[..., 0] | positions[..., 1] << 2).to(torch.uint8)
     if nibbles.shape[1] % 2:
         nibbles = torch.nn.functional.pad(nibbles, (0, 1))
-    return Packed24(values, nibbles[:, 0::2] | nibbles[:, 1::2] << 4)
+    return values, nibbles[:, 0::2] | nibbles[:, 1::2] << 4
 
 
 def unpack24(packed: Packed24) -> Tensor:

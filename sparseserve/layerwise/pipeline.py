@@ -70,6 +70,7 @@ def prune_model(
     store: LayerStore,
     progress: PruneProgress,
     device: torch.device,
+    structure: ModelStructure | None = None,
 ) -> PruneReport:
     """Prune ``model`` in place.
 
@@ -80,6 +81,7 @@ def prune_model(
         store: Keeps finished layers, and the hidden states between layers.
         progress: Told of every step.
         device: Where layers run and are pruned; one layer at a time is copied there.
+        structure: Its layers, if they are known; the whole model is run to find them.
 
     Raises:
         UnsupportedModelError: The structure of the model cannot be found.
@@ -89,7 +91,7 @@ def prune_model(
     started = time.perf_counter()
     with unstacked_experts(model):
         # A few tokens show the structure; more would only cost logits.
-        structure = trace_structure(model, calibration.windows[0][:8])
+        structure = structure or trace_structure(model, calibration.windows[0][:8])
         check_plan(structure, recipe)
         calls = capture_layer_calls(model, structure, calibration.windows)
         windows = (*calibration.scrambled, *calibration.windows)

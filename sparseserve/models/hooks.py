@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -29,16 +30,56 @@ def hooks(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 def run_model(model: nn.Module, tokens: Tensor) -> None:
-    """Run ``model`` on the token ids ``[1, T]``, without gradients and without a cache."""
+    """Run ``model`` on the token ids ``[1, T]``, without gradients and without a cache.
+
+    On a CPU, products of 16-bit tensors with more than a few tokens are computed in float32, as
+    layers are pruned (``devices.pruning_dtype``): emulated 16-bit arithmetic is several times
+    slower. For a few tokens it costs more to widen the weights.
+    """
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() first")
     parameter = next(model.parameters(), None)
     device = tokens.device if parameter is None else parameter.device
-    with torch.no_grad():
+    wide = device.type == "cpu" and tokens.numel() > _FEW_TOKENS
+    with torch.no_grad(), _WideProducts() if wide else nullcontext():
         if isinstance(model, PreTrainedModel):
             model(tokens.to(device), use_cache=False)
         else:
             model(tokens.to(device))
+
+
+class _WideProducts(TorchFunctionMode):
+    """Computes products of 16-bit tensors in float32, one at a time, and rounds what comes out."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        halves = [value for value in (*args, *kwargs.values()) if _is_half(value)]
+        if function not in _PRODUCTS or not halves:
+            return function(*args, **kwargs)
+        found = function(*map(_wide, args), **{name: _wide(kwargs[name]) for name in kwargs})
+        assert isinstance(found, Tensor)
+        assert isinstance(halves[0], Tensor)
+        return found.to(halves[0].dtype)
+
+
+_FEW_TOKENS = 32
+_PRODUCTS = frozenset(
+    {nn.functional.linear, torch.addmm, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__}
+)
+
+
+def _is_half(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+
+
+def _wide(value: object) -> object:
+    return value.float() if isinstance(value, Tensor) and _is_half(value) else value
 
 
 def as_batch(tokens: Tensor) -> Tensor:

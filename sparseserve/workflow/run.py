@@ -140,7 +140,6 @@ def _prune(opening: Opening, run: RunFolder, layers: LayerStore) -> PruneReport:
     """Prune the model in place, and retrain it if the recipe says so."""
     job = opening.job
     dense = _dense_predictions(opening, run)
-    job.progress.stage("finding the model's structure")
     report = prune_model(
         opening.loaded.model,
         job.recipe,
@@ -148,6 +147,7 @@ def _prune(opening: Opening, run: RunFolder, layers: LayerStore) -> PruneReport:
         store=layers,
         progress=job.progress,
         device=opening.job.runs_on,
+        structure=opening.structure,
     )
     return _retrained(opening, report, dense)
 

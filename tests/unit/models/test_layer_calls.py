@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparseserve.errors import UnsupportedModelError
 from sparseserve.layerwise.layer_calls import VaryingArguments
+from sparseserve.models.hooks import run_model
 from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.layers import capture_layer_calls, entering_states, run_layer
 from sparseserve.models.structure import ModelStructure, trace_structure
@@ -178,3 +179,21 @@ def test_hidden_states_given_by_keyword_are_replayed_by_keyword() -> None:
         hidden = run_layer(layer, hidden, call)
 
     assert torch.equal(hidden, model(windows(2)[1][None]))
+
+
+def test_products_of_sixteen_bits_are_those_of_float32_rounded() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64).to(torch.bfloat16)
+    states = torch.randn(40, 64).to(torch.bfloat16)
+    found: list[Tensor] = []
+
+    class Model(nn.Module):
+        def forward(self, tokens: Tensor) -> None:
+            found.extend((layer(states), states @ layer.weight, states.float() @ states.T.float()))
+
+    run_model(Model().eval(), torch.zeros(1, 40, dtype=torch.int64))
+    weight, bias = layer.weight.float(), layer.bias.float()
+    exact = nn.functional.linear(states.float(), weight, bias)
+    assert found[0].equal(exact.to(torch.bfloat16))
+    assert found[1].equal((states.float() @ weight).to(torch.bfloat16))
+    assert found[2].dtype == torch.float32
