@@ -67,7 +67,10 @@ def in_file(tensor: Tensor, folder: Path) -> Tensor:
         ArtifactError: The disk is full or cannot be written.
     """
     with writing(folder), tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # a full disk is seen here, not later
+        if hasattr(os, "posix_fallocate"):  # a full disk is then seen here and not later
+            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+        else:
+            file.truncate(tensor.nbytes)
         pages = mmap.mmap(file.fileno(), tensor.nbytes)
     mapped = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
     return mapped.copy_(tensor)
