@@ -241,8 +241,8 @@ def main(*, kills: int, full_disks: int, moments: int, seed: int, smoke: bool) -
             for row in measure(Stage(work, folder), counts, seed):
                 rows.append(row)
                 click.echo(json.dumps(asdict(row)))
-    if not smoke:
-        write_result(RESULTS / "interrupted-runs.json", {"seed": seed}, rows=rows)
+                if not smoke:
+                    write_result(RESULTS / "interrupted-runs.json", {"seed": seed}, rows=rows)
 
 
 if __name__ == "__main__":
