@@ -12,10 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from sparseserve.testing import save_tiny_model, tiny_tokenizer
+from benchmarks.harness.random_models import write_random_model
+from sparseserve.testing import save_tiny_model
 
 # As in the config.json of Llama-3.2-1B and Llama-3-8B.
 SHAPES: dict[str, dict[str, object]] = {
@@ -52,18 +51,8 @@ def main(shape: str, folder: Path) -> None:
     if shape == TINY:
         save_tiny_model("llama", folder)
         return
-    tokenizer = tiny_tokenizer()
-    config = AutoConfig.for_model(
-        "llama",
-        **SHAPES[shape],
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
     click.echo(f"{shape}: drawing weights", err=True)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_random_model(folder, **SHAPES[shape])
 
 
 if __name__ == "__main__":

@@ -21,17 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
-import torch
-from torch import Tensor
-from transformers import LlamaConfig
 
 from benchmarks.harness.markdown import head, line, processor_and_software
+from benchmarks.harness.random_models import write_random_model
 from benchmarks.harness.results import RESULTS, Result, write_result
+from benchmarks.quality import layer_memory
 from benchmarks.quality.layer_memory import peak_of
-from sparseserve.checkpoint.tensors import write_checkpoint
-from sparseserve.huggingface.opening import sketch_model
 from sparseserve.recipe.toml import PRESETS
-from sparseserve.testing import tiny_tokenizer
 
 _GROUPS = Path("/sys/fs/cgroup")
 _SIZES = {"hidden_size": 2048, "intermediate_size": 6144, "vocab_size": 151_936}
@@ -41,51 +37,10 @@ _SMOKE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One run; sizes in bytes.
+class Row(layer_memory.Row):
+    """One run by a recipe or a method, within the ``limit_bytes`` of its control group."""
 
-    Attributes:
-        how: The recipe, or the method, by which the model was pruned.
-        layers: How many decoder layers it has.
-        model_bytes: Its weights on the disk.
-        limit_bytes: What the control group may have; 0 for no limit.
-        estimate: What the dry run says.
-        peak_memory_bytes: Largest anonymous memory of the process.
-        seconds: Wall time.
-    """
-
-    how: str
-    layers: int
-    model_bytes: int
     limit_bytes: int
-    estimate: int
-    peak_memory_bytes: int
-    seconds: float
-
-
-def write_random_model(folder: Path, config: LlamaConfig) -> int:
-    """Write a model with random bfloat16 weights, one tensor after the other.
-
-    Returns:
-        The size of its files.
-    """
-    write_checkpoint(folder, _random_tensors(config))
-    config.architectures = ["LlamaForCausalLM"]
-    config.dtype = "bfloat16"
-    config.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _random_tensors(config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in sketch_model(config).named_parameters():
-        shape = parameter.shape
-        values = torch.empty(shape, dtype=torch.bfloat16)
-        yield (
-            name,
-            (values.fill_(1) if len(shape) == 1 else values.normal_(0, 0.02, generator=generator)),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +94,7 @@ def measure(how: str, model: RandomModel, limit: int, samples: int) -> Row:
             started = time.perf_counter()
             peak = peak_of(inside)
         return Row(
-            how=how,
+            recipe=how,
             layers=model.layers,
             model_bytes=model.size,
             limit_bytes=limit,
@@ -156,7 +111,7 @@ def larger_than_memory_table(result: Result) -> str:
         keys = ("model_bytes", "limit_bytes", "peak_memory_bytes", "estimate")
         sizes = (f"{row[key] / 2**30:.2f} GiB" for key in keys)
         minutes = f"{row['seconds'] / 60:.0f}"
-        lines.append(line(f"`{row['how']}`", str(row["layers"]), *sizes, minutes))
+        lines.append(line(f"`{row['recipe']}`", str(row["layers"]), *sizes, minutes))
     lines.append(
         "\nThe limit is that of a control group, and counts pages of files too; the peak is what "
         f"the process had of its own. {processor_and_software(result['machine'])}"
@@ -183,10 +138,10 @@ def main(
     rows = []
     for count in (2,) if smoke else layers:
         sizes = {**_SMOKE, **_SMOKE_HEADS} if smoke else {**_SIZES, **_HEADS}
-        config = LlamaConfig(**sizes, num_hidden_layers=count, tie_word_embeddings=True)
+        settings = {**sizes, "num_hidden_layers": count, "tie_word_embeddings": True}
         with tempfile.TemporaryDirectory(dir=place) as scratch:
             folder = Path(scratch) / "model"
-            model = RandomModel(folder, count, write_random_model(folder, config))
+            model = RandomModel(folder, count, write_random_model(folder, **settings))
             for how in by:
                 rows.append(measure(how, model, int(limit_gib * 2**30), samples))
                 click.echo(json.dumps(asdict(rows[-1])))

@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness.markdown import head, line, processor_and_software
+from benchmarks.harness.random_models import write_random_model
 from benchmarks.harness.results import RESULTS, Result, write_result
-from sparseserve.testing import TINY_VOCABULARY, tiny_tokenizer
+from sparseserve.testing import TINY_VOCABULARY
 
 _POLL_SECONDS = 0.1
 SIZES = ("model_bytes", "peak_memory_bytes", "estimate")
@@ -51,26 +50,6 @@ class Row:
     seconds: float
 
 
-def write_random_model(folder: Path, layers: int, hidden: int, intermediate: int) -> int:
-    """Write a model with random bfloat16 weights; return the size of its weights."""
-    tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
-        vocab_size=TINY_VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return sum(parameter.nbytes for parameter in model.parameters())
-
-
 def measure(
     recipe: str, layers: int, sizes: tuple[int, int], samples: int, sequence_length: int
 ) -> Row:
@@ -81,7 +60,15 @@ def measure(
     """
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
-        size = write_random_model(model, layers, *sizes)
+        hidden, intermediate = sizes
+        size = write_random_model(
+            model,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            vocab_size=TINY_VOCABULARY,
+        )
         command = [sys.executable, "-m", "sparseserve", "prune-and-export", str(model)]
         command += ["-o", str(Path(scratch) / "out"), "--recipe", recipe, "--json"]
         command += ["--samples", str(samples), "--sequence-length", str(sequence_length)]

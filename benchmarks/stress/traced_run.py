@@ -22,6 +22,8 @@ from typing import NoReturn
 
 import click
 
+from sparseserve.cli import main
+
 # Those that change files or folders, and those by which a file's bytes get to the disk.
 CALLS = (
     *("write", "pwrite64", "writev", "sendfile", "copy_file_range"),
@@ -62,8 +64,6 @@ def require_strace() -> None:
 
 def warm_up(arguments: Sequence[str], folder: Path) -> None:
     """Run ``sparseserve`` in this process, so that forked ones find every module imported."""
-    from sparseserve.cli import main  # noqa: PLC0415  # heavy
-
     before = sys.argv
     sys.argv = ["sparseserve", *arguments]
     try:
@@ -151,8 +151,6 @@ def _forked(arguments: Sequence[str], folder: Path) -> tuple[int, int]:
 
 
 def _become_command(arguments: Sequence[str], folder: Path, wait: int) -> NoReturn:
-    from sparseserve.cli import main  # noqa: PLC0415  # in the forked process
-
     code = 70
     try:
         output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -33,8 +33,8 @@ def run_model(model: nn.Module, tokens: Tensor) -> None:
     """Run ``model`` on the token ids ``[1, T]``, without gradients and without a cache.
 
     On a CPU, products of 16-bit tensors with more than a few tokens are computed in float32, as
-    layers are pruned (``devices.pruning_dtype``): emulated 16-bit arithmetic is several times
-    slower. For a few tokens it costs more to widen the weights.
+    layers are pruned (``devices.pruning_dtype``): emulated 16-bit arithmetic is about
+    three times slower (docs/log.md). For a few tokens it costs more to widen the weights.
     """
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() first")
@@ -59,8 +59,10 @@ class _WideProducts(TorchFunctionMode):
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
+        if function not in _PRODUCTS:
+            return function(*args, **kwargs)
         halves = [value for value in (*args, *kwargs.values()) if _is_half(value)]
-        if function not in _PRODUCTS or not halves:
+        if not halves:
             return function(*args, **kwargs)
         found = function(*map(_wide, args), **{name: _wide(kwargs[name]) for name in kwargs})
         assert isinstance(found, Tensor)

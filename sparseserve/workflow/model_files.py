@@ -63,13 +63,19 @@ def model_settings(loaded: LoadedModel, recipe: PruneRecipe) -> dict[str, object
     return settings
 
 
-def _all_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the model, then as they are those that its class has no place for.
+def left_out(loaded: LoadedModel) -> tuple[str, ...]:
+    """Return the tensors of a quantised source that are not copied, though its class leaves them.
 
-    Of a quantised model the latter are left out: nothing would say how they are to be read.
+    Nothing in the dense result would say how they are to be read.
     """
+    quantised = model_config(loaded.folder).get("quantization_config")
+    return loaded.unread if quantised else ()
+
+
+def _all_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the model, then as they are those that its class has no place for."""
     yield from stored_tensors(loaded.model)
-    if loaded.unread and not model_config(loaded.folder).get("quantization_config"):
+    if loaded.unread and not left_out(loaded):
         source = Checkpoint.open(loaded.folder)
         for name in loaded.unread:
             yield name, source.tensor(name)

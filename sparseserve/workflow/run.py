@@ -31,7 +31,7 @@ from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.retraining.retrain import retrain
 from sparseserve.workflow.job import Job
-from sparseserve.workflow.model_files import pruned_source
+from sparseserve.workflow.model_files import left_out, pruned_source
 from sparseserve.workflow.needs import Needs
 from sparseserve.workflow.opening import Opening, open_run
 
@@ -127,6 +127,8 @@ def finished(out: Path, export_format: str) -> Artifact:
 
 def _write(opening: Opening, report: PruneReport, run: RunFolder) -> Artifact:
     job = opening.job
+    if names := left_out(opening.loaded):
+        job.progress.stage(f"leaving out {len(names)} quantised tensors, such as {names[0]}")
     source = pruned_source(opening.loaded, job.recipe, opening.calibration, report)
     if FORMATS[job.stored_as].storage is not None:
         return write_stored(source, run.fresh(job.stored_as), job.stored_as)

@@ -116,7 +116,7 @@ def test_a_model_pruned_before_the_kill_is_not_pruned_again(
 
 def test_the_table_of_a_model_larger_than_memory_gives_sizes_and_minutes() -> None:
     row = larger_than_memory.Row(
-        how="wanda",
+        recipe="wanda",
         layers=100,
         model_bytes=12 * 2**30,
         limit_bytes=4 * 2**30,

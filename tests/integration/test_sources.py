@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.checkpoint.verification import verify
+from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.testing import save_tiny_model
 from tests.integration.quantised_folders import save_fp8, save_mxfp4
@@ -81,6 +82,23 @@ def test_tensors_that_the_class_does_not_load_are_copied(
         assert found.checkpoint.files.keys() == {*own.files, *extra}
     verify(found.path)
     AutoModelForCausalLM.from_pretrained(found.path)
+
+
+def test_of_a_quantised_source_they_are_left_out_and_that_is_said(
+    prune: Prune, tmp_path: Path
+) -> None:
+    save_fp8("deepseek_v3", tmp_path / "fp8", tmp_path / "plain")
+    name = "model.layers.61.eh_proj.weight"
+    with_extra(tmp_path / "fp8", {name: torch.ones(64, 64).to(torch.float8_e4m3fn)})
+    stages: list[str] = []
+
+    class Listener(PruneProgress):
+        def stage(self, text: str) -> None:
+            stages.append(text)
+
+    found = prune(tmp_path / "fp8", progress=Listener())
+    assert name not in found.checkpoint
+    assert f"leaving out 1 quantised tensors, such as {name}" in stages
 
 
 def with_extra(folder: Path, extra: dict[str, torch.Tensor]) -> None:
