@@ -65,6 +65,26 @@ class ReconstructionReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RotationReport:
+    """What the rotation of a layer's attention values did, on the dense weights.
+
+    Attributes:
+        values: Full name of the operator that makes the values.
+        outputs: That of the operator that reads them.
+        width: Values of a head; each head has a rotation of its own.
+        loss_before: What the pattern removes of the two operators, a share of their energy, summed
+            by the scores of the optimal brain surgeon.
+        loss_after: The same after the rotation.
+    """
+
+    values: str
+    outputs: str
+    width: int
+    loss_before: float
+    loss_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerReport:
     """One decoder layer.
 
@@ -75,6 +95,7 @@ class LayerReport:
         reconstruction: What training it did, if there was any.
         unseen: Full names of the operators of experts that no calibration token reached. They stay
             dense.
+        rotations: Where attention values were rotated before pruning.
     """
 
     name: str
@@ -82,6 +103,7 @@ class LayerReport:
     seconds: float
     reconstruction: ReconstructionReport | None = None
     unseen: tuple[str, ...] = ()
+    rotations: tuple[RotationReport, ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerReport:
@@ -96,6 +118,7 @@ class LayerReport:
             data["seconds"],
             ReconstructionReport(**reconstruction) if reconstruction else None,
             tuple(data.get("unseen", ())),
+            tuple(RotationReport(**item) for item in data.get("rotations", ())),
         )
 
 

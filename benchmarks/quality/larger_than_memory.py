@@ -11,6 +11,7 @@ those as it needs. Control groups can be made by root, or where a folder of them
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,17 @@ def limited(command: list[str], limit: int) -> Iterator[list[str]]:
         group.rmdir()
 
 
+def forget_cached(folder: Path) -> None:
+    """Let the system drop the pages of files that were just written.
+
+    Cached pages belong to the control group of the process that first touched them.
+    """
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure(how: str, model: RandomModel, limit: int, samples: int) -> Row:
     """Prune ``model`` under ``limit``, the dry run too.
 
@@ -89,6 +101,7 @@ def measure(how: str, model: RandomModel, limit: int, samples: int) -> Row:
             how,
         ]
         command += ["--samples", str(samples), "--sequence-length", "256", "--json"]
+        forget_cached(model.folder)
         with limited(command, limit) as inside:
             dry = subprocess.run([*inside, "--dry-run"], stdout=subprocess.PIPE, check=True)
             started = time.perf_counter()

@@ -72,6 +72,11 @@ _SOLVER = (
         "--retrain", type=int, help="Epochs that the whole model is trained at the end; 0 for none."
     ),
     click.option(
+        "--rotate",
+        help="heads rotates the values of each attention head before pruning, so that less is "
+        "lost; none does not.",
+    ),
+    click.option(
         "--scrambled",
         type=int,
         help="Copies of each window with random tokens, for the first layers; 0 for none.",
@@ -99,6 +104,7 @@ class RecipeOptions:
     dtype: str | None = None
     ignore: tuple[str, ...] = ()
     experts: str | None = None
+    rotate: str | None = None
 
     def chosen(self) -> PruneRecipe:
         """Return the recipe that was named, changed by the other options.
@@ -132,6 +138,7 @@ class RecipeOptions:
                 dtype=self.dtype,
                 ignore=self.ignore or None,
                 experts=self.experts,
+                rotate=self.rotate,
             ),
         )
 

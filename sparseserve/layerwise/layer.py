@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from sparseserve.errors import NumericalError, SparseServeError
 from sparseserve.huggingface.experts import experts_in
 from sparseserve.layerwise.group_statistics import GroupStatistics
+from sparseserve.layerwise.head_rotation import rotated_heads
 from sparseserve.layerwise.plan import planned_operators
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.reconstruction import OutputError, reconstruct
 from sparseserve.layerwise.streams import LayerContext
 from sparseserve.models.layers import copy_layer, layer_weight, set_layer_weight
 from sparseserve.models.structure import Operator
+from sparseserve.models.value_heads import ValueHeads
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.report import LayerReport, OperatorReport
+from sparseserve.report import LayerReport, OperatorReport, ReconstructionReport
 from sparseserve.solvers.statistics import InputStatistics, relative_output_error
 
 
@@ -54,6 +56,7 @@ def prune_layer(
     recipe: PruneRecipe,
     progress: PruneProgress,
     output_error: OutputError | None,
+    heads: Sequence[ValueHeads] = (),
 ) -> PrunedLayer:
     """Prune every planned operator of the layer, in the order in which data reaches them.
 
@@ -62,11 +65,45 @@ def prune_layer(
         recipe: How to prune.
         progress: Told of every operator.
         output_error: What the whole layer is trained to lower afterwards; None for no training.
+        heads: Where its attention values are rotated first.
 
     Raises:
         NumericalError: Names the operator.
     """
     started = time.perf_counter()
+    planned = planned_operators(context.layer, recipe)
+    with rotated_heads(context, heads, planned, recipe.pattern) as rotated:
+        layer = _prune_rotated(rotated.context, recipe, progress, output_error)
+    return PrunedLayer(
+        _changed(context, layer.module, layer.planned, recipe),
+        LayerReport(
+            context.layer.name,
+            layer.operators,
+            time.perf_counter() - started,
+            layer.reconstruction,
+            tuple(context.layer.full_name(operator) for operator in layer.unseen),
+            rotated.reports,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pruned:
+    """A pruned layer, which operators were pruned in it, and which no token reached."""
+
+    module: nn.Module
+    planned: Sequence[Operator]
+    operators: tuple[OperatorReport, ...]
+    unseen: Sequence[Operator]
+    reconstruction: ReconstructionReport | None
+
+
+def _prune_rotated(
+    context: LayerContext,
+    recipe: PruneRecipe,
+    progress: PruneProgress,
+    output_error: OutputError | None,
+) -> _Pruned:
     planned = planned_operators(context.layer, recipe)
     groups = [
         group
@@ -97,17 +134,7 @@ def prune_layer(
         pruned, reconstruction = reconstruct(
             context, pruned, masked, recipe.reconstruction, output_error
         )
-    seconds = time.perf_counter() - started
-    return PrunedLayer(
-        _changed(context, pruned, planned, recipe),
-        LayerReport(
-            context.layer.name,
-            tuple(reports),
-            seconds,
-            reconstruction,
-            tuple(context.layer.full_name(operator) for operator in unseen),
-        ),
-    )
+    return _Pruned(pruned, planned, tuple(reports), unseen, reconstruction)
 
 
 def _stacks(operators: Sequence[Operator], recipe: PruneRecipe) -> list[list[Operator]]:

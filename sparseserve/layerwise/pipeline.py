@@ -3,7 +3,8 @@
 For every layer, on all calibration windows, the first layers on scrambled copies of them, too:
 
 1. Copy the layer twice: one copy stays dense, the other is pruned. Run the dense one to the next
-   layer's inputs.
+   layer's inputs. If the recipe asks for it, rotate the values of its attention, which
+   changes nothing that it computes, so that less is lost.
 2. For each group of operators that read the same input, in the order in which data reaches them:
    run both copies up to that input (on a CPU the dense one's is kept from step 1 instead), sum
    its second moments, and prune the group's weights.
@@ -41,9 +42,13 @@ from sparseserve.models.layers import capture_layer_calls, entering_states
 from sparseserve.models.prediction import prediction_head
 from sparseserve.models.reading import reading_weights
 from sparseserve.models.structure import ModelStructure, trace_structure
+from sparseserve.models.value_heads import ValueHeads, find_value_heads
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import Environment, PruneReport
 from sparseserve.text.calibration import CalibrationSet
+
+# A few tokens show what a layer computes; more would only cost time.
+_TRIED_TOKENS = 8
 
 
 class LayerStore(Protocol):
@@ -108,6 +113,7 @@ def prune_model(
         errors = None
         if recipe.reconstruction.epochs:
             errors = _OutputErrors.of(model, structure, calibration.windows[0], device)
+        heads = value_heads(model, structure, recipe, calibration.windows[0])
         reports = []
         earlier = 0.0
         for number, (layer, call) in enumerate(zip(structure.layers, calls, strict=True), start=1):
@@ -119,7 +125,7 @@ def prune_model(
             pruned = store.load(layer.name)
             if pruned is None:
                 error = errors.of_layer(number) if errors else None
-                pruned = prune_layer(context, recipe, progress, error)
+                pruned = prune_layer(context, recipe, progress, error, heads[number - 1])
                 store.save(layer.name, pruned)
                 # What is read from a file is mapped: memory does not grow with the layers.
                 pruned = store.load(layer.name) or pruned
@@ -140,6 +146,15 @@ def prune_model(
             peak_memory_bytes=_peak_memory(device),
             environment=Environment.here(),
         )
+
+
+def value_heads(
+    model: nn.Module, structure: ModelStructure, recipe: PruneRecipe, window: Tensor
+) -> tuple[tuple[ValueHeads, ...], ...]:
+    """Return where the values of each layer's attention are rotated before it is pruned."""
+    if recipe.rotate == "none":
+        return ((),) * len(structure.layers)
+    return find_value_heads(model, structure, window[:_TRIED_TOKENS])
 
 
 @dataclass(frozen=True, slots=True)

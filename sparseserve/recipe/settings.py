@@ -22,6 +22,7 @@ from sparseserve.text.calibration import CalibrationSpec
 RECIPE_VERSION = 1
 _SEARCH_SECONDS = 1
 EXPERTS = ("prune", "dense")
+ROTATIONS = ("none", "heads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class PruneRecipe:
         ignore: Regular expressions searched in full module names; matches stay dense.
         experts: Whether the experts of a mixture are pruned like everything else, or stay dense:
             ``prune`` or ``dense``.
+        rotate: ``heads`` rotates the values of each attention head before a layer is pruned, so
+            that less is lost; the model computes the same. ``none`` leaves them.
         dtype: Of the stored weights; ``auto`` keeps the model's own.
     """
 
@@ -54,6 +57,7 @@ class PruneRecipe:
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     ignore: tuple[str, ...] = ()
     experts: str = "prune"
+    rotate: str = "none"
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class PruneRecipe:
             raise RecipeError(unknown_name("dtype", self.dtype, ("auto", *DTYPES)))
         if self.experts not in EXPERTS:
             raise RecipeError(unknown_name("experts", self.experts, EXPERTS))
+        if self.rotate not in ROTATIONS:
+            raise RecipeError(unknown_name("rotate", self.rotate, ROTATIONS))
         trained = self.reconstruction.epochs or self.retraining.epochs
         if trained and self.calibration.samples < 2:
             raise RecipeError(
@@ -123,6 +129,7 @@ class PruneRecipe:
             "inter_weight": self.inter_weight,
             "ignore": list(self.ignore),
             "experts": self.experts,
+            "rotate": self.rotate,
             "dtype": self.dtype,
             "method": {"name": self.method, **asdict(self.pruner)},  # type: ignore[call-overload]  # every entry of PRUNERS is a dataclass
             "reconstruction": asdict(self.reconstruction),

@@ -14,6 +14,7 @@ A TOML file states the same keys. A key that it leaves out has the value of ``de
     error_correction = "intra+inter"  # or "none", "intra", "sequential"
     inter_weight = 0.5            # how much of the layers' errors "intra+inter" repairs, 0 to 1
     ignore = ["layers\\.0\\."]     # regular expressions; matching linears stay dense
+    rotate = "none"               # or "heads": the values of attention, before pruning
     dtype = "auto"                # or float32, bfloat16, float16: of the stored weights
 
     [method]

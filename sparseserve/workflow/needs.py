@@ -111,7 +111,9 @@ def _layer_bytes(
         outputs = sum(operator.out_features for operator in layer.operators)
         # What the backward pass keeps: about the inputs and outputs of every operator.
         training = _TRAINED * parameters + 3 * _FLOAT * tokens * outputs
-    return 2 * item * parameters + max(solving, training)
+    # The dense layer and the pruned one; where values are rotated, the dense one a second time.
+    copies = 2 if recipe.rotate == "none" else 3
+    return copies * item * parameters + max(solving, training)
 
 
 def _group_bytes(group: OperatorGroup, layer: LayerStructure, recipe: PruneRecipe) -> float:

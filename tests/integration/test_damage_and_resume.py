@@ -18,7 +18,8 @@ from sparseserve.checkpoint.verification import verify
 from sparseserve.errors import ArtifactError
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.pruners.sparsegpt import SparseGPT
-from sparseserve.report import OperatorReport
+from sparseserve.pruners.wanda import Wanda
+from sparseserve.report import OperatorReport, PruneReport
 
 
 def flip_byte(path: Path, place: int) -> None:
@@ -170,6 +171,21 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     for name in ("model.safetensors", "config.json"):
         assert (out / name).read_bytes() == (whole.path / name).read_bytes()
     assert not (out.parent / "killed.partial").exists()
+
+
+def test_a_killed_run_rotates_the_values_of_the_layers_that_are_left(
+    prune: Any, with_pruner: Any
+) -> None:
+    recipe = with_pruner(Wanda(), error_correction="intra+inter", rotate="heads")
+    whole = prune("llama", "whole", recipe=recipe)
+    with pytest.raises(Killed):
+        prune("llama", "killed", recipe=recipe, progress=KilledAfter(9))
+    prune("llama", "killed", recipe=recipe)
+    file = "model.safetensors"
+    assert (whole.path.parent / "killed" / file).read_bytes() == (whole.path / file).read_bytes()
+    report = PruneReport.from_json(whole.manifest.report)
+    assert [len(layer.rotations) for layer in report.layers] == [1, 1]
+    assert verify(whole.path).manifest.recipe["rotate"] == "heads"
 
 
 def test_the_time_of_layers_finished_before_the_kill_counts(prune: Any, tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ def test_a_recipe_with_a_method_differs_in_the_solver_alone(name: str, method: s
         ('error_correction = "inter"', "unknown error_correction 'inter'"),
         ('ignore = ["("]', "not a regular expression"),
         ('dtype = "int8"', "unknown dtype 'int8'"),
+        ('rotate = "head"', "unknown rotate 'head': did you mean 'heads'"),
         ("version = 2", "version 2 is not 1"),
         ("method = 3", "'method' must be a table"),
         ("= broken", "cannot be read as TOML"),

@@ -1,0 +1,203 @@
+r"""Where attention values may be rotated: found by what a layer does, not by what it is called.
+
+Attention weighs values and sums them, head by head: what leaves a head is linear in its values. A
+rotation ``R`` of the values of a head, ``V <- R^T V``, is therefore undone by the operator that
+reads the head, ``O <- O R``, and the layer computes what it did. That fails where values pass a
+gate, or a norm with gains, on their way. So random rotations are tried: a place counts if the
+layer's output stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparseserve.models.hooks import hidden_output
+from sparseserve.models.layer_call import LayerCall
+from sparseserve.models.layers import (
+    capture_layer_calls,
+    copy_layer,
+    entering_states,
+    layer_weight,
+)
+from sparseserve.models.structure import LayerStructure, ModelStructure, Operator
+
+# Head widths that models have, the largest first: a part of a head could be rotated, too.
+_WIDTHS = (512, 256, 192, 160, 128, 112, 96, 80, 64, 48, 40, 32, 24, 16, 8)
+# Of what the layer's output changes by when only the values are rotated. Rounding leaves 1e-6.
+_TOLERANCE = 1e-3
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class ValueHeads:
+    """Values of a layer's attention, head by head, and what reads them.
+
+    Attributes:
+        values: The operator that makes them, maybe among other rows.
+        start: Its first row that does.
+        rows: How many do; heads follow each other.
+        outputs: The operator that reads the heads. Its inputs are ``width`` columns for each query
+            head, and query heads that share values follow each other.
+        width: Of a head.
+    """
+
+    values: Operator
+    start: int
+    rows: int
+    outputs: Operator
+    width: int
+
+    @property
+    def heads(self) -> int:
+        """How many heads of values there are."""
+        return self.rows // self.width
+
+    @property
+    def shared_by(self) -> int:
+        """How many query heads read the values of one head."""
+        return self.outputs.in_features // self.rows
+
+    @torch.no_grad()
+    def rotate(self, layer: nn.Module, rotations: Tensor) -> None:
+        """Turn the values of ``layer`` and what reads them, in place.
+
+        Args:
+            layer: The decoder layer, in any dtype.
+            rotations: Orthogonal, ``[heads, width, width]``.
+        """
+        self.rotate_values(layer, rotations)
+        outputs = layer_weight(layer, self.outputs)
+        outputs.copy_(self.rotate_inputs(outputs.to(rotations.dtype), rotations))
+
+    def rotate_inputs(self, inputs: Tensor, rotations: Tensor) -> Tensor:
+        """Return rows ``[n, in_features]`` that ``outputs`` reads, as they are after rotation."""
+        shape = (len(inputs), self.heads, self.shared_by, self.width)
+        turned = torch.einsum("nkrh,khg->nkrg", inputs.reshape(shape), rotations)
+        return turned.reshape(inputs.shape)
+
+    @torch.no_grad()
+    def rotate_values(self, layer: nn.Module, rotations: Tensor) -> None:
+        """Turn the values alone, in place: the layer then computes something else."""
+        stop = self.start + self.rows
+        rows = [layer_weight(layer, self.values)[self.start : stop]]
+        bias = getattr(layer.get_submodule(self.values.name), "bias", None)
+        if bias is not None:
+            rows.append(bias.detach()[self.start : stop, None])
+        for part in rows:
+            heads = part.to(rotations.dtype).reshape(self.heads, self.width, -1)
+            part.copy_((rotations.mT @ heads).reshape(part.shape))
+
+
+def find_value_heads(
+    model: nn.Module, structure: ModelStructure, window: Tensor
+) -> tuple[tuple[ValueHeads, ...], ...]:
+    """Return, for each decoder layer, where its values may be rotated.
+
+    One layer of each class and set of operators is tried.
+
+    Args:
+        model: A causal language model in evaluation mode, on the CPU; not changed.
+        structure: Its layers.
+        window: Token ids ``[T]``; a few show it.
+    """
+    calls = capture_layer_calls(model, structure, [window])
+    [hidden] = entering_states(model, structure, [window])
+    found: dict[object, tuple[ValueHeads, ...]] = {}
+    answers = []
+    for layer, call in zip(structure.layers, calls, strict=True):
+        module = model.get_submodule(layer.name)
+        kind = (type(module), layer.groups)
+        if kind not in found:
+            trial = _Trial(module, layer, hidden, call)
+            found[kind] = tuple(trial.found())
+        answers.append(found[kind])
+    return tuple(answers)
+
+
+class _Trial:
+    """A layer in float32, its weights rotated and put back."""
+
+    def __init__(
+        self, module: nn.Module, layer: LayerStructure, hidden: Tensor, call: LayerCall
+    ) -> None:
+        self._dense = copy_layer(module, _CPU, torch.float32)
+        self._layer = copy_layer(self._dense)
+        self._structure = layer
+        self._hidden = hidden.float()
+        self._call = call.to(_CPU, torch.float32)
+        self._output = self._run()
+
+    def found(self) -> Iterator[ValueHeads]:
+        """Try all pairs of operators that could be values and what reads them."""
+        read: set[str] = set()
+        groups = self._structure.common_groups
+        for number, group in enumerate(groups):
+            for outputs in group.operators:
+                earlier = [value for group in groups[:number] for value in group.operators]
+                for values in earlier:
+                    if values.name in read:
+                        continue
+                    heads = self._heads(values, outputs)
+                    if heads is not None:
+                        read |= {values.name, outputs.name}
+                        yield heads
+                        break
+
+    def _heads(self, values: Operator, outputs: Operator) -> ValueHeads | None:
+        for start, rows in _candidate_rows(values, outputs):
+            # Turned by half a turn, whatever is linear in the values stays: most pairs end here.
+            half = ValueHeads(values, start, rows, outputs, rows)
+            if not self._stays(half, -torch.eye(rows)[None]):
+                continue
+            for width in (width for width in _WIDTHS if rows % width == 0):
+                heads = ValueHeads(values, start, rows, outputs, width)
+                if self._stays(heads, _random_rotations(heads.heads, width)):
+                    return heads
+        return None
+
+    def _stays(self, heads: ValueHeads, rotations: Tensor) -> bool:
+        """Whether the output moves far less than where the values alone are rotated."""
+        heads.rotate_values(self._layer, rotations)
+        moved = _distance(self._run(), self._output)
+        self._put_back(heads.values)
+        heads.rotate(self._layer, rotations)
+        left = _distance(self._run(), self._output)
+        self._put_back(heads.values, heads.outputs)
+        return left <= _TOLERANCE * moved
+
+    @torch.no_grad()
+    def _run(self) -> Tensor:
+        output = hidden_output(self._call.apply(self._layer, self._hidden))
+        assert output is not None, "the layers of a structure return hidden states"
+        return output
+
+    def _put_back(self, *operators: Operator) -> None:
+        for operator in operators:
+            dense = self._dense.get_submodule(operator.name)
+            self._layer.get_submodule(operator.name).load_state_dict(dense.state_dict())
+
+
+def _candidate_rows(values: Operator, outputs: Operator) -> Sequence[tuple[int, int]]:
+    """Return the rows, first and number, that may be values: all, or the last of q, k and v."""
+    rows, inputs = values.out_features, outputs.in_features
+    fused = (rows - inputs) // 2
+    candidates = []
+    if inputs % rows == 0:
+        candidates.append((0, rows))
+    if fused > 0 and (rows - inputs) % 2 == 0 and inputs % fused == 0:
+        candidates.append((rows - fused, fused))
+    return candidates
+
+
+def _random_rotations(heads: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(width)
+    rotations: Tensor = torch.linalg.qr(torch.randn(heads, width, width, generator=generator)).Q
+    return rotations
+
+
+def _distance(output: Tensor, other: Tensor) -> float:
+    return float((output.double() - other.double()).norm())
