@@ -43,7 +43,7 @@ def removed(weight: Tensor, second_moment: Tensor, pattern: SparsityPattern) -> 
 def turned(case: HeadWeights, rotations: Tensor) -> HeadWeights:
     """The same layer in the new basis, its second moment as it would be measured there."""
     blocks = [rotation for rotation in rotations.float() for _ in range(SHARED_BY)]
-    whole = torch.block_diag(*blocks)
+    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     return HeadWeights(
         rotations.float().mT @ case.values,
         (case.outputs.flatten(1) @ whole).reshape(case.outputs.shape),
