@@ -13,8 +13,8 @@ killed goes on from the layer it had reached (``demo/unfinished``)::
 
 A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
 ``,reconstruct`` (``@N`` for N epochs, not the default's) and ``,retrain`` for the steps after
-pruning, ``,scramble`` for a scrambled copy of each window beside it. The method of a preset has the
-knobs it has there; one of them can be set in brackets::
+pruning, ``,rotate`` for rotated heads, ``,scramble`` for a scrambled copy of each window beside
+it. The method of a preset has the knobs it has there; one of them can be set in brackets::
 
     --only sparsegpt:sequential --only admm:intra+inter@0.5 --only admm:intra,retrain
     --only 'fista-paper[warm_start=admm]:intra'
@@ -98,7 +98,7 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     method, _, knob = method.rstrip("]").partition("[")
     correction, _, weight = correction.partition("@")
     arguments = dict(step.partition("@")[::2] for step in steps)
-    if unknown := set(arguments) - {"reconstruct", "retrain", "scramble"}:
+    if unknown := set(arguments) - {"reconstruct", "retrain", "rotate", "scramble"}:
         raise click.UsageError(f"{variant}: no such step: {', '.join(sorted(unknown))}")
     usual: dict[str, Any] = {
         preset.method: preset.to_json()["method"] for preset in PRESETS.values()
@@ -109,6 +109,7 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
         "method": {"name": method, **usual.get(method, {}), **chosen},
         "error_correction": correction or "none",
         "reconstruction": {"epochs": 0},
+        "rotate": "heads" if "rotate" in arguments else "none",
         "calibration": asdict(
             replace(setting.calibration_spec(seed), scrambled=int("scramble" in arguments))
         ),

@@ -14,14 +14,15 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
+from sparseserve.checkpoint.packed24 import Packed24
+from sparseserve.checkpoint.semi_structured import to_meta
 from sparseserve.serving.kernels.cuda.device import CudaDevice, cuda_device, refusal
 from sparseserve.serving.kernels.cuda.operands import (
     pad_batch,
+    require_aligned,
     require_operands,
     require_tensor,
-    require_two_four,
 )
 from sparseserve.serving.kernels.cuda.trial import trial_refusal
 from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight
@@ -49,15 +50,19 @@ class CutlassKernel:
     def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
         """Return values ``[rows, columns / 2]`` and int16 metadata ``[rows, columns / 16]``.
 
-        The metadata is in the order in which CUTLASS reads it, not row by row.
+        The metadata is in the order in which CUTLASS reads it, not row by row. Both are made from
+        the packed weight, without a dense copy.
 
         Raises:
-            ValueError: The weight is not 2:4, which torch would cut down silently, or not aligned.
+            ServingError: The weight is not 2:4.
+            ValueError: It is not aligned.
         """
-        dense = weight.dense().to(spec.device, spec.dtype)
-        require_two_four(dense, ROW_MULTIPLE, COLUMN_MULTIPLE)
-        values, metadata = sparse_semi_structured_from_dense_cutlass(dense)  # type: ignore[no-untyped-call]
-        return values.contiguous(), metadata.contiguous()
+        packed = weight.packed()
+        values = packed.values.to(spec.device, spec.dtype).contiguous()
+        rows, kept = values.shape
+        require_aligned(rows, 2 * kept, ROW_MULTIPLE, COLUMN_MULTIPLE)
+        metadata = to_meta(Packed24(values, packed.indices.to(spec.device)))
+        return values, metadata.contiguous()
 
     def matmul(
         self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int

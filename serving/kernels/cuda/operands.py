@@ -60,13 +60,24 @@ def require_two_four(dense: Tensor, row_multiple: int, column_multiple: int) -> 
         ValueError: ``dense`` is not 2:4, not contiguous or not aligned.
     """
     rows, columns = dense.shape
-    if rows % row_multiple or columns % column_multiple or not dense.is_contiguous():
-        raise ValueError(
-            f"weight {rows} x {columns}, strides {dense.stride()}: should be contiguous and of "
-            f"multiples of {row_multiple} x {column_multiple}"
-        )
+    require_aligned(rows, columns, row_multiple, column_multiple)
+    if not dense.is_contiguous():
+        raise ValueError(f"weight of strides {dense.stride()}: should be contiguous")
     if violation := TWO_FOUR.first_violation(dense):
         raise ValueError(f"weight is not 2:4 at {violation}")
+
+
+def require_aligned(rows: int, columns: int, row_multiple: int, column_multiple: int) -> None:
+    """Refuse a weight of a size that a kernel cannot hold.
+
+    Raises:
+        ValueError: ``rows`` or ``columns`` are no multiples.
+    """
+    if rows % row_multiple or columns % column_multiple:
+        raise ValueError(
+            f"weight {rows} x {columns}: should be of multiples of "
+            f"{row_multiple} x {column_multiple}"
+        )
 
 
 def pad_batch(inputs: Tensor, multiple: int) -> Tensor:
