@@ -12,9 +12,10 @@ killed goes on from the layer it had reached (``demo/unfinished``)::
         --text wikipedia=demo/texts/wikipedia-evaluation.txt
 
 A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
-``,reconstruct`` (``@N`` for N epochs, not the default's) and ``,retrain`` for the steps after
-pruning, ``,rotate`` for rotated heads, ``,scramble`` for a scrambled copy of each window beside
-it. The method of a preset has the knobs it has there; one of them can be set in brackets::
+``,reconstruct`` (``@N`` for N epochs, not the default's), ``,retrain`` and ``,distill@N`` (on N
+fresh windows) for the steps after pruning, ``,rotate`` for rotated heads, ``,scramble`` for a
+scrambled copy of each window beside it. The method of a preset has the knobs it has there; one of
+them can be set in brackets::
 
     --only sparsegpt:sequential --only admm:intra+inter@0.5 --only admm:intra,retrain
     --only 'fista-paper[warm_start=admm]:intra'
@@ -37,7 +38,7 @@ from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.recipe.toml import PRESETS, recipe_from_mapping
+from sparseserve.recipe.toml import PRESETS, distillation, recipe_from_mapping
 from sparseserve.report import PruneReport
 from sparseserve.text.calibration import CalibrationSpec
 from sparseserve.workflow.job import Job
@@ -98,7 +99,7 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     method, _, knob = method.rstrip("]").partition("[")
     correction, _, weight = correction.partition("@")
     arguments = dict(step.partition("@")[::2] for step in steps)
-    if unknown := set(arguments) - {"reconstruct", "retrain", "rotate", "scramble"}:
+    if unknown := set(arguments) - {"reconstruct", "retrain", "distill", "rotate", "scramble"}:
         raise click.UsageError(f"{variant}: no such step: {', '.join(sorted(unknown))}")
     usual: dict[str, Any] = {
         preset.method: preset.to_json()["method"] for preset in PRESETS.values()
@@ -122,6 +123,8 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
         data["reconstruction"] = asdict(replace(training, epochs=epochs))
     if "retrain" in arguments:
         data["retraining"] = {"epochs": 3}
+    if "distill" in arguments:
+        data["retraining"] = distillation(int(arguments["distill"]))
     return recipe_from_mapping(data)
 
 

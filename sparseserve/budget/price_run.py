@@ -219,9 +219,11 @@ def _held_out_texts(
         windows = held_out_windows(
             tokenizer,
             source,
-            used=calibration.windows,
+            used=(*calibration.windows, *calibration.fresh),
             samples=count,
             sequence_length=calibration.record.sequence_length,
+            purpose="measure the perplexity",
+            remedy="another text with --validation",
         )
         texts.append(
             HeldOutText(

@@ -72,6 +72,12 @@ _SOLVER = (
         "--retrain", type=int, help="Epochs that the whole model is trained at the end; 0 for none."
     ),
     click.option(
+        "--distill",
+        type=int,
+        help="Windows of the calibration text that pruning does not see: at the end all kept "
+        "weights are trained on them towards the dense model's predictions.",
+    ),
+    click.option(
         "--rotate",
         help="heads rotates the values of each attention head before pruning, so that less is "
         "lost; none does not.",
@@ -95,6 +101,7 @@ class RecipeOptions:
     inter_weight: float | None = None
     reconstruct: int | None = None
     retrain: int | None = None
+    distill: int | None = None
     calibration: str | None = None
     text_column: str | None = None
     samples: int | None = None
@@ -114,7 +121,7 @@ class RecipeOptions:
         """
         from dataclasses import replace
 
-        from sparseserve.recipe.toml import named_recipe
+        from sparseserve.recipe.toml import distillation, named_recipe
         from sparseserve.sparsity import SparsityPattern
 
         recipe = named_recipe(self.recipe, self.method)
@@ -129,7 +136,11 @@ class RecipeOptions:
         return replace(
             recipe,
             reconstruction=replace(recipe.reconstruction, **_given(epochs=self.reconstruct)),
-            retraining=replace(recipe.retraining, **_given(epochs=self.retrain)),
+            retraining=replace(
+                recipe.retraining,
+                **({} if self.distill is None else distillation(self.distill)),
+                **_given(epochs=self.retrain),
+            ),
             calibration=replace(recipe.calibration, **calibration),
             **_given(
                 pattern=None if self.pattern is None else SparsityPattern.parse(self.pattern),

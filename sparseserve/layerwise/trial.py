@@ -19,8 +19,8 @@ from sparseserve.models.reading import reading_weights
 from sparseserve.models.structure import ModelStructure
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.retraining.checkpointing import checkpointed_layers
-from sparseserve.retraining.low_rank import vector_updates
 from sparseserve.retraining.retrain import check_retraining
+from sparseserve.retraining.updates import vector_updates
 from sparseserve.text.calibration import CalibrationSet
 
 #: Tokens that a model is tried on: structure depends on no token, and more would cost time.
@@ -65,7 +65,7 @@ def try_layers(
             last = index == len(calls) - 1
             _run_backwards(layer, hidden.float(), call, head if last else None)
     if recipe.retraining.epochs:
-        check_retraining(model, calibration.windows, recipe.retraining)
+        check_retraining(model, calibration.for_retraining, recipe.retraining)
         _retrain_nothing(model, windows[0], recipe)
 
 

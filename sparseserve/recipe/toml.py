@@ -26,6 +26,9 @@ A TOML file states the same keys. A key that it leaves out has the value of ``de
 
     [retraining]
     epochs = 0                    # passes over the windows for the whole model; 0 for none
+    every_weight = false          # train all kept weights, not low-rank updates of them
+    distillation = 0.0            # 1: towards the dense model's predictions; 0: towards the text
+    fresh = 0                     # windows for this alone, which pruning does not see
 
     [calibration]
     source = "text.txt"           # file, folder or dataset name; left out: the packaged text
@@ -42,7 +45,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from sparseserve.errors import RecipeError, first_line, unknown_name
 from sparseserve.paths import local_path, shown_value
@@ -136,6 +139,13 @@ def named_recipe(recipe: str | None, method: str | None) -> PruneRecipe:
     loaded = load_recipe(recipe)
     # A recipe that has this solver already keeps the settings it gives it.
     return loaded if loaded.method == method else replace(loaded, pruner=pruner)
+
+
+def distillation(windows: int) -> dict[str, Any]:
+    """Return the settings of retraining that distil the dense model on so many fresh windows."""
+    if windows == 0:
+        return {"epochs": 0}
+    return {"every_weight": True, "distillation": 1.0, "fresh": windows, "epochs": 1}
 
 
 def recipe_from_mapping(data: Mapping[str, object]) -> PruneRecipe:

@@ -1,12 +1,17 @@
 """Retraining a pruned model on its calibration text, without undoing the pruning.
 
+Layer by layer, pruning sees the errors of one decoder layer at a time. Here the loss is that of the
+model's predictions, and its gradient reaches all layers.
+
 PERP (Zimmer et al. 2023, "PERP: Rethinking the prune-retrain paradigm in the era of LLMs"): after
 pruning, train only norms, biases and low-rank updates of the pruned operators under their masks
 (MaskLoRA), then merge them, so the checkpoint keeps its format and its zeros. PERP minimises the
 cross-entropy of the next token; here the loss can also, or instead, be the divergence from the
-predictions of the dense model. Some windows are held out of training: the epoch that does best on
-them is kept, or nothing if none does better than the pruned model. Windows that the pruner was
-calibrated with flatter the pruned model, so there this decision is on the cautious side.
+predictions of the dense model (distillation), and all kept weights can be trained.
+
+Some windows are held out of training: the epoch that does best on them is kept, or nothing if none
+does better than the pruned model. Windows that the pruner was calibrated with flatter the pruned
+model, so there this decision is on the cautious side; fresh windows flatter neither.
 """
 
 from __future__ import annotations
@@ -26,7 +31,13 @@ from sparseserve.errors import NumericalError, RecipeError
 from sparseserve.report import HeldOutLoss, RetrainReport
 from sparseserve.retraining.checkpointing import checkpointed_layers, in_pruning_dtype
 from sparseserve.retraining.losses import DensePrediction, Example, prediction_loss
-from sparseserve.retraining.low_rank import Update, installed, low_rank_updates, vector_updates
+from sparseserve.retraining.updates import (
+    Update,
+    installed,
+    kept_updates,
+    low_rank_updates,
+    vector_updates,
+)
 from sparseserve.text.held_out import held_out_count, spread_places
 
 OnWindow = Callable[[int, int, float], None]
@@ -37,6 +48,9 @@ class Retraining:
     """How to retrain.
 
     Attributes:
+        every_weight: Whether all kept weights of the pruned operators are trained, instead of
+            low-rank updates of them. Their learning rate is relative to the root mean square of
+            the operator's kept weights.
         rank: Of the low-rank updates; 0 for none.
         scale: Factor on the low-rank product (alpha / rank in LoRA's terms).
         norms: Whether the weights of norms are trained.
@@ -50,10 +64,13 @@ class Retraining:
         batch: Windows a step.
         clip: Largest norm of a step's gradient.
         held_out: Share of windows not trained on.
+        fresh: Windows of the calibration text that pruning does not see, for this training alone;
+            0 trains on those that it saw.
         checkpointing: Compute what happens inside decoder layers twice instead of keeping it.
         seed: Draws the first values and the order of windows.
     """
 
+    every_weight: bool = False
     rank: int = 16
     scale: float = 2.0
     norms: bool = True
@@ -66,6 +83,7 @@ class Retraining:
     batch: int = 1
     clip: float = 1.0
     held_out: float = 0.125
+    fresh: int = 0
     checkpointing: bool = True
     seed: int = 0
 
@@ -81,7 +99,11 @@ class Retraining:
                 "retraining: distillation must be from 0 to 1, warmup from 0 to less than 1, "
                 "held_out between 0 and 1"
             )
-        if not (self.rank or self.norms or self.biases):
+        if self.fresh < 0 or self.fresh == 1:
+            raise RecipeError(
+                f"retraining: fresh {self.fresh} must be 0, or at least 2: one is held out"
+            )
+        if not (self.every_weight or self.rank or self.norms or self.biases):
             raise RecipeError("retraining: nothing to train: set rank, norms or biases")
 
 
@@ -169,7 +191,7 @@ def check_retraining(model: nn.Module, windows: Sequence[Tensor], knobs: Retrain
     if len(windows) < 2:
         raise RecipeError("retraining holds windows out, so it needs at least --samples 2")
     vectors = vector_updates(model, norms=knobs.norms, biases=knobs.biases)
-    if not knobs.rank and not vectors:
+    if not (knobs.every_weight or knobs.rank or vectors):
         raise RecipeError("retraining: the model has no norms or biases to train: set rank")
 
 
@@ -188,7 +210,9 @@ def _split(
 
 def _updates(model: nn.Module, operators: Collection[str], knobs: Retraining) -> list[Update]:
     updates = vector_updates(model, norms=knobs.norms, biases=knobs.biases)
-    if knobs.rank:
+    if knobs.every_weight:
+        updates += kept_updates(model, operators)
+    elif knobs.rank:
         updates += low_rank_updates(
             model, operators, rank=knobs.rank, scale=knobs.scale, seed=knobs.seed
         )

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
-from sparseserve.text import TextFile, calibration_windows, fit_sequence_length, read_text
+from sparseserve.text import (
+    TextFile,
+    TextSource,
+    calibration_windows,
+    fit_sequence_length,
+    read_text,
+)
+from sparseserve.text.held_out import held_out_windows
 from sparseserve.text.windows import require_known_tokens
 
 if TYPE_CHECKING:
@@ -67,7 +74,8 @@ class CalibrationRecord:
     """What a report says of the calibration: enough to tell whether two runs used the same tokens.
 
     ``digest`` is the SHA-256 of all token ids, window after window, as little-endian int64.
-    ``skipped_rows`` counts the rows of the text's tables that held no text.
+    ``skipped_rows`` counts the rows of the text's tables that held no text. ``fresh_digest`` is the
+    digest of the windows that only retraining sees; None where there are none.
     """
 
     name: str
@@ -78,6 +86,7 @@ class CalibrationRecord:
     tokens: int
     digest: str
     skipped_rows: int = 0
+    fresh_digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +98,19 @@ class CalibrationSet:
         record: Of ``windows``.
         scrambled: Scrambled copies of them.
         scrambled_layers: How many decoder layers, from the first on, see the copies.
+        fresh: Windows that share nothing with the others, for retraining.
     """
 
     windows: tuple[Tensor, ...]
     record: CalibrationRecord
     scrambled: tuple[Tensor, ...] = ()
     scrambled_layers: int = 0
+    fresh: tuple[Tensor, ...] = ()
+
+    @property
+    def for_retraining(self) -> tuple[Tensor, ...]:
+        """The windows that the whole model is trained on."""
+        return self.fresh or self.windows
 
 
 def load_calibration(
@@ -102,6 +118,8 @@ def load_calibration(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     vocabulary: int | None = None,
+    *,
+    fresh: int = 0,
 ) -> CalibrationSet:
     """Read the text of ``spec`` and cut its windows.
 
@@ -110,6 +128,7 @@ def load_calibration(
         tokenizer: The model's.
         max_length: How many positions the model has; None is any number.
         vocabulary: How many rows its embedding has; None is enough for every token.
+        fresh: How many windows to cut from what the others leave of the text.
 
     Raises:
         RecipeError: windows are longer than ``max_length``.
@@ -124,6 +143,8 @@ def load_calibration(
         tokenizer, source, samples=spec.samples, sequence_length=length, seed=spec.seed
     )
     require_known_tokens(source.name, windows, vocabulary)
+    others = _fresh(windows, source, tokenizer, fresh, length) if fresh else []
+    require_known_tokens(source.name, others, vocabulary)
     record = CalibrationRecord(
         name=source.name,
         sources=source.files,
@@ -133,9 +154,30 @@ def load_calibration(
         tokens=sum(len(window) for window in windows),
         digest=_digest(windows),
         skipped_rows=source.skipped,
+        fresh_digest=_digest(others) if others else None,
     )
     scrambled = tuple(_scrambled(windows, spec, tokenizer, vocabulary))
-    return CalibrationSet(tuple(windows), record, scrambled, spec.scrambled_layers)
+    return CalibrationSet(
+        tuple(windows), record, scrambled, spec.scrambled_layers, fresh=tuple(others)
+    )
+
+
+def _fresh(
+    windows: list[Tensor],
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+) -> list[Tensor]:
+    return held_out_windows(
+        tokenizer,
+        source,
+        used=windows,
+        samples=samples,
+        sequence_length=length,
+        purpose="train the whole model on text that pruning does not see",
+        remedy="fewer windows with --distill",
+    )
 
 
 def _scrambled(

@@ -33,6 +33,8 @@ def held_out_windows(
     used: Sequence[Tensor],
     samples: int,
     sequence_length: int,
+    purpose: str,
+    remedy: str,
 ) -> list[Tensor]:
     """Cut windows, int64 ``[sequence_length]`` each, that share no place with those ``used``.
 
@@ -45,6 +47,8 @@ def held_out_windows(
         used: Calibration windows, each with the tokens the model expects before every text.
         samples: How many windows to cut.
         sequence_length: Their tokens.
+        purpose: What they are needed to do, for the message.
+        remedy: What else helps, likewise.
 
     Raises:
         RecipeError: No text would fit into the window.
@@ -61,8 +65,8 @@ def held_out_windows(
     if len(starts) < samples:
         raise CalibrationError(
             f"{source.name} has {len(starts)} windows of {sequence_length} tokens outside of the "
-            f"calibration windows, {samples} are needed to measure the perplexity: give more text, "
-            "fewer --samples, or another text with --validation"
+            f"calibration windows, {samples} are needed to {purpose}: give more text, "
+            f"fewer --samples, or {remedy}"
         )
     chosen = [starts[index * len(starts) // samples] for index in range(samples)]
     return stream.windows(chosen, body)

@@ -69,6 +69,7 @@ def needs_of(
             _layer_bytes(loaded.model.get_submodule(layer.name), layer, recipe, calibration, item)
             for layer in structure.layers
         )
+    largest = max(largest, _retraining_bytes(loaded.model, structure, recipe))
     head = loaded.model.get_output_embeddings()
     trained = recipe.reconstruction.epochs > 0
     predicting = _FLOAT * _parameters(head) if trained and isinstance(head, nn.Module) else 0
@@ -116,6 +117,23 @@ def _layer_bytes(
     return copies * item * parameters + max(solving, training)
 
 
+def _retraining_bytes(model: nn.Module, structure: ModelStructure, recipe: PruneRecipe) -> float:
+    """Return what training the whole model takes: on a CPU it computes in float32."""
+    knobs = recipe.retraining
+    if not knobs.epochs:
+        return 0.0
+    operators = [operator for layer in structure.layers for operator in layer.operators]
+    # The weight with its update, which the backward pass keeps.
+    updated = _FLOAT * sum(item.out_features * item.in_features for item in operators)
+    trained = sum(
+        item.out_features * item.in_features
+        if knobs.every_weight
+        else knobs.rank * (item.out_features + item.in_features)
+        for item in operators
+    )
+    return _FLOAT * _parameters(model) + updated + _TRAINED * trained
+
+
 def _group_bytes(group: OperatorGroup, layer: LayerStructure, recipe: PruneRecipe) -> float:
     width = group.in_features
     moments = 3 if recipe.correction.needs_dense and recipe.correction.paired else 1
@@ -139,7 +157,7 @@ def _disk_bytes(
     recipe, device = job.recipe, job.runs_on
     weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
     windows = (*calibration.windows, *calibration.scrambled)
-    tokens = sum(len(window) for window in windows)
+    tokens = sum(map(len, windows))
     item = pruning_dtype(next(loaded.model.parameters()).dtype, device).itemsize
     inputs = [
         [group.operators[0].in_features for group in layer.common_groups]
@@ -150,7 +168,8 @@ def _disk_bytes(
     width = 2 * hidden + (max(map(sum, inputs)) if device.type == "cpu" else 0)
     predictions = 0
     if recipe.retraining.epochs and recipe.retraining.distillation:
-        predictions = 12 * (recipe.retraining.likeliest + 1) * tokens
+        predicted = sum(map(len, calibration.for_retraining))
+        predictions = 12 * (recipe.retraining.likeliest + 1) * predicted
     # The layers, and the result; what is not stored as a checkpoint is made from a dense one.
     copies = 3 if FORMATS[job.stored_as].storage is None else 2
     needed: int = copies * weights + tokens * width * item + predictions

@@ -67,8 +67,13 @@ def open_run(job: Job, place: OutputPlace | None) -> Opening:
     loaded = load_model(job.source, dtype=recipe.torch_dtype, scratch=scratch)
     progress.stage("reading calibration text")
     config = loaded.model.config
+    knobs = recipe.retraining
     calibration = load_calibration(
-        recipe.calibration, loaded.tokenizer, position_limit(config), vocabulary_size(config)
+        recipe.calibration,
+        loaded.tokenizer,
+        position_limit(config),
+        vocabulary_size(config),
+        fresh=knobs.fresh if knobs.epochs else 0,
     )
     progress.stage("rehearsing the run")
     structure, needs = rehearse(job, loaded, calibration, place)
@@ -93,7 +98,12 @@ def _fingerprint(
         f"model file {name}": file_sha256(loaded.folder / name) for name in _model_files(loaded)
     }
     return Fingerprint(
-        {**parts, "calibration": calibration.record.digest, "device": _description(device)}
+        {
+            **parts,
+            "calibration": calibration.record.digest,
+            "text for retraining": str(calibration.record.fresh_digest),
+            "device": _description(device),
+        }
     )
 
 

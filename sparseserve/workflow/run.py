@@ -163,7 +163,7 @@ def _dense_predictions(opening: Opening, run: RunFolder) -> Sequence[DensePredic
     found = StoredPredictions.write(
         run.fresh("predictions"),
         dense_predictions(
-            model.to(opening.job.runs_on), opening.calibration.windows, knobs.likeliest
+            model.to(opening.job.runs_on), opening.calibration.for_retraining, knobs.likeliest
         ),
     )
     model.to("cpu")
@@ -174,7 +174,7 @@ def _retrained(
     opening: Opening, report: PruneReport, dense: Sequence[DensePrediction]
 ) -> PruneReport:
     """Retrain the pruned model in place, if the recipe says so, and add that to the report."""
-    model, windows = opening.loaded.model, opening.calibration.windows
+    model, windows = opening.loaded.model, opening.calibration.for_retraining
     knobs = opening.job.recipe.retraining
     if not knobs.epochs:
         return report

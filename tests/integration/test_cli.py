@@ -109,6 +109,31 @@ def test_a_recipe_and_a_method_are_all_of_the_recipe_with_that_solver(
         assert manifest["report"]["retraining"] is not None
 
 
+def test_distillation_trains_all_kept_weights_on_windows_that_pruning_does_not_see(
+    cli: Cli, llama: Path, text: Path
+) -> None:
+    arguments = prune_arguments(llama, text, "--recipe", "fast", "--json")
+    plain = json.loads(cli(*arguments, "-o", "plain").stdout)
+    done = cli(*arguments, "-o", "out", "--distill", "4")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    report = manifest["report"]["retraining"]
+    assert report["steps"] == 3  # one of the four windows is held out
+    # The windows that layers are pruned with are the same.
+    assert manifest["calibration"]["digest"] == plain["calibration"]["digest"]
+    assert manifest["calibration"]["fresh_digest"]
+    pruned = [
+        operator["shape"][0] * operator["shape"][1]
+        for layer in manifest["report"]["layers"]
+        for operator in layer["operators"]
+    ]
+    assert report["trained_parameters"] > sum(pruned)
+    assert cli("verify", "out").returncode == 0
+    refused = cli(*arguments, "-o", "other", "--distill", "1")
+    assert refused.returncode == 1
+    assert "fresh 1 must be 0, or at least 2" in refused.stderr
+
+
 def test_a_recipe_keeps_its_solvers_settings_where_the_method_is_its_own(
     cli: Cli, llama: Path, text: Path
 ) -> None:

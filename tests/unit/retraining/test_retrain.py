@@ -25,8 +25,14 @@ from sparseserve.retraining.losses import (
     next_token_logits,
     prediction_loss,
 )
-from sparseserve.retraining.low_rank import MaskedLowRank, Update, installed, vector_updates
 from sparseserve.retraining.retrain import Retraining, retrain
+from sparseserve.retraining.updates import (
+    KeptWeights,
+    MaskedLowRank,
+    Update,
+    installed,
+    vector_updates,
+)
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import TINY_FAMILIES, tiny_model
 
@@ -138,6 +144,35 @@ def test_gradient_of_the_masked_product_is_that_of_a_dense_reparametrisation() -
     torch.testing.assert_close(change.left.grad, masked @ change.right.detach().T)
     torch.testing.assert_close(change.right.grad, change.left.detach().T @ masked)
     assert torch.equal(layer.weight, weight)
+
+
+def test_all_kept_weights_can_be_trained_and_zeros_stay() -> None:
+    case = pruned("qwen3")
+    before = case.state()
+    report = case.retrained(replace(QUICK, every_weight=True))
+    assert report.kept_epoch > 0
+    kept = sum(int((before[f"{name}.weight"] != 0).sum()) for name in case.operators)
+    for name in case.operators:
+        weight, old = case.model.get_submodule(name).weight, before[f"{name}.weight"]
+        assert bits(weight[old == 0]) == bits(old[old == 0])
+        # Weights that no gradient reached are few.
+        assert int((weight != old)[old != 0].sum()) > 0.95 * int((old != 0).sum())
+    assert report.trained_parameters > kept
+
+
+def test_a_first_step_moves_every_kept_weight_by_the_rate_times_their_size() -> None:
+    weight = TWO_FOUR.project(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+    layer = nn.Linear(8, 6, bias=False).requires_grad_(False)
+    layer.weight.copy_(7 * weight)
+    change = KeptWeights(layer.weight)
+    size = float(layer.weight[weight != 0].square().mean().sqrt())
+    # Adam's first step is the sign of the gradient.
+    optimizer = torch.optim.Adam(change.parameters(), lr=1e-3)
+    with installed([Update(layer, "weight", change)]):
+        torch.autograd.backward([layer(torch.rand(10, 8)).square().sum()])
+        optimizer.step()
+    moved = (change(layer.weight) - layer.weight).abs()
+    torch.testing.assert_close(moved, 1e-3 * size * (weight != 0), rtol=1e-2, atol=1e-7)
 
 
 def test_without_low_rank_updates_the_operators_keep_their_bytes() -> None:

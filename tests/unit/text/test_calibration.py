@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from sparseserve.errors import RecipeError
+from sparseserve.errors import CalibrationError, RecipeError
 from sparseserve.testing import tiny_tokenizer
 from sparseserve.text.calibration import CalibrationSpec, load_calibration
 
@@ -38,6 +38,35 @@ def test_equal_settings_give_equal_records_and_another_seed_another_digest(tmp_p
 
     assert record(0) == record(0)
     assert record(0) != record(1)
+
+
+def test_fresh_windows_share_nothing_with_the_others_which_stay(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.txt"
+    path.write_text(",".join(f"{number:05d}" for number in range(900)))
+    spec = CalibrationSpec(source=str(path), samples=9, sequence_length=40, scrambled=0)
+    alone = load_calibration(spec, tiny_tokenizer(), None)
+    both = load_calibration(spec, tiny_tokenizer(), None, fresh=20)
+    assert all(one.equal(other) for one, other in zip(both.windows, alone.windows, strict=True))
+    assert alone.for_retraining == alone.windows
+    assert both.for_retraining == both.fresh
+    assert len(both.fresh) == 20
+    # No eight letters occur twice in the text: a shared place would show as a shared piece.
+    pieces = [
+        tuple(piece.tolist())
+        for window in (*both.windows, *both.fresh)
+        for piece in window.unfold(0, 8, 1)
+    ]
+    assert len(set(pieces)) == len(pieces)
+    assert both.record.fresh_digest is not None
+    assert replace(both.record, fresh_digest=None) == alone.record
+
+
+def test_a_text_without_fresh_windows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.txt"
+    path.write_text(",".join(f"{number:05d}" for number in range(100)))
+    spec = CalibrationSpec(source=str(path), samples=9, sequence_length=40)
+    with pytest.raises(CalibrationError, match=r"needed to train the whole model.*--distill"):
+        load_calibration(spec, tiny_tokenizer(), None, fresh=20)
 
 
 def test_the_packaged_text_calibrates_any_model_by_default() -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sparseserve.errors import CalibrationError
 from sparseserve.testing import tiny_tokenizer
@@ -24,13 +27,25 @@ def places(windows: list[torch.Tensor]) -> list[set[int]]:
     return [set(range(start, start + len(windows[0]))) for (start,) in starts]
 
 
+def held_out(used: Sequence[Tensor], samples: int, length: int) -> list[Tensor]:
+    return held_out_windows(
+        TOKENIZER,
+        SOURCE,
+        used=used,
+        samples=samples,
+        sequence_length=length,
+        purpose="judge",
+        remedy="wait",
+    )
+
+
 @settings(max_examples=25)
 @given(st.integers(0, 40), st.integers(1, 20), st.integers(1, 12))
 def test_windows_share_no_place_with_used_ones_or_each_other(
     seed: int, used_count: int, samples: int
 ) -> None:
     used = calibration_windows(TOKENIZER, SOURCE, samples=used_count, sequence_length=32, seed=seed)
-    found = held_out_windows(TOKENIZER, SOURCE, used=used, samples=samples, sequence_length=16)
+    found = held_out(used, samples, 16)
     assert len(found) == samples
     taken = places(used)
     for own in places(found):
@@ -40,14 +55,16 @@ def test_windows_share_no_place_with_used_ones_or_each_other(
 
 def test_windows_of_another_text_take_no_place() -> None:
     other = [torch.arange(32) + 100]
-    found = held_out_windows(TOKENIZER, SOURCE, used=other, samples=50, sequence_length=32)
+    found = held_out(other, 50, 32)
     assert torch.equal(found[0], token_stream(TOKENIZER, SOURCE).tokens[:32])
 
 
 def test_a_text_that_calibration_used_up_is_refused_with_the_remedy() -> None:
     used = [token_stream(TOKENIZER, SOURCE).tokens]
-    with pytest.raises(CalibrationError, match=r"0 windows of 32 tokens outside.*--validation"):
-        held_out_windows(TOKENIZER, SOURCE, used=used, samples=1, sequence_length=32)
+    with pytest.raises(
+        CalibrationError, match=r"0 windows of 32 tokens outside.*needed to judge:.*or wait"
+    ):
+        held_out(used, 1, 32)
 
 
 @pytest.mark.parametrize(

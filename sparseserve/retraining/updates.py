@@ -1,4 +1,4 @@
-"""Small trainable updates of a pruned model: vectors, and low-rank products under the mask.
+"""Trainable updates of a pruned model: vectors, low-rank products under the mask, kept weights.
 
 Every update is added to a frozen weight while the model runs and can be merged into it afterwards,
 so the merged model has the parameters, the shapes and the zeros it had before. The master values
@@ -56,13 +56,34 @@ class MaskedLowRank(nn.Module):
         return torch.addcmul(weight.float(), self.mask, product).to(weight.dtype)
 
 
+class KeptWeights(nn.Module):
+    """``W + mask * size * change``: every weight that is not zero may change.
+
+    ``size`` is the root mean square of those weights, so one learning rate fits all operators.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """Start at no change."""
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+        kept = weight != 0
+        self.size = float(weight.float().square().sum().div(kept.sum().clamp_min(1)).sqrt())
+        self.mask: Tensor
+        self.register_buffer("mask", kept, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the updated weight in its own dtype; what was zero is zero."""
+        updated = torch.addcmul(weight.float(), self.mask, self.change, value=self.size)
+        return updated.to(weight.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Update:
     """One update in its place: parameter ``name`` of ``module``."""
 
     module: nn.Module
     name: str
-    change: Shift | MaskedLowRank
+    change: Shift | MaskedLowRank | KeptWeights
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -123,14 +144,32 @@ def low_rank_updates(
         ValueError: A name is not a linear operator of the model.
     """
     generator = torch.Generator().manual_seed(seed)
-    updates = []
+    return [
+        Update(module, "weight", MaskedLowRank(weight, rank, scale, generator))
+        for module, weight in _weights(model, operators)
+    ]
+
+
+def kept_updates(model: nn.Module, operators: Collection[str]) -> list[Update]:
+    """Return an update of all kept weights of the pruned ``operators``, full module names.
+
+    Raises:
+        ValueError: A name is not a linear operator of the model.
+    """
+    return [
+        Update(module, "weight", KeptWeights(weight))
+        for module, weight in _weights(model, operators)
+    ]
+
+
+def _weights(
+    model: nn.Module, operators: Collection[str]
+) -> Iterator[tuple[nn.Module, nn.Parameter]]:
     for name in operators:
         module = model.get_submodule(name)
         if not is_linear(module):
             raise ValueError(f"{name} is not a linear operator")
-        weight = module.get_parameter("weight")
-        updates.append(Update(module, "weight", MaskedLowRank(weight, rank, scale, generator)))
-    return updates
+        yield module, module.get_parameter("weight")
 
 
 def _is_norm(module: nn.Module, name: str) -> bool:
