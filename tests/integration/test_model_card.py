@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,21 @@ def with_card(tmp_path: Path) -> Callable[..., Path]:
     return save
 
 
-def card_of(folder: Path) -> ModelCard:
-    return ModelCard.load(folder / CARD_FILE)
+@dataclass(frozen=True)
+class Card:
+    """A card as the hub's own client reads it."""
+
+    data: dict[str, Any]
+    text: str
+
+
+def card_of(folder: Path) -> Card:
+    found = ModelCard((folder / CARD_FILE).read_text(encoding="utf-8"))
+    return Card(found.data.to_dict(), found.text)  # type: ignore[no-untyped-call]
 
 
 def test_the_card_names_what_the_hub_filters_by(prune: Any, with_card: Any) -> None:
-    found = card_of(prune(with_card(SOURCE)).path).data.to_dict()
+    found = card_of(prune(with_card(SOURCE)).path).data
     assert found == {
         "license": "other",
         "license_name": "own-licence",
@@ -71,7 +80,7 @@ def test_the_card_names_what_the_hub_filters_by(prune: Any, with_card: Any) -> N
 
 def test_a_model_without_a_card_gets_one_that_promises_no_other(prune: Any) -> None:
     folder = prune("llama").path
-    assert card_of(folder).data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
+    assert card_of(folder).data.keys() == {"library_name", "pipeline_tag", "tags"}
     assert SOURCE_CARD_FILE not in (folder / CARD_FILE).read_text()
     assert not (folder / SOURCE_CARD_FILE).exists()
 
@@ -86,7 +95,7 @@ def test_a_model_of_the_hub_is_named_as_the_base(prune: Any, trained: bool, rela
     report |= {"retraining": retraining} if trained else {}
     finish_checkpoint(artifact.path, replace(artifact.manifest, report=report, files={}))
     found = card_of(artifact.path).data
-    assert (found.base_model, found.base_model_relation) == ("owner/name", relation)
+    assert (found["base_model"], found["base_model_relation"]) == ("owner/name", relation)
 
 
 def test_the_body_says_what_was_done_and_what_stays_dense(
@@ -113,7 +122,7 @@ def test_the_sources_card_keeps_its_bytes_through_every_export(
     for name in ("dense", "semi_structured", "packed24"):
         (folders[-1] / CARD_FILE).write_text("edited")
         folders.append(export(folders[-1], tmp_path / f"as-{name}", name).path)
-        assert card_of(folders[-1]).data.license == "other"
+        assert card_of(folders[-1]).data["license"] == "other"
         assert verify(folders[-1]).manifest.files[SOURCE_CARD_FILE].bytes == len(data)
     for folder in folders:
         assert (folder / SOURCE_CARD_FILE).read_bytes() == data
@@ -138,7 +147,7 @@ def test_an_edited_or_removed_card_is_no_damage(prune: Any, tmp_path: Path) -> N
     assert (export(folder, tmp_path / "copy", "packed24").path / CARD_FILE).exists()
 
 
-BROKEN = {
+BROKEN: dict[str, str | bytes] = {
     "no YAML": "---\nlicense: [\n---\n",
     "no mapping": "---\n- license\n---\n",
     "no text": b"---\nlicense: \xff\xfe\n---\n",
@@ -163,7 +172,7 @@ def test_a_card_that_cannot_be_read_has_no_metadata_but_a_problem(
 def test_a_card_that_cannot_be_read_stops_no_run(prune: Any, with_card: Any) -> None:
     folder = prune(with_card(BROKEN["no YAML"])).path
     card = card_of(folder)
-    assert card.data.license is None
+    assert "license" not in card.data
     assert "Its metadata could not be read (" in card.text
     assert (folder / SOURCE_CARD_FILE).exists()
 
@@ -171,8 +180,8 @@ def test_a_card_that_cannot_be_read_stops_no_run(prune: Any, with_card: Any) -> 
 def test_values_of_other_types_are_not_carried_over(prune: Any, with_card: Any) -> None:
     source = "---\nlicense: {a: b}\nlanguage: [en, 3]\npipeline_tag: [x]\nlicense_name: ''\n---\n"
     found = card_of(prune(with_card(source)).path).data
-    assert (found.license, found.language, found.license_name) == (None, None, None)
-    assert found.pipeline_tag == "text-generation"
+    assert found.keys() == {"library_name", "pipeline_tag", "tags"}
+    assert found["pipeline_tag"] == "text-generation"
 
 
 def test_names_from_outside_cannot_write_markdown(prune: Any) -> None:
