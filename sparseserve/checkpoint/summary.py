@@ -14,6 +14,7 @@ from typing import Any
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Manifest
 from sparseserve.errors import ArtifactError, first_line
+from sparseserve.paths import shown_value
 from sparseserve.report import PruneReport
 
 #: Key of ``Manifest.report``: the name on the hub of the model that was pruned, if it has one.
@@ -90,7 +91,7 @@ def summarise(manifest: Manifest) -> Summary:
         ArtifactError: Its recipe or its report lacks something, or has it of another type.
     """
     try:
-        report = PruneReport.from_json(manifest.report) if "layers" in manifest.report else None
+        report = _checked_report(manifest) if "layers" in manifest.report else None
         hub_name = manifest.report.get(BASE_MODEL)
         return Summary(
             base=str(hub_name or PurePath(manifest.source).name or manifest.source),
@@ -106,6 +107,23 @@ def summarise(manifest: Manifest) -> Summary:
             f"{MANIFEST_FILE}: recipe or report is not as sparseserve writes it "
             f"({first_line(error)}): use the release that wrote it, or make the checkpoint again"
         ) from error
+
+
+def _checked_report(manifest: Manifest) -> PruneReport:
+    """Read the results of pruning, whose names and figures are told and drawn."""
+    report = PruneReport.from_json(manifest.report)
+    names = [layer.name for layer in report.layers] + [item.name for item in report.operators]
+    figures = [item.relative_error for item in report.operators]
+    figures += [report.seconds, report.peak_memory_bytes]
+    for layer in report.layers:
+        if trained := layer.reconstruction:
+            figures += [trained.error_before, trained.error_after, trained.epochs]
+    for kind, values in (("name", names), ("number", figures)):
+        wanted = str if kind == "name" else int | float
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, wanted):
+                raise TypeError(f"{shown_value(value)} is no {kind}")
+    return report
 
 
 def _steps(manifest: Manifest, report: PruneReport | None) -> Iterator[Fact]:
@@ -195,7 +213,7 @@ def _dense(manifest: Manifest, report: PruneReport | None) -> Iterator[DenseGrou
         budget = frozenset(_budget(manifest).get("dense_operators", ()))
         for name in report.dense_modules:
             other = _BUDGET if name in budget else _ASKED
-            reasons.setdefault(report.dense_reasons.get(name, other), []).append(name)
+            reasons.setdefault(str(report.dense_reasons.get(name, other)), []).append(name)
     if converted := manifest.report.get("converted"):
         reasons[_NOT_TWO_FOUR] = list(converted["dense_linears"])
     for reason, names in reasons.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,12 +131,15 @@ def page(facts: PageFacts) -> str:
 
 
 def _sections(facts: PageFacts) -> Iterator[tuple[str, Html]]:
-    summary = facts.summary
+    summary, folder = facts.summary, shlex.quote(str(facts.artifact.path))
     yield "What was done", _done(summary)
-    yield "Perplexity", perplexity_section(summary.measured, facts.perplexities, facts.benches)
+    yield (
+        "Perplexity",
+        perplexity_section(summary.measured, facts.perplexities, facts.benches, folder),
+    )
     if facts.scores:
         yield "Tasks", tasks_section(facts.scores)
-    yield "Speed", speed_section(facts.benches)
+    yield "Speed", speed_section(facts.benches, folder)
     yield "Size", size_section(facts.weight_bytes, facts.dense_bytes, facts.benches)
     if summary.report and summary.report.operators:
         yield "Loss by operator and layer", loss_section(summary.report)
@@ -163,15 +167,24 @@ def _headlines(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
     dense = facts.dense_bytes or (facts.benches[0].dense.weight_bytes if facts.benches else None)
     against = f"{facts.weight_bytes / dense:.1%} of the dense model's" if dense else "of weights"
     yield "on disk", mebibytes(facts.weight_bytes), against
-    gaps = [(item.gap, item.text) for item in facts.summary.measured]
-    gaps += [(row.gap, row.any.subject) for row in facts.perplexities if row.gap is not None]
-    if gaps:
-        gap, text = gaps[0]
-        yield "gap to dense", f"{gap:.3f}", f"ln of the ratio of perplexities, {text}"
+    if found := next(_perplexities(facts), None):
+        text, dense_perplexity, perplexity = found
+        yield "perplexity", f"{perplexity:,.2f}", f"{dense_perplexity:,.2f} dense; {text}"
     if facts.benches and facts.benches[0].speeds:
         first = facts.benches[0].speeds[0]
         note = f"dense speed when writing, batch {first.batch_size}"
         yield "speed", f"{first.decode:.2f}x", note
+
+
+def _perplexities(facts: PageFacts) -> Iterator[tuple[str, float, float]]:
+    """Yield text, dense and pruned perplexity, the run's own first."""
+    for item in facts.summary.measured:
+        yield item.text, item.dense_perplexity, item.perplexity
+    for row in facts.perplexities:
+        if row.dense and row.pruned:
+            yield row.any.subject, row.dense.value, row.pruned.value
+    for bench in facts.benches:
+        yield "text of the bench", bench.dense.perplexity, bench.pruned.perplexity
 
 
 def _done(summary: Summary) -> Html:

@@ -5,10 +5,11 @@ A chart says nothing that a table beside it does not say in figures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sparseserve.page.markup import Html, element
+from sparseserve.page.markup import Html, element, scrolling
 
 _WIDTH = 880
 _LABEL, _VALUE = 250, 120  # for the words left and right of the bars
@@ -37,30 +38,26 @@ class Bars:
     said: tuple[str, ...]
 
 
-def strips(title: str, layers: Sequence[str], rows: Sequence[Strip]) -> Html:
+def strips(
+    title: str, layers: Sequence[str], rows: Sequence[Strip], *, full: float | None = None
+) -> Html:
     """Draw rows of upright bars, all from zero and to one scale.
 
     Args:
         title: What the chart shows, for those who cannot see it.
         layers: Names of the decoder layers, first to last.
         rows: With a value, or None, for each layer.
+        full: What a bar of full height stands for; None for the largest value.
     """
-    largest = max((value for row in rows for value in row.values if value), default=0.0) or 1.0
+    values = (v for row in rows for v in row.values if v is not None and math.isfinite(v))
+    largest = max(values if full is None else (*values, full), default=0.0) or 1.0
     step = _PLOT / max(len(layers), 1)
     drawn: list[Html] = []
     for number, row in enumerate(rows):
         bottom = _TALL + number * (_TALL + _GAP)
         drawn.append(_words(row.label, _LABEL - 12, bottom - 9, "end"))
-        drawn.append(
-            element(
-                "line",
-                class_="axis",
-                x1=_LABEL,
-                x2=_LABEL + _PLOT,
-                y1=bottom,
-                y2=bottom,
-            )
-        )
+        line = {"x1": _LABEL, "x2": _LABEL + _PLOT, "y1": bottom, "y2": bottom}
+        drawn.append(element("line", class_="axis", **line))
         drawn += _uprights(row, layers, bottom, step, largest)
         drawn.append(_words(row.said, _LABEL + _PLOT + 12, bottom - 9, "start", "faint"))
     bottom = len(rows) * (_TALL + _GAP) + 8
@@ -109,7 +106,7 @@ def _uprights(
 ) -> Iterator[Html]:
     gap = 1.0 if step > 4 else 0.2
     for number, (layer, value) in enumerate(zip(layers, row.values, strict=True)):
-        if value is None:
+        if value is None or not math.isfinite(value):
             continue
         height = max(value / largest * _TALL, 0.5)
         tip = element("title", f"{layer}, {row.label}: {value:.4f}")
@@ -148,7 +145,7 @@ def _words(text: str, x: float, y: float, anchor: str, kind: str = "words") -> H
 
 
 def _chart(title: str, height: float, drawn: Sequence[Html]) -> Html:
-    return element(
+    drawing = element(
         "svg",
         element("title", title),
         *drawn,
@@ -156,3 +153,4 @@ def _chart(title: str, height: float, drawn: Sequence[Html]) -> Html:
         role="img",
         aria_label=title,
     )
+    return scrolling(title, drawing)

@@ -6,7 +6,6 @@ windows, the program and the dtype; or the items of a task and the examples befo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +60,6 @@ class Row:
     def any(self) -> Figure:
         """One of them, for what they have in common."""
         return next(item for item in (self.pruned, self.dense, *self.others) if item)
-
-    @property
-    def gap(self) -> float | None:
-        """ln(pruned / dense) of perplexities; None where one of the two is missing."""
-        if self.dense is None or self.pruned is None:
-            return None
-        return math.log(self.pruned.value / self.dense.value)
 
 
 @dataclass(frozen=True, slots=True)

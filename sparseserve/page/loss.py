@@ -99,25 +99,32 @@ def _layers(layers: Sequence[LayerReport]) -> Iterator[Html]:
     yield element("h3", "What training made of each layer")
     yield element(
         "p",
-        "Each decoder layer was trained towards its dense outputs. The error is that of what "
-        "leaves the layer, on windows that it was not trained on. In most models the error of the "
-        "last layer is that of the predictions, in another unit.",
+        "Each decoder layer was trained towards its dense outputs. A bar shows the share of the "
+        "layer's error that training left, on windows that it was not trained on; a full bar is "
+        "all of it.",
     )
-    rows = [
-        Strip(
-            label, tuple(values), f"mean {statistics.fmean(v for v in values if v is not None):.3f}"
-        )
-        for label, values in (
-            ("as pruned", [item.error_before if item else None for item in trained]),
-            ("after training", [item.error_after if item else None for item in trained]),
-        )
+    left = [
+        item.error_after / item.error_before if item and item.error_before else None
+        for item in trained
     ]
+    known = [share for share in left if share is not None]
+    row = Strip("error left", tuple(left), f"mean {statistics.fmean(known or [0.0]):.3f}")
     names = [layer.name for layer in layers]
-    yield strips("Error of each decoder layer before and after training", names, rows)
+    title = "Share of each decoder layer's error that training left"
+    yield strips(title, names, [row], full=1.0)
     cells = [
         (layer.name, f"{item.error_before:.4f}", f"{item.error_after:.4f}", str(item.epochs))
         for layer, item in zip(layers, trained, strict=True)
         if item
     ]
     columns = ("layer", "as pruned", "after training", "passes kept")
-    yield folded("Errors of layers in figures", table("Error of each layer", columns, cells))
+    yield folded(
+        "Errors of layers in figures",
+        table("Error of each layer", columns, cells),
+        element(
+            "p",
+            "The error is relative to what leaves the dense layer. Where the predictions follow "
+            "from the last layer alone, its error is that of the predictions, in another unit.",
+            class_="note",
+        ),
+    )

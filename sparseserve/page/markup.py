@@ -48,7 +48,7 @@ def joined(content: Iterable[Content]) -> Html:
 def table(
     caption: str, columns: Sequence[str], rows: Iterable[Sequence[Content]], *, numbers: int = 1
 ) -> Html:
-    """Return a table that scrolls sideways where it does not fit.
+    """Return a table.
 
     Args:
         caption: What it shows.
@@ -74,8 +74,13 @@ def table(
         element("thead", element("tr", *head)),
         element("tbody", *body),
     )
-    # A box that scrolls must be reachable by the keyboard.
-    return element("div", whole, class_="wide", tabindex=0, role="region", aria_label=caption)
+    return scrolling(caption, whole)
+
+
+def scrolling(title: str, content: Html) -> Html:
+    """Return ``content`` in a box that scrolls sideways where it does not fit."""
+    # The keyboard scrolls what it can reach.
+    return element("div", content, class_="wide", tabindex=0, role="region", aria_label=title)
 
 
 def folded(title: str, *content: Content) -> Html:

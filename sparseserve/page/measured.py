@@ -16,9 +16,16 @@ _GAP = "The gap is ln(perplexity / dense perplexity): 0 is no loss, 0.1 is 11 % 
 
 
 def perplexity_section(
-    measured: Sequence[MeasuredText], rows: Sequence[Row], benches: Sequence[Bench]
+    measured: Sequence[MeasuredText], rows: Sequence[Row], benches: Sequence[Bench], folder: str
 ) -> Html:
-    """Return the perplexities of the run itself, of ``evaluate`` and of ``bench``."""
+    """Return the perplexities of the run itself, of ``evaluate`` and of ``bench``.
+
+    Args:
+        measured: By the run, within a budget.
+        rows: By ``evaluate``.
+        benches: By ``bench``.
+        folder: The checkpoint, as commands name it.
+    """
     lines: list[list[Content]] = [
         [item.text, "held out by the run", *_pair(item.dense_perplexity, item.perplexity)]
         for item in measured
@@ -33,13 +40,16 @@ def perplexity_section(
     if not lines:
         return _not_measured(
             "Perplexity was not measured, or its results were not given to this page.",
-            "sparseserve evaluate OUT --text held-out.txt --json > out.json\n"
+            f"sparseserve evaluate {folder} --text held-out.txt --json > out.json\n"
             "sparseserve evaluate DENSE --text held-out.txt --json > dense.json\n"
-            "sparseserve report OUT --evaluation out.json --evaluation dense.json",
+            f"sparseserve report {folder} --evaluation out.json --evaluation dense.json",
         )
-    columns = ("text", "how", "dense", "2:4", "gap")
+    columns = ("text", "how", "dense", "pruned", "gap")
     return joined(
-        (table("Perplexity", columns, lines, numbers=2), element("p", _GAP, class_="note"))
+        (
+            table("Perplexity: lower is better", columns, lines, numbers=2),
+            element("p", _GAP, class_="note"),
+        )
     )
 
 
@@ -54,17 +64,17 @@ def tasks_section(rows: Sequence[Row]) -> Html:
             [other.subject, f"{other.details}; {other.model}", "", _score(other), ""]
             for other in row.others
         ]
-    columns = ("task", "how", "dense", "2:4", "difference")
+    columns = ("task", "how", "dense", "pruned", "difference")
     return table("Scores, and their standard errors", columns, lines, numbers=2)
 
 
-def speed_section(benches: Sequence[Bench]) -> Html:
-    """Return how many times as fast as the dense model the checkpoint is, by batch size."""
+def speed_section(benches: Sequence[Bench], folder: str) -> Html:
+    """Return how many times as fast as the dense model the checkpoint ``folder`` is."""
     if not benches:
         return _not_measured(
             "Speed was not measured, or its results were not given to this page.",
-            "sparseserve bench OUT --baseline DENSE -o bench.json\n"
-            "sparseserve report OUT --bench bench.json",
+            f"sparseserve bench {folder} --baseline DENSE -o bench.json\n"
+            f"sparseserve report {folder} --bench bench.json",
         )
     return joined(part for bench in benches for part in _speed(bench))
 
@@ -100,8 +110,8 @@ def size_section(weight_bytes: int, dense_bytes: int | None, benches: Sequence[B
     ]
     return joined(
         (
-            lying_bars("Size of the weights", ("dense", "2:4"), rows),
-            folded("Sizes in figures", table("Size", ("", "dense", "2:4", "ratio"), cells)),
+            lying_bars("Size of the weights", ("dense", "pruned"), rows),
+            folded("Sizes in figures", table("Size", ("", "dense", "pruned", "ratio"), cells)),
         )
     )
 
@@ -180,7 +190,7 @@ def _times(speeds: Sequence[Speed]) -> Html:
             ]
         )
     names = ("first token, ms", "each token, ms", "tokens a second")
-    columns = [f"{name}: {side}" for name in names for side in ("dense", "2:4")]
+    columns = [f"{name}: {side}" for name in names for side in ("dense", "pruned")]
     return table("Medians", ("", *columns), rows)
 
 

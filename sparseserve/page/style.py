@@ -32,6 +32,7 @@ p, ul { margin: 8px 0 }
 .tiles dd { margin: 2px 0 0; font-size: 1.5rem; font-weight: 600 }
 .tiles dd.small { font-size: .85rem; font-weight: 400; color: var(--faint) }
 .wide { overflow-x: auto; margin: 12px 0 }
+th[scope=row] { min-width: 9em }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 caption { text-align: left; color: var(--faint); padding-bottom: 6px }
 th, td { padding: 5px 12px; border-bottom: 1px solid var(--line); vertical-align: top }
@@ -44,7 +45,7 @@ code, pre { font: .875rem/1.5 ui-monospace, 'SF Mono', Menlo, Consolas, monospac
 code { overflow-wrap: anywhere }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 8px 0;
   padding: 12px 14px; overflow-x: auto }
-svg { display: block; width: 100%; height: auto; margin: 14px 0 4px }
+svg { display: block; width: 100%; min-width: 640px; height: auto }
 svg text { font-size: 13px; fill: var(--ink) }
 svg text.faint { fill: var(--faint) }
 .bar0 { fill: var(--bar0) }
