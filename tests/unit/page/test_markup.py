@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseserve.page.charts import Bars, Strip, lying_bars, strips
@@ -31,6 +31,7 @@ class Read(HTMLParser):
 printed = st.text().filter(lambda text: text.isprintable() and "\xa0" not in text)
 
 
+@settings(max_examples=30)
 @given(printed, printed)
 def test_text_and_attributes_come_back_as_they_went_in(text: str, value: str) -> None:
     read = Read(element("p", text, element("code", text), title=value))
@@ -38,6 +39,7 @@ def test_text_and_attributes_come_back_as_they_went_in(text: str, value: str) ->
     assert read.tags == [("p", {"title": value}), ("code", {})]
 
 
+@settings(max_examples=30)
 @given(st.text())
 def test_nothing_but_what_prints_reaches_the_page(text: str) -> None:
     markup = element("p", text).text
