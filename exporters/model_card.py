@@ -96,10 +96,11 @@ def read_source_card(path: Path) -> SourceCard:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a short text, or a list of such."""
+    """Whether it is a short text that prints, or a list of such."""
     items = value if isinstance(value, list) else [value]
     return 0 < len(items) <= _LONGEST_VALUE and all(
-        isinstance(item, str) and 0 < len(item) <= _LONGEST_VALUE for item in items
+        isinstance(item, str) and 0 < len(item) <= _LONGEST_VALUE and item.isprintable()
+        for item in items
     )
 
 

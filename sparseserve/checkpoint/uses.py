@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.sparsity import TWO_FOUR
 
 
@@ -29,14 +28,15 @@ class Use:
 
 
 def uses_of(name: str, pattern: str, folder: str) -> tuple[Use, ...]:
-    """Return the ways to use a checkpoint.
+    """Return the ways to use a checkpoint; none of a format that ``_USES`` does not know.
 
     Args:
-        name: Its format, a name of ``FORMATS``.
+        name: Its format.
         pattern: What its pruned weights obey.
         folder: What it is called in the commands.
     """
-    return _USES[name](folder, pattern == str(TWO_FOUR))
+    known = _USES.get(name)
+    return known(folder, pattern == str(TWO_FOUR)) if known else ()
 
 
 def _packed24(folder: str, two_four: bool) -> tuple[Use, ...]:
@@ -146,4 +146,3 @@ _USES: dict[str, Callable[[str, bool], tuple[Use, ...]]] = {
     "onnx": _onnx,
     "tensorrt": _tensorrt,
 }
-assert _USES.keys() == FORMATS.keys()

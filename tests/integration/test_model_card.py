@@ -184,6 +184,12 @@ def test_values_of_other_types_are_not_carried_over(prune: Any, with_card: Any) 
     assert found["pipeline_tag"] == "text-generation"
 
 
+def test_values_that_do_not_print_are_not_carried_over(tmp_path: Path) -> None:
+    (tmp_path / "card.md").write_text('---\nlicense: "\\ud800"\nlanguage: "a\\u202eb"\n---\n')
+    found = read_source_card(tmp_path / "card.md")
+    assert (found.metadata, found.problem) == ({}, None)
+
+
 def test_names_from_outside_cannot_write_markdown(prune: Any) -> None:
     artifact = prune("llama")
     report = {**artifact.manifest.report, "dense_modules": ["a`b\n# heading", "<b>|"]}
@@ -208,12 +214,9 @@ def test_what_a_budget_measured_is_in_the_card(llama: Path, tmp_path: Path, quic
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_commands_of_a_card_are_commands_there_are(name: str) -> None:
-    lines = [
-        line
-        for use in uses_of(name, "2:4", "MY FOLDER")
-        if use.language == "sh"
-        for line in use.code.splitlines()
-    ]
+    uses = uses_of(name, "2:4", "MY FOLDER")
+    assert "vLLM" in {use.title for use in uses}
+    lines = [line for use in uses if use.language == "sh" for line in use.code.splitlines()]
     for words in (shlex.split(line) for line in lines):
         if words[0] == "sparseserve":
             command = commands.commands[words[1]]
