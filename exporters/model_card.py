@@ -24,7 +24,7 @@ from sparseserve.exporters.side_files import SOURCE_CARD_FILE
 from sparseserve.paths import printable
 
 _FOLDER = "FOLDER"
-_LARGEST_CARD = 2**22  # bytes; whoever wrote more wrote no card
+_LARGEST_CARD = 2**20  # bytes; YAML of that size takes seconds
 _LONGEST_VALUE = 500
 # What the hub filters models by and what stays true of a pruned model.
 _CARRIED = ("license", "license_name", "license_link", "language")

@@ -151,8 +151,8 @@ BROKEN: dict[str, str | bytes] = {
     "no YAML": "---\nlicense: [\n---\n",
     "no mapping": "---\n- license\n---\n",
     "no text": b"---\nlicense: \xff\xfe\n---\n",
-    "deep": "---\na: " + "[" * 5000 + "\n---\n",
-    "long": "---\nlicense: mit\n---\n" + "x" * 2**23,
+    "deep": "---\na: " + "[" * 500 + "\n---\n",
+    "long": "---\nlicense: mit\n---\n" + "x" * 2**20,
 }
 
 
