@@ -1,7 +1,8 @@
 """What goes with the weights: configuration, tokenizer, chat template, licence.
 
 A file that we do not change is copied byte for byte, and whatever the configuration or the
-tokenizer names comes along. Code is copied too where they name it; it is never run.
+tokenizer names comes along. Code is copied too where they name it; it is never run. The model's own
+card keeps its bytes, too, but gives up its name: what it says of sizes and scores is true no more.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from sparseserve.checkpoint.artifact import MANIFEST_FILE
+from sparseserve.checkpoint.artifact import CARD_FILE, MANIFEST_FILE
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.tensors import write_json, writing
 from sparseserve.checkpoint.weight_files import WEIGHT_KINDS
 from sparseserve.errors import ArtifactError
 
-_NOT_COPIED = {"config.json", MANIFEST_FILE}
+#: The card of the model that was pruned.
+SOURCE_CARD_FILE = "SOURCE_README.md"
+_NOT_COPIED = {"config.json", MANIFEST_FILE, CARD_FILE, SOURCE_CARD_FILE}
 _COPIED_KINDS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _COPIED_FOLDERS = ("additional_chat_templates",)
@@ -30,7 +33,7 @@ _CLASS = re.compile(r"(?P<module>\w+)\.\w+")
 
 
 def side_files(source: Path) -> list[str]:
-    """Return the paths in ``source`` of all files that come along, ``config.json`` left out.
+    """Return the paths in ``source`` of all files that keep their names, but ``config.json``.
 
     Raises:
         ArtifactError: The configuration or the tokenizer names a file that is not there.
@@ -46,15 +49,28 @@ def side_files(source: Path) -> list[str]:
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation settings, licence and what they name.
+    """Copy tokenizer, chat template, generation settings, licence, card and what they name.
 
     Raises:
         ArtifactError: The disk is full, or a file that is named is not there.
     """
-    for name in side_files(source):
+    copies = {name: source / name for name in side_files(source)}
+    if card := source_card(source):
+        copies[SOURCE_CARD_FILE] = card
+    for name, original in copies.items():
         with writing(folder / name):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
+            shutil.copyfile(original, folder / name)
+
+
+def source_card(source: Path) -> Path | None:
+    """Return the card that the model ``source`` was published with; None if it had none.
+
+    A checkpoint of ours has that of the model it was made from, and one that we wrote.
+    """
+    ours = (source / MANIFEST_FILE).exists()
+    card = source / (SOURCE_CARD_FILE if ours else CARD_FILE)
+    return card if card.is_file() else None
 
 
 def model_config(source: Path, dtype: torch.dtype | None = None) -> dict[str, object]:

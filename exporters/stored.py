@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparseserve.checkpoint.artifact import Artifact, Manifest, write_manifest
+from sparseserve.checkpoint.artifact import Artifact, Manifest
 from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack, stacks_to_json
 from sparseserve.checkpoint.storage import WeightStorage, storage_of
 from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES, Checkpoint, write_checkpoint
 from sparseserve.devices import dtype_name
 from sparseserve.errors import ArtifactError
+from sparseserve.exporters.model_card import finish_checkpoint
 from sparseserve.exporters.side_files import (
     copy_side_files,
     model_config,
@@ -114,7 +115,7 @@ def write_stored(
     report = manifest.report
     if kept != source.dtype:
         report = {**report, "rounded": {"from": dtype_name(source.dtype), "to": dtype_name(kept)}}
-    return write_manifest(folder, replace(manifest, format=name, report=report, files={}))
+    return finish_checkpoint(folder, replace(manifest, format=name, report=report, files={}))
 
 
 def dense_tensors(artifact: Artifact) -> Iterator[tuple[str, Tensor]]:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from sparseserve.checkpoint.artifact import Artifact, write_manifest
+from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.tensors import write_json, writing
 from sparseserve.devices import dtype_name
+from sparseserve.exporters.model_card import finish_checkpoint
 from sparseserve.exporters.onnx.agreement import compare_with_model
 from sparseserve.exporters.onnx.genai import genai_config
 from sparseserve.exporters.onnx.graph import DATA_FILE, GRAPH_FILE, export_graph
@@ -60,7 +61,7 @@ def export_onnx(artifact: Artifact, folder: Path, dtype: torch.dtype | None = No
     manifest = replace(
         artifact.manifest, format="onnx", report=report, files={}, tensors=(), transposed=()
     )
-    return write_manifest(folder, manifest)
+    return finish_checkpoint(folder, manifest)
 
 
 def verify_onnx(artifact: Artifact) -> None:

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
-from sparseserve.checkpoint.artifact import Artifact, write_manifest
+from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.tensors import write_json, writing
 from sparseserve.errors import ArtifactError
+from sparseserve.exporters.model_card import finish_checkpoint
 from sparseserve.exporters.onnx import GRAPH_FILE, export_onnx, verify_onnx
 from sparseserve.exporters.onnx.graph import input_shapes
 from sparseserve.exporters.tensorrt.build import build_engine, tactics
@@ -86,7 +87,7 @@ def export_tensorrt(
         }
         report["tensorrt"] = {"engine": ENGINE_FILE, **counts}
     manifest = replace(made.manifest, format="tensorrt", report=report, files={})
-    return write_manifest(folder, manifest)
+    return finish_checkpoint(folder, manifest)
 
 
 def missing_for_engine(settings: TensorRTSettings) -> str | None:

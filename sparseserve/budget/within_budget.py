@@ -20,8 +20,9 @@ from sparseserve.budget.price_run import HeldOutSpec, SensitivityRun
 from sparseserve.budget.report import BudgetReport, Goal, MaxPerplexityIncrease, Round
 from sparseserve.budget.rounds import BudgetWork
 from sparseserve.budget.search import Trial, next_prediction
-from sparseserve.checkpoint.artifact import Artifact, write_manifest
+from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.errors import RecipeError
+from sparseserve.exporters.model_card import finish_checkpoint
 from sparseserve.workflow.job import Job
 
 # A further round must promise to prune so much more of the weights that may be pruned.
@@ -128,7 +129,7 @@ def _nothing_within(work: BudgetWork, goal: MaxPerplexityIncrease, tried: Sequen
 def _publish(
     work: BudgetWork, goal: Goal, chosen: Round, tried: tuple[Round, ...]
 ) -> tuple[Artifact, BudgetReport]:
-    """Write what was found into the manifest and move the checkpoint to the output."""
+    """Write what was found into manifest and card, and move the checkpoint to the output."""
     artifact = work.artifact(chosen.dense_operators)
     report = BudgetReport(
         goal=goal,
@@ -150,7 +151,7 @@ def _publish(
         calibration={**manifest.calibration, "sources": list(sources.values())},
         files={},
     )
-    write_manifest(artifact.path, complete)
+    finish_checkpoint(artifact.path, complete)
     out = work.run.folder.out
     work.run.folder.publish(artifact.path)
     return Artifact.open(out), report

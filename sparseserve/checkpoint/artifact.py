@@ -2,6 +2,7 @@
 
 A folder with safetensors shards, the model's own configuration and tokenizer files, and
 ``sparseserve.json``: what was done, to what, with which result, and the sha256 of every file.
+Only the model card, README.md, has none: its readers are people, and who publishes it edits it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sparseserve.errors import ArtifactError
 
 MANIFEST_FILE = "sparseserve.json"
 MANIFEST_VERSION = 1
+CARD_FILE = "README.md"
 _DIGEST_KEY = "manifest_sha256"
 
 
@@ -50,7 +52,7 @@ class Manifest:
         recipe: What was asked for, as JSON data.
         calibration: Which text was used, by name and hash, as JSON data.
         report: What happened, as JSON data.
-        files: Every other file of the folder.
+        files: Every other file of the folder but CARD_FILE.
         tensors: Names of all tensors in the files; empty in manifests of releases before this key.
         stacks: Tensors of the dense checkpoint that hold pruned experts, whose names are those that
             a stack gives them.
@@ -225,11 +227,11 @@ class Artifact:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Artifact:
-    """Hash every file of ``folder`` and write ``sparseserve.json`` beside them."""
+    """Hash every file of ``folder`` but its card and write ``sparseserve.json`` beside them."""
     names = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.is_file() and path.name != MANIFEST_FILE
+        if path.is_file() and path.name != MANIFEST_FILE and path != folder / CARD_FILE
     )
     files = {
         name: FileEntry(file_sha256(folder / name), (folder / name).stat().st_size)

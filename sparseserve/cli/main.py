@@ -15,6 +15,7 @@ from sparseserve.cli.evaluate import evaluate_command
 from sparseserve.cli.export import export_command
 from sparseserve.cli.inspect import inspect_command
 from sparseserve.cli.prune import prune_command
+from sparseserve.cli.report import report_command
 from sparseserve.cli.sensitivity import sensitivity_command
 from sparseserve.cli.serve import serve_command
 from sparseserve.cli.tune import tune_command
@@ -40,6 +41,7 @@ for _command in (
     export_command,
     convert_command,
     verify_command,
+    report_command,
     inspect_command,
 ):
     cli.add_command(_command)

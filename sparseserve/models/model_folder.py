@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -17,13 +18,14 @@ from sparseserve.huggingface.asked_size import check_asked_size, check_layer_cou
 from sparseserve.huggingface.opening import DEQUANTISED, is_language_model, open_config
 from sparseserve.paths import local_path, shown
 
-# What is read, and what comes along with the weights: a licence, and code, which is never run.
+# What is read, and what comes along with the weights: card, licence, and code, which is never run.
 WANTED_FILES = (
     *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"),
-    *("LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"),
+    *("LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*", "README.md"),
 )
 # Top level of the repository only; "consolidated" files repeat the weights in another layout.
 UNWANTED_FILES = ("*/*", "consolidated*")
+_CACHED = re.compile(r"/models--(?P<name>[\w.-]+)/snapshots/[0-9a-f]{40}/?$")
 
 
 def find_model_folder(source: str | Path) -> Path:
@@ -53,6 +55,17 @@ def find_model_folder(source: str | Path) -> Path:
             "after 'hf auth login' if it is private or gated"
         ) from error
     return Path(folder)
+
+
+def hub_name(source: str | Path, folder: Path) -> str | None:
+    """Return the name on the hub of the model ``source``, whose files lie in ``folder``.
+
+    A folder in the hub's own cache has the name in its path. No other folder says where it is from.
+    """
+    if str(folder) != str(local_path(source, "model", UnsupportedModelError)):
+        return str(source)
+    cached = _CACHED.search(folder.absolute().as_posix())
+    return "/".join(cached["name"].split("--", 1)) if cached else None
 
 
 def check_model_folder(folder: Path) -> None:

@@ -12,17 +12,19 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, Manifest, write_manifest
+from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, Manifest
 from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.run_folder import Fingerprint, RunFolder
+from sparseserve.checkpoint.summary import BASE_MODEL
 from sparseserve.checkpoint.tensors import require_space, write_checkpoint, write_json
 from sparseserve.errors import ArtifactError
 from sparseserve.exporters import EXPORTERS
+from sparseserve.exporters.model_card import finish_checkpoint
 from sparseserve.exporters.side_files import copy_side_files, model_config
 from sparseserve.foreign.source import ForeignCheckpoint
 from sparseserve.huggingface.names import stored_name
 from sparseserve.huggingface.opening import open_config, sketch_model
-from sparseserve.models.model_folder import find_model_folder
+from sparseserve.models.model_folder import find_model_folder, hub_name
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.workflow.run import finished
 
@@ -103,6 +105,7 @@ def _write_dense(
         config.pop(key, None)
     write_json(folder / "config.json", config)
     converted = {"formats": list(foreign.formats), "dense_linears": seen.dense}
+    name = hub_name(source, foreign.folder)
     manifest = Manifest(
         format="dense",
         pattern=str(TWO_FOUR),
@@ -111,10 +114,10 @@ def _write_dense(
         source=source,
         recipe={},
         calibration={},
-        report={"converted": converted},
+        report={"converted": converted, **({BASE_MODEL: name} if name else {})},
         files={},
     )
-    return write_manifest(folder, manifest)
+    return finish_checkpoint(folder, manifest)
 
 
 def _watched(

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.artifact import Manifest
+from sparseserve.checkpoint.summary import BASE_MODEL
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.exporters.side_files import model_config
 from sparseserve.exporters.stored import DenseSource
 from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.huggingface.names import stored_modules
 from sparseserve.models.loading import LoadedModel
+from sparseserve.models.model_folder import hub_name
 from sparseserve.models.saving import stored_tensors
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import PruneReport
@@ -34,6 +36,7 @@ def pruned_source(
     """
     places = stored_modules(loaded.model, [operator.name for operator in report.operators])
     stacks = {place.stack.tensor: place.stack for place in places.values() if place.stack}
+    name = hub_name(loaded.source, loaded.folder)
     manifest = Manifest(
         format="dense",
         pattern=str(recipe.pattern),
@@ -44,7 +47,7 @@ def pruned_source(
         source=str(loaded.source),
         recipe=recipe.to_json(),
         calibration=asdict(calibration.record),
-        report=report.to_json(),
+        report={**report.to_json(), **({BASE_MODEL: name} if name else {})},
         files={},
     )
     return DenseSource(

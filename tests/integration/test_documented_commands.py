@@ -49,11 +49,15 @@ ENGINES = {"bench", "tune"}
 
 @dataclass(frozen=True)
 class Shown:
-    """A command on a page; ``need`` says why it is only parsed, if it is."""
+    """A command on a page.
+
+    ``need`` says why it is only parsed, if it is; ``into`` is the file that its output goes to.
+    """
 
     page: str
     words: tuple[str, ...]
     need: str | None
+    into: str | None = None
 
     @property
     def name(self) -> str:
@@ -85,7 +89,8 @@ def commands_of(page: Path) -> Iterator[Shown]:
         command = re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*sparseserve (.*)", line)
         if command and (fenced or line.startswith("    ")):
             words = tuple(shlex.split(command[1], comments=True))
-            yield Shown(str(page.relative_to(ROOT)), words, need if fenced else None)
+            words, into = (words[:-2], words[-1]) if words[-2:-1] == (">",) else (words, None)
+            yield Shown(str(page.relative_to(ROOT)), words, need if fenced else None, into)
 
 
 SHOWN = [shown for page in PAGES for shown in commands_of(page)]
@@ -149,6 +154,8 @@ def test_commands_of_a_page_work_in_their_order(page: str, reader: Path, cli: Cl
         else:
             done = cli(*each.tiny())
             assert done.returncode == 0, (each, done.stderr[-2000:])
+            if each.into:
+                (reader / each.into).write_text(done.stdout)
 
 
 @pytest.mark.parametrize("shown", [s for s in SHOWN if not s.name.startswith("-")], ids=str)
@@ -197,13 +204,16 @@ def test_commands_are_found_in_every_kind_of_block(
         "    $ sparseserve verify A\n\nsparseserve is a word\n\n"
         "```sh\nX=1 sparseserve tune B  # why\nsparseserve serve C -- \\\n  --port 1\n```\n\n"
         "<!-- only parsed: GPU -->\n```sh\nsparseserve verify D\n```\n"
+        "\n```sh\nsparseserve verify E --json > e.json\n```\n"
     )
     found = [(shown.words, shown.need) for shown in commands_of(page)]
+    assert [shown.into for shown in commands_of(page)] == [None] * 4 + ["e.json"]
     assert found == [
         (("verify", "A"), None),
         (("tune", "B"), None),
         (("serve", "C", "--", "--port", "1"), None),
         (("verify", "D"), "GPU"),
+        (("verify", "E", "--json"), None),
     ]
 
 

@@ -141,7 +141,8 @@ def test_notes_and_pictures_may_lie_beside_a_checkpoint(packed: Path) -> None:
         (packed / name).write_text("of no model")
     for reader in READERS.keys() - {"prune"}:
         READERS[reader](packed)
-    assert not (packed.parent / "exported" / "README.md").exists()
+    for name in ("chart.png", ".gitattributes"):
+        assert not (packed.parent / "exported" / name).exists()
 
 
 def damage(folder: Path, name: str) -> None:
