@@ -32,9 +32,18 @@ pytestmark = [
 ]
 
 
-def test_numerics_hold_in_tritons_interpreter(pytestconfig: pytest.Config) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize(
+    ("examples", "cases"),
+    [("10", "not further"), pytest.param("60", "", marks=pytest.mark.further)],
+    ids=["some", "all"],
+)
+def test_numerics_hold_in_tritons_interpreter(
+    pytestconfig: pytest.Config, examples: str, cases: str
+) -> None:
+    settings = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "INTERPRETED_EXAMPLES": examples}
+    environment = {**os.environ, **settings}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INTERPRETED)]
+    command += ["-m", cases]
     run = subprocess.run(
         command,
         env=environment,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -35,10 +36,20 @@ from triton.runtime import interpreter  # noqa: E402
 
 from sparseserve.serving.kernels.cuda.triton_launch import multiply, unpack  # noqa: E402
 
+EXAMPLES = int(os.environ["INTERPRETED_EXAMPLES"])
 DTYPES = (torch.float16, torch.bfloat16)
 SMALL = Tiling(batch=16, rows=32, columns=64)
 Kernel = TritonKernel | TritonUnpackKernel
 KERNELS: list[Kernel] = [TritonKernel(), TritonVectorKernel(), TritonUnpackKernel()]
+
+
+def further(*values: object) -> list[ParameterSet]:
+    """Return parameters of cases outside the gate."""
+    marks = pytest.mark.further
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=marks)
+        for value in values
+    ]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,7 +130,7 @@ def assert_within_rounding(
     side=st.sampled_from([1, 8, 16]),
     biased=st.booleans(),
 )
-@settings(max_examples=40)
+@settings(max_examples=EXAMPLES)
 def test_any_shape_multiplies_as_the_unpacked_weight_does(
     *,
     batch: int,
@@ -142,7 +153,7 @@ def test_any_shape_multiplies_as_the_unpacked_weight_does(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("splits", [2, 3, 5])
+@pytest.mark.parametrize("splits", [2, *further(3, 5)])
 def test_shares_of_splits_add_up_with_the_bias_of_each_row(
     splits: int, biased: bool, dtype: torch.dtype
 ) -> None:
@@ -165,7 +176,7 @@ def test_shares_of_splits_add_up_with_the_bias_of_each_row(
     ids=repr,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(64, 576), (72, 260), (130, 132)])
+@pytest.mark.parametrize(("rows", "columns"), [(72, 260), *further((64, 576), (130, 132))])
 def test_kernels_give_the_products_of_a_model(
     kernel: Kernel,
     rows: int,
