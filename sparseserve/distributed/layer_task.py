@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,17 @@ from sparseserve.devices import arithmetic_of
 from sparseserve.errors import ClusterError
 from sparseserve.layerwise.layer import PrunedLayer, prune_layer
 from sparseserve.layerwise.layer_calls import VaryingArguments
+from sparseserve.layerwise.pipeline import LayerWork
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.reconstruction import OutputError
 from sparseserve.layerwise.streams import HiddenStreams
 from sparseserve.machine import give_back_freed_memory, installed_versions
 from sparseserve.models.layer_call import LayerCall
+from sparseserve.models.layers import copy_layer
 from sparseserve.models.structure import LayerStructure
 from sparseserve.recipe.settings import PruneRecipe
 
+_CPU = torch.device("cpu")
 _PACKAGES = ("sparseserve", "torch", "transformers")
 
 
@@ -121,6 +124,38 @@ class LayerTask:
     output_error: OutputError | None
     device: str
     arithmetic: Arithmetic
+
+
+def layer_task(
+    work: LayerWork, number: int, streams: HiddenStreams, *, shared_disk: bool
+) -> LayerTask:
+    """Return the task of a layer.
+
+    Args:
+        work: All layers, still dense.
+        number: Which one, from 1.
+        streams: What enters it.
+        shared_disk: Whether hidden states stay where they are.
+    """
+    layer, call = work.structure.layers[number - 1], work.calls[number - 1]
+    errors = None if work.errors is None else replace(work.errors, device=_CPU)
+    return LayerTask(
+        layer=layer,
+        # The weights of a model are views of whole files; a copy travels without the rest.
+        module=copy_layer(work.model.get_submodule(layer.name)),
+        call=call,
+        entering=Parcel.of(streams.required_dense, shared_disk=shared_disk),
+        varying=tuple(
+            Parcel.of(states, shared_disk=shared_disk)
+            for states in streams.varying.calls(layer.name, call).varying
+        ),
+        scrambled=streams.scrambled,
+        keep_inputs=work.streams.keep_inputs,
+        recipe=work.recipe,
+        output_error=None if errors is None else errors.of_layer(number),
+        device=work.device.type,
+        arithmetic=Arithmetic.here(work.device),
+    )
 
 
 def prune_task(task: LayerTask) -> PrunedLayer:

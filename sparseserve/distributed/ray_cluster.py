@@ -6,7 +6,7 @@ import importlib.util
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 
 from sparseserve.errors import ClusterError, MissingExtraError, first_line
 from sparseserve.paths import shown
@@ -45,22 +45,31 @@ def connected(address: str | None) -> Iterator[None]:
         return
     address = address or os.environ.get("RAY_ADDRESS")
     try:
-        if address is None:
-            # What is started for a user without asking sends nothing home.
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(include_dashboard=False, **_QUIET)
-        else:
-            _require_answer(address)
-            ray.init(address=address, **_QUIET)
+        # Workers look for modules in the folder that the driver is in at this moment.
+        with chdir("/"):
+            _connect(address)
     except (OSError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"--address {shown(address)}: no Ray cluster can be used there ({first_line(error)}): "
-            "start one with 'ray start --head' and give HOST:PORT of its head"
+            f"--address {shown(address or 'local')}: no Ray cluster can be used there "
+            f"({first_line(error)}): start one with 'ray start --head' and give HOST:PORT of its "
+            "head"
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    if address is None:
+        # What is started for users who did not ask for it sends nothing home.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address="local", include_dashboard=False, **_QUIET)
+    else:
+        _require_answer(address)
+        ray.init(address=address, **_QUIET)
 
 
 def _require_answer(address: str) -> None:
@@ -70,7 +79,7 @@ def _require_answer(address: str) -> None:
         OSError: Nobody does.
         ValueError: It is none.
     """
-    if address in ("auto", "local"):
+    if address == "auto":
         return
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdecimal():

@@ -20,16 +20,13 @@ from typing import Any
 
 import torch
 
-from sparseserve.distributed.layer_task import Arithmetic, LayerTask, Parcel, prune_task
+from sparseserve.distributed.layer_task import LayerTask, layer_task, prune_task
 from sparseserve.distributed.ray_cluster import connected, no_place_for, places_for, require_ray
 from sparseserve.errors import ClusterError, RecipeError, SparseServeError, first_line
 from sparseserve.layerwise.layer import PrunedLayer
 from sparseserve.layerwise.pipeline import FinishedLayers, LayerWork
-from sparseserve.layerwise.streams import HiddenStreams
-from sparseserve.models.layers import copy_layer
 from sparseserve.recipe.settings import PruneRecipe
 
-_CPU = torch.device("cpu")
 # How often a layer may be lost with its worker.
 _RETRIES = 20
 # Layers that wait in the object store, so that no node waits for the driver.
@@ -60,16 +57,19 @@ class RayEngine:
         """Refuse a ``recipe`` whose layers depend on one another, and options that do not fit.
 
         Raises:
-            MissingExtraError: Ray is not installed.
             RecipeError: Names the option and the remedy.
+            MissingExtraError: Ray is not installed.
         """
-        require_ray()
         if recipe.correction.chained:
             raise RecipeError(
                 f"--engine ray: with error correction '{recipe.error_correction}' each layer "
                 "depends on how those before it were pruned: use --recipe parallel, or "
                 "--error-correction intra or none, or --engine local"
             )
+        self._check_gpus(device)
+        require_ray()
+
+    def _check_gpus(self, device: torch.device) -> None:
         gpus = self.gpus_per_layer
         if gpus is None:
             return
@@ -111,7 +111,8 @@ class RayEngine:
                     streams = streams.without_scrambled()
                 entering = streams.required_dense
                 if layer.name in missing:
-                    tasks.start(self._task(work, number, streams), entering.path)
+                    task = layer_task(work, number, streams, shared_disk=self.shared_disk)
+                    tasks.start(task, entering.path)
                 if layer.name == missing[-1]:
                     break
                 module = work.model.get_submodule(layer.name)
@@ -120,28 +121,6 @@ class RayEngine:
                 if layer.name not in missing:
                     entering.path.unlink()
             tasks.finish()
-
-    def _task(self, work: LayerWork, number: int, streams: HiddenStreams) -> LayerTask:
-        """Return the task of a layer, numbered from 1."""
-        layer, call = work.structure.layers[number - 1], work.calls[number - 1]
-        errors = None if work.errors is None else replace(work.errors, device=_CPU)
-        return LayerTask(
-            layer=layer,
-            # The weights of a model are views of whole files; a copy travels without the rest.
-            module=copy_layer(work.model.get_submodule(layer.name)),
-            call=call,
-            entering=Parcel.of(streams.required_dense, shared_disk=self.shared_disk),
-            varying=tuple(
-                Parcel.of(states, shared_disk=self.shared_disk)
-                for states in streams.varying.calls(layer.name, call).varying
-            ),
-            scrambled=streams.scrambled,
-            keep_inputs=work.streams.keep_inputs,
-            recipe=work.recipe,
-            output_error=None if errors is None else errors.of_layer(number),
-            device=work.device.type,
-            arithmetic=Arithmetic.here(work.device),
-        )
 
     def _gpus(self, device: torch.device) -> float:
         if self.gpus_per_layer is not None:
@@ -228,11 +207,11 @@ class _Tasks:
             self._collect(wait=True)
 
     def stop(self) -> None:
-        """Stop those that are running."""
+        """Stop those that are running; their processes may serve others."""
         import ray
 
         for reference in self._running:
-            ray.cancel(reference, force=True)
+            ray.cancel(reference)
 
     def _collect(self, *, wait: bool) -> None:
         """Store what is done; if asked to, wait some time until something is."""

@@ -139,10 +139,10 @@ class _StandIn(nn.Module):
 
 
 def _without_weights(module: nn.Module) -> nn.Module:
+    """Copy ``module`` with tensors of the same shapes and devices that hold one number each."""
     tensors = (*module.parameters(), *module.buffers())
-    return copy.deepcopy(
-        module, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
-    )
+    empty = {id(tensor): tensor.new_zeros(()).expand(tensor.shape) for tensor in tensors}
+    return copy.deepcopy(module, empty)
 
 
 class _SkippedLayer(_StandIn):
