@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,6 @@ from tests.integration.command_line import Cli, refusal
 from tests.integration.conftest import TEXT
 
 ray = pytest.importorskip("ray", reason="the extra `distributed` is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:ray")
 
 
 class Killed(Exception):
@@ -100,12 +101,23 @@ def local(model: Path, recipe: PruneRecipe, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cluster of this machine, begun in a folder that holds a module named torch."""
     folder = tmp_path_factory.mktemp("trap")
     (folder / "torch.py").write_text("raise SystemExit('code of the current folder was run')")
-    with chdir(folder), connected(None):
-        yield folder
+    with quiet_end(), chdir(folder), connected(None):
+        yield
+
+
+@contextmanager
+def quiet_end() -> Iterator[None]:
+    """Let Ray forget the processes that it has ended; it does not wait for them."""
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
 
 
 def timeless(report: Any) -> Any:
@@ -132,105 +144,7 @@ def same(found: Path, expected: Path) -> None:
     assert reports[0] == reports[1]
 
 
-def test_the_command_gives_the_bytes_of_one_process_on_a_cluster(
-    cli: Cli, cluster: Path, local: Artifact, model: Path, text: Path, tmp_path: Path
-) -> None:
-    mine = tmp_path / "mine.toml"
-    mine.write_text(
-        'error_correction = "intra"\n'
-        "[calibration]\nsamples = 4\nsequence_length = 16\nscrambled_layers = 2\n"
-        f'source = "{text}"\n'
-    )
-    done = cli("prune-and-export", model, "-o", "out", "--recipe", mine, "--engine", "ray")
-    assert done.returncode == 0, done.stderr
-    same(tmp_path / "out", local.path)
-
-
-def test_a_shared_disk_carries_the_hidden_states(
-    cluster: Path, local: Artifact, model: Path, recipe: PruneRecipe, tmp_path: Path
-) -> None:
-    listener = Listener()
-    prune(model, recipe, tmp_path / "out", RayEngine(shared_disk=True), listener)
-    same(tmp_path / "out", local.path)
-    assert listener.numbers == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("engines", ["ray, then local", "local, then ray"])
-def test_a_run_that_was_killed_goes_on_under_either_engine(
-    cluster: Path, local: Artifact, model: Path, recipe: PruneRecipe, tmp_path: Path, engines: str
-) -> None:
-    named = {"ray": RayEngine(), "local": LocalEngine()}
-    first, second = (named[name] for name in engines.split(", then "))
-    listeners = Listener(dies_after=2), Listener()
-    with pytest.raises(Killed):
-        prune(model, recipe, tmp_path / "out", first, listeners[0])
-    assert not (tmp_path / "out").exists()
-    prune(model, recipe, tmp_path / "out", second, listeners[1])
-    same(tmp_path / "out", local.path)
-    assert len(listeners[0].pruned) == len(listeners[1].pruned) == 2
-    assert not listeners[0].pruned & listeners[1].pruned
-
-
-def test_what_stops_a_worker_is_one_line_of_the_command(
-    cluster: Path,
-    model: Path,
-    recipe: PruneRecipe,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(layer_task, "arithmetic_of", lambda device: "cpu, ABACUS")
-    with pytest.raises(ClusterError, match=r"^node \S+ computes with cpu, .*use nodes of one kind"):
-        prune(model, recipe, tmp_path / "out", RayEngine())
-
-
-def test_a_layer_that_fits_no_node_is_refused(
-    cli: Cli, cluster: Path, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.get_num_threads", lambda: 1000)
-    short = ("--samples", 4, "--sequence-length", 16, "--calibration", text)
-    ray_engine = ("--recipe", "parallel", "--engine", "ray")
-    line = refusal(cli("prune-and-export", model, "-o", "out", *ray_engine, *short))
-    assert "a layer takes 1000 cores, and no node of the cluster has as many" in line
-    assert "OMP_NUM_THREADS" in line
-
-
-@pytest.mark.further
-@pytest.mark.timeout(900)
-def test_the_layers_of_a_node_that_is_killed_are_done_elsewhere(
-    local: Artifact, model: Path, recipe: PruneRecipe, tmp_path: Path
-) -> None:
-    from ray.cluster_utils import Cluster
-
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        doomed = nodes.add_node(num_cpus=1)
-        listener = NodeKiller(nodes, doomed)
-        prune(model, recipe, tmp_path / "out", RayEngine(address=nodes.address), listener)
-    finally:
-        nodes.shutdown()
-    assert listener.was_at_work
-    assert "pruning 4 layers on a Ray cluster, 2 at once" in listener.stages
-    same(tmp_path / "out", local.path)
-
-
-class NodeKiller(Listener):
-    """Kills a node that is at work when the first layer is done."""
-
-    def __init__(self, nodes: Any, doomed: Any) -> None:
-        super().__init__()
-        self.nodes, self.doomed, self.was_at_work = nodes, doomed, False
-
-    def layer_finished(self, report: LayerReport) -> None:
-        if self.was_at_work:
-            return
-        deadline = time.monotonic() + 120
-        while not self.was_at_work and time.monotonic() < deadline:
-            free = ray._private.state.available_resources_per_node()
-            self.was_at_work = free[self.doomed.node_id].get("CPU", 0) == 0
-        self.nodes.remove_node(self.doomed, allow_graceful=False)
-
-
-class TestRefusals:
+class TestBeforeThereIsACluster:
     def test_layers_that_depend_on_one_another(self, cli: Cli, model: Path, text: Path) -> None:
         line = refusal(cli("prune-and-export", model, "-o", "out", "--engine", "ray"))
         assert line.count("\n") == 0
@@ -240,8 +154,7 @@ class TestRefusals:
     def test_an_address_where_nobody_answers(self, cli: Cli, model: Path, text: Path) -> None:
         short = ("--samples", 4, "--sequence-length", 16, "--calibration", text)
         where = ("--recipe", "parallel", "--engine", "ray", "--address")
-        if ray.is_initialized():
-            pytest.skip("this process is connected to a cluster already")
+        assert not ray.is_initialized()
         for address, reason in (("127.0.0.1:1", "refused"), ("ray://here:1", "is not HOST:PORT")):
             line = refusal(cli("prune-and-export", model, "-o", "out", *where, address, *short))
             assert f"--address '{address}': no Ray cluster can be used there" in line
@@ -268,3 +181,99 @@ class TestRefusals:
             cli("prune-and-export", model, "-o", "out", "--recipe", "parallel", "--engine", "ray")
         )
         assert line.endswith("not installed: pip install 'sparseserve[distributed]'")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_command_gives_the_bytes_of_one_process_on_a_cluster(
+    cli: Cli, local: Artifact, model: Path, text: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(
+        'error_correction = "intra"\n'
+        "[calibration]\nsamples = 4\nsequence_length = 16\nscrambled_layers = 2\n"
+        f'source = "{text}"\n'
+    )
+    done = cli("prune-and-export", model, "-o", "out", "--recipe", mine, "--engine", "ray")
+    assert done.returncode == 0, done.stderr
+    same(tmp_path / "out", local.path)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("engines", ["ray, then local", "local, then ray"])
+def test_a_run_that_was_killed_goes_on_under_either_engine(
+    local: Artifact, model: Path, recipe: PruneRecipe, tmp_path: Path, engines: str
+) -> None:
+    named = {"ray": RayEngine(shared_disk=True), "local": LocalEngine()}
+    first, second = (named[name] for name in engines.split(", then "))
+    listeners = Listener(dies_after=2), Listener()
+    with pytest.raises(Killed):
+        prune(model, recipe, tmp_path / "out", first, listeners[0])
+    assert not (tmp_path / "out").exists()
+    prune(model, recipe, tmp_path / "out", second, listeners[1])
+    same(tmp_path / "out", local.path)
+    assert len(listeners[0].pruned) == len(listeners[1].pruned) == 2
+    assert not listeners[0].pruned & listeners[1].pruned
+    assert [listener.numbers for listener in listeners] == [[1, 2], [1, 2, 3, 4]]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_stops_a_worker_is_one_line_of_the_command(
+    model: Path, recipe: PruneRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_task, "arithmetic_of", lambda device: "cpu, ABACUS")
+    with pytest.raises(ClusterError, match=r"^node \S+ computes with cpu, .*use nodes of one kind"):
+        prune(model, recipe, tmp_path / "out", RayEngine())
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_layer_that_fits_no_node_is_refused(
+    cli: Cli, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1000)
+    short = ("--samples", 4, "--sequence-length", 16, "--calibration", text)
+    ray_engine = ("--recipe", "parallel", "--engine", "ray")
+    line = refusal(cli("prune-and-export", model, "-o", "out", *ray_engine, *short))
+    assert "a layer takes 1000 cores, and no node of the cluster has as many" in line
+    assert "OMP_NUM_THREADS" in line
+
+
+@pytest.mark.further
+@pytest.mark.timeout(900)
+def test_the_layers_of_a_node_that_is_killed_are_done_elsewhere(
+    local: Artifact, model: Path, recipe: PruneRecipe, tmp_path: Path
+) -> None:
+    with quiet_end(), two_nodes() as (nodes, doomed):
+        listener = NodeKiller(nodes, doomed)
+        prune(model, recipe, tmp_path / "out", RayEngine(address=nodes.address), listener)
+    assert listener.was_at_work
+    assert "pruning 4 layers on a Ray cluster, 2 at once" in listener.stages
+    same(tmp_path / "out", local.path)
+
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[Any, Any]]:
+    """Start a cluster of two nodes of one core; give it and the node that may be lost."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        yield nodes, nodes.add_node(num_cpus=1)
+    finally:
+        nodes.shutdown()
+
+
+class NodeKiller(Listener):
+    """Kills a node that is at work when the first layer is done."""
+
+    def __init__(self, nodes: Any, doomed: Any) -> None:
+        super().__init__()
+        self.nodes, self.doomed, self.was_at_work = nodes, doomed, False
+
+    def layer_finished(self, report: LayerReport) -> None:
+        if self.was_at_work:
+            return
+        deadline = time.monotonic() + 120
+        while not self.was_at_work and time.monotonic() < deadline:
+            free = ray._private.state.available_resources_per_node()
+            self.was_at_work = free[self.doomed.node_id].get("CPU", 0) == 0
+        self.nodes.remove_node(self.doomed, allow_graceful=False)
