@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from dataclasses import replace
@@ -30,6 +28,7 @@ from sparseserve.workflow.job import Job
 from sparseserve.workflow.run import prune_and_export
 from tests.integration.command_line import Cli, refusal
 from tests.integration.conftest import TEXT
+from tests.ray_end import quiet_end
 
 ray = pytest.importorskip("ray", reason="the extra `distributed` is not installed")
 
@@ -107,17 +106,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (folder / "torch.py").write_text("raise SystemExit('code of the current folder was run')")
     with quiet_end(), chdir(folder), connected(None):
         yield
-
-
-@contextmanager
-def quiet_end() -> Iterator[None]:
-    """Let Ray forget the processes that it has ended; it does not wait for them."""
-    try:
-        yield
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
 
 
 def timeless(report: Any) -> Any:
