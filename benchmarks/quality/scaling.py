@@ -93,8 +93,8 @@ def scaling_table(result: Result) -> str:
         lines.append(line(name, f"{row['seconds']:,.0f}", share, f"{row['layer_seconds']:,.0f}"))
     lines.append(
         f"\nRecipe `parallel`, {setting['layers']} layers of Llama shape "
-        f"{setting['hidden_size']} x {setting['intermediate_size']}, {setting['samples']} windows of "
-        f"{setting['sequence_length']} tokens, {setting['threads']} cores a node. "
+        f"{setting['hidden_size']} x {setting['intermediate_size']}, "
+        f"{setting['samples']} windows of {setting['sequence_length']} tokens, {setting['threads']} cores a node. "
         f"{processor_and_software(result['machine'])}"
     )
     return "\n".join(lines)
