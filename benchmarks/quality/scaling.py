@@ -94,7 +94,8 @@ def scaling_table(result: Result) -> str:
     lines.append(
         f"\nRecipe `parallel`, {setting['layers']} layers of Llama shape "
         f"{setting['hidden_size']} x {setting['intermediate_size']}, "
-        f"{setting['samples']} windows of {setting['sequence_length']} tokens, {setting['threads']} cores a node. "
+        f"{setting['samples']} windows of {setting['sequence_length']} tokens, "
+        f"{setting['threads']} cores a node. "
         f"{processor_and_software(result['machine'])}"
     )
     return "\n".join(lines)

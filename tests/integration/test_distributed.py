@@ -191,7 +191,7 @@ def test_the_command_gives_the_bytes_of_one_process_on_a_cluster(
 def test_a_run_that_was_killed_goes_on_under_either_engine(
     local: Artifact, model: Path, recipe: PruneRecipe, tmp_path: Path, engines: str
 ) -> None:
-    named = {"ray": RayEngine(shared_disk=True), "local": LocalEngine()}
+    named: dict[str, Engine] = {"ray": RayEngine(shared_disk=True), "local": LocalEngine()}
     first, second = (named[name] for name in engines.split(", then "))
     listeners = Listener(dies_after=2), Listener()
     with pytest.raises(Killed):
