@@ -25,6 +25,7 @@ from sparseserve.distributed.ray_cluster import connected, no_place_for, places_
 from sparseserve.errors import ClusterError, RecipeError, SparseServeError, first_line
 from sparseserve.layerwise.layer import PrunedLayer
 from sparseserve.layerwise.pipeline import FinishedLayers, LayerWork
+from sparseserve.machine import give_back_freed_memory
 from sparseserve.recipe.settings import PruneRecipe
 
 # How often a layer may be lost with its worker.
@@ -200,6 +201,7 @@ class _Tasks:
         while len(self._running) >= places_for(self._cpus, self._gpus) + _AHEAD:
             self._collect(wait=True)
         self._running[self._remote.remote(task)] = entering
+        give_back_freed_memory()
 
     def finish(self) -> None:
         """Wait for all tasks."""
