@@ -31,6 +31,8 @@ from tests.integration.conftest import TEXT
 from tests.ray_end import quiet_end
 
 ray = pytest.importorskip("ray", reason="the extra `distributed` is not installed")
+# Its workers import torch and transformers, which takes long on a busy machine.
+pytestmark = pytest.mark.timeout(900)
 
 
 class Killed(Exception):
@@ -226,7 +228,6 @@ def test_a_layer_that_fits_no_node_is_refused(
 
 
 @pytest.mark.further
-@pytest.mark.timeout(900)
 def test_the_layers_of_a_node_that_is_killed_are_done_elsewhere(
     local: Artifact, model: Path, recipe: PruneRecipe, tmp_path: Path
 ) -> None:
