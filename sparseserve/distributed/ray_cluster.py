@@ -13,6 +13,8 @@ from sparseserve.paths import shown
 
 # Ray itself tries for minutes, and ends the process then.
 _SECONDS_TO_ANSWER = 5
+# Ray gives a node 30 seconds to start; a busy machine has read Ray's files by the second time.
+_STARTS = 3
 _QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
@@ -48,7 +50,7 @@ def connected(address: str | None) -> Iterator[None]:
         # Workers look for modules in the folder that the driver is in at this moment.
         with chdir("/"):
             _connect(address)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises it bare where a node is slow to start
         raise ClusterError(
             f"--address {shown(address or 'local')}: no Ray cluster can be used there "
             f"({first_line(error)}): start one with 'ray start --head' and give HOST:PORT of its "
@@ -63,13 +65,20 @@ def connected(address: str | None) -> Iterator[None]:
 def _connect(address: str | None) -> None:
     import ray
 
-    if address is None:
-        # What is started for users who did not ask for it sends nothing home.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(address="local", include_dashboard=False, **_QUIET)
-    else:
+    if address is not None:
         _require_answer(address)
         ray.init(address=address, **_QUIET)
+        return
+    # What is started for users who did not ask for it sends nothing home.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for start in range(1, _STARTS + 1):
+        try:
+            ray.init(address="local", include_dashboard=False, **_QUIET)
+            return
+        except Exception:
+            ray.shutdown()
+            if start == _STARTS:
+                raise
 
 
 def _require_answer(address: str) -> None:
