@@ -48,7 +48,7 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml .ci/install
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, not ' + sys.version.split()[0] + ': make PYTHON=python3.11 venv' or 0)"
 	$(PYTHON) -m venv $(VENV)
-	.ci/install $(VENV) serve-cpu,demo,dev,docs,eval,onnx
+	.ci/install $(VENV) serve-cpu,demo,dev,distributed,docs,eval,onnx
 	touch $@
 
 # The references are made from the installed command line and from docstrings. A warning fails.

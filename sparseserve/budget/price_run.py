@@ -165,6 +165,7 @@ class SensitivityRun:
             store=store,
             progress=self.job.progress,
             device=self.job.runs_on,
+            engine=self.job.engine,
         )
 
 

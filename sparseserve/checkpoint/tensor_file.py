@@ -7,7 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparseserve.checkpoint.tensors import writing
@@ -82,6 +84,20 @@ class HiddenStates:
     def without_first(self, count: int) -> HiddenStates:
         """Return the tensors after the first ``count``, in the same file."""
         return replace(self, skipped=self.skipped + count)
+
+    def data(self) -> NDArray[np.uint8]:
+        """Return the bytes of the tensors that count, mapped from the file."""
+        return np.asarray(np.memmap(self.path, np.uint8, "r", self.skipped * self._bytes))
+
+    def written_to(self, path: Path, data: NDArray[np.uint8]) -> HiddenStates:
+        """Write what ``data`` of these returned, on whatever machine, to the file ``path``.
+
+        Raises:
+            ArtifactError: The disk is full or cannot be written.
+        """
+        with writing(path):
+            data.tofile(path)
+        return HiddenStates(path, self.shape, self.dtype)
 
     @property
     def _bytes(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sparseserve.cli.budget import BudgetOptions, budget_options, print_budget, prune_to_budget
+from sparseserve.cli.engine_options import EngineOptions, engine_options
 from sparseserve.cli.options import (
     LOCAL_PATH,
     device_option,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @recipe_options
 @format_option("How to store the result; default: packed24 for 2:4, else dense.")
 @device_option
+@engine_options
 @budget_options
 @click.option("--dry-run", is_flag=True, help="Rehearse the run and list what it would prune.")
 @json_option
@@ -38,6 +40,7 @@ def prune_command(
     recipe: RecipeOptions,
     export_format: str | None,
     device: str | None,
+    engine: EngineOptions,
     budget: BudgetOptions,
     dry_run: bool,
     as_json: bool,
@@ -54,7 +57,7 @@ def prune_command(
     from sparseserve.workflow.job import Job
 
     quiet_libraries()
-    job = Job(model, recipe.chosen(), export_format, torch_device(device))
+    job = Job(model, recipe.chosen(), export_format, torch_device(device), engine=engine.chosen())
     if out is None:
         _print_plan(job, output, as_json)
     else:

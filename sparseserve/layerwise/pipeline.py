@@ -15,8 +15,8 @@ For every layer, on all calibration windows, the first layers on scrambled copie
 4. Write the layer to disk. With a correction across layers, run it to what the next one sees.
 
 With ``none`` and ``intra`` every layer starts from dense hidden states, so layers are independent
-of each other. A run that was killed goes on at the first layer that is not on disk and ends with
-the same weights.
+of each other. Then another engine may prune them elsewhere (``distributed/ray_engine.py``). A run
+that was killed goes on with the layers that are not on disk and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -38,13 +39,14 @@ from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.reconstruction import OutputError, PredictionError, RelativeError
 from sparseserve.layerwise.streams import HiddenStreams
 from sparseserve.machine import give_back_freed_memory
+from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.layers import capture_layer_calls, entering_states
 from sparseserve.models.prediction import prediction_head
 from sparseserve.models.reading import reading_weights
 from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.models.value_heads import ValueHeads, find_value_heads
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.report import Environment, PruneReport
+from sparseserve.report import Environment, LayerReport, PruneReport
 from sparseserve.text.calibration import CalibrationSet
 
 # A few tokens show what a layer computes; more would only cost time.
@@ -75,6 +77,7 @@ def prune_model(
     store: LayerStore,
     progress: PruneProgress,
     device: torch.device,
+    engine: Engine | None = None,
     structure: ModelStructure | None = None,
 ) -> PruneReport:
     """Prune ``model`` in place.
@@ -86,6 +89,7 @@ def prune_model(
         store: Keeps finished layers, and the hidden states between layers.
         progress: Told of every step.
         device: Where layers run and are pruned; one layer at a time is copied there.
+        engine: Who prunes the layers; None is this process, one after the other.
         structure: Its layers, if they are known; the whole model is run to find them.
 
     Raises:
@@ -112,20 +116,121 @@ def prune_model(
         streams = streams.recording(model, structure, calls, windows)
         errors = None
         if recipe.reconstruction.epochs:
-            errors = _OutputErrors.of(model, structure, calibration.windows[0], device)
-        heads = value_heads(model, structure, recipe, calibration.windows[0])
+            errors = OutputErrors.of(model, structure, calibration.windows[0], device)
+        work = LayerWork(
+            model=model,
+            structure=structure,
+            recipe=recipe,
+            calls=calls,
+            streams=streams,
+            scrambled_layers=calibration.scrambled_layers,
+            errors=errors,
+            heads=value_heads(model, structure, recipe, calibration.windows[0]),
+            store=store,
+            progress=progress,
+            device=device,
+        )
+        done = (engine or LocalEngine()).prune_layers(work)
+        reasons = dense_reasons(structure)
+        reasons |= {name: UNSEEN for report in done.reports for name in report.unseen}
+        return PruneReport(
+            layers=done.reports,
+            dense_modules=(*ignored_modules(structure, recipe), *reasons),
+            dense_reasons=reasons,
+            seconds=done.earlier_seconds + time.perf_counter() - started,
+            peak_memory_bytes=_peak_memory(device),
+            environment=Environment.here(),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWork:
+    """The decoder layers of a model, about to be pruned, and all that it takes.
+
+    Attributes:
+        model: Dense, on the CPU, its experts unstacked; pruned in place.
+        structure: Its layers.
+        recipe: What to do.
+        calls: How the model calls each layer.
+        streams: What enters the first layer.
+        scrambled_layers: How many layers, from the first on, see the scrambled windows.
+        errors: What training each layer should lower; None for no training.
+        heads: For each layer, where the values of its attention are rotated.
+        store: Keeps finished layers.
+        progress: Told of every step.
+        device: Where layers run and are pruned.
+    """
+
+    model: nn.Module
+    structure: ModelStructure
+    recipe: PruneRecipe
+    calls: Sequence[LayerCall]
+    streams: HiddenStreams
+    scrambled_layers: int
+    errors: OutputErrors | None
+    heads: Sequence[tuple[ValueHeads, ...]]
+    store: LayerStore
+    progress: PruneProgress
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedLayers:
+    """What an engine did: the reports, first layer to last.
+
+    ``earlier_seconds`` is the wall time of the layers that an interrupted run had finished.
+    """
+
+    reports: tuple[LayerReport, ...]
+    earlier_seconds: float
+
+
+class Engine(Protocol):
+    """Who prunes the decoder layers, and where. The weights depend on it in no bit."""
+
+    def check(self, recipe: PruneRecipe, device: torch.device) -> None:
+        """Refuse what cannot be done this way, before any work.
+
+        Raises:
+            SparseServeError: Says what, and the remedy.
+        """
+        ...
+
+    def prune_layers(self, work: LayerWork) -> FinishedLayers:
+        """Prune the layers of ``work.model`` in place, but for those that its store has.
+
+        Raises:
+            NumericalError: Names the operator.
+            ArtifactError: The disk is full or cannot be written.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalEngine:
+    """This process prunes the layers, one after the other."""
+
+    def check(self, recipe: PruneRecipe, device: torch.device) -> None:
+        """Refuse nothing."""
+
+    def prune_layers(self, work: LayerWork) -> FinishedLayers:
+        """Prune each layer, write it to disk, and run it to what the next one sees."""
+        streams, store, total = work.streams, work.store, len(work.structure.layers)
         reports = []
         earlier = 0.0
-        for number, (layer, call) in enumerate(zip(structure.layers, calls, strict=True), start=1):
-            progress.layer_started(layer.name, number, len(structure.layers))
-            module = model.get_submodule(layer.name)
-            if number > calibration.scrambled_layers:
+        for number, (layer, call) in enumerate(
+            zip(work.structure.layers, work.calls, strict=True), start=1
+        ):
+            work.progress.layer_started(layer.name, number, total)
+            module = work.model.get_submodule(layer.name)
+            if number > work.scrambled_layers:
                 streams = streams.without_scrambled()
-            context = streams.enter(module, layer, call, device)
+            context = streams.enter(module, layer, call, work.device)
             pruned = store.load(layer.name)
             if pruned is None:
-                error = errors.of_layer(number) if errors else None
-                pruned = prune_layer(context, recipe, progress, error, heads[number - 1])
+                error = work.errors.of_layer(number) if work.errors else None
+                heads = work.heads[number - 1]
+                pruned = prune_layer(context, work.recipe, work.progress, error, heads)
                 store.save(layer.name, pruned)
                 # What is read from a file is mapped: memory does not grow with the layers.
                 pruned = store.load(layer.name) or pruned
@@ -135,17 +240,8 @@ def prune_model(
             streams = streams.leave(context, module)
             reports.append(pruned.report)
             give_back_freed_memory()
-            progress.layer_finished(pruned.report)
-        reasons = dense_reasons(structure)
-        reasons |= {name: UNSEEN for report in reports for name in report.unseen}
-        return PruneReport(
-            layers=tuple(reports),
-            dense_modules=(*ignored_modules(structure, recipe), *reasons),
-            dense_reasons=reasons,
-            seconds=earlier + time.perf_counter() - started,
-            peak_memory_bytes=_peak_memory(device),
-            environment=Environment.here(),
-        )
+            work.progress.layer_finished(pruned.report)
+        return FinishedLayers(tuple(reports), earlier)
 
 
 def value_heads(
@@ -158,7 +254,7 @@ def value_heads(
 
 
 @dataclass(frozen=True, slots=True)
-class _OutputErrors:
+class OutputErrors:
     """What training each layer should lower; ``reading`` weighs the features of its output."""
 
     model: nn.Module
@@ -174,7 +270,7 @@ class _OutputErrors:
         structure: ModelStructure,
         window: Tensor,
         device: torch.device,
-    ) -> _OutputErrors:
+    ) -> OutputErrors:
         """Look at ``model`` while it is dense."""
         # Gains are those of norms, which hardly depend on the text; the whole model runs for them.
         reading = reading_weights(model, structure, window[:512])

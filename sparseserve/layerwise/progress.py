@@ -12,7 +12,10 @@ class PruneProgress:
         """Something outside the loop over layers begins or ends; ``text`` says what."""
 
     def layer_started(self, name: str, number: int, total: int) -> None:
-        """A decoder layer is about to be pruned; ``number`` counts from 1."""
+        """A decoder layer is about to be pruned; ``number`` counts from 1.
+
+        Of layers that are pruned elsewhere, several at once, this is heard when one is done.
+        """
 
     def operator_pruned(self, report: OperatorReport) -> None:
         """An operator is done."""

@@ -36,6 +36,7 @@ from sparseserve.layerwise.streams import LayerContext
 from sparseserve.models.hooks import hidden_output
 from sparseserve.models.layer_list import linear_modules
 from sparseserve.models.layers import copy_layer
+from sparseserve.models.prediction import PredictionHead
 from sparseserve.recipe.steps import Reconstruction
 from sparseserve.report import ReconstructionReport
 from sparseserve.retraining.losses import mean_divergence
@@ -59,6 +60,10 @@ class RelativeError:
             error = error * self.weights
         return (error.sum(dim=-1) / energy).mean()
 
+    def to(self, device: torch.device) -> RelativeError:
+        """Return the same on ``device``."""
+        return RelativeError(None if self.weights is None else self.weights.to(device))
+
 
 @dataclass(frozen=True, slots=True)
 class PredictionError:
@@ -74,6 +79,13 @@ class PredictionError:
             expected = self.predict(target[:, chosen]).log_softmax(dim=-1)
         found = self.predict(output[:, chosen]).log_softmax(dim=-1)
         return mean_divergence(expected, found)
+
+    def to(self, device: torch.device) -> PredictionError:
+        """Return the same on ``device``; a head of a model is moved there itself."""
+        predict = self.predict
+        return PredictionError(
+            predict.to(device) if isinstance(predict, PredictionHead) else predict
+        )
 
 
 OutputError = RelativeError | PredictionError

@@ -148,6 +148,17 @@ class HiddenStreams:
             folder, first if dense else None, first if chained else None, keep_inputs, scrambled
         )
 
+    @property
+    def required_dense(self) -> HiddenStates:
+        """The dense stream, for what only works with one.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self.dense is None:
+            raise ValueError("the streams were begun without a dense one")
+        return self.dense
+
     def recording(
         self,
         model: nn.Module,

@@ -43,6 +43,11 @@ class PredictionHead:
         assert isinstance(logits, Tensor)
         return logits
 
+    def to(self, device: torch.device) -> PredictionHead:
+        """Move the head to ``device`` and return it."""
+        self._model.to(device=device)
+        return self
+
 
 def prediction_head(
     model: nn.Module, structure: ModelStructure, window: Tensor, device: torch.device
@@ -127,6 +132,17 @@ class _StandIn(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, object]) -> _StandIn:
         return type(self)(self.original)
+
+    def __getstate__(self) -> dict[str, object]:
+        # A head that goes to another machine takes no weights of the layers along.
+        return {**self.__dict__, "original": _without_weights(self.original)}
+
+
+def _without_weights(module: nn.Module) -> nn.Module:
+    """Copy ``module`` with tensors of the same shapes and devices that hold one number each."""
+    tensors = (*module.parameters(), *module.buffers())
+    empty = {id(tensor): tensor.new_zeros(()).expand(tensor.shape) for tensor in tensors}
+    return copy.deepcopy(module, empty)
 
 
 class _SkippedLayer(_StandIn):

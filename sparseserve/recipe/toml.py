@@ -3,7 +3,9 @@ r"""Recipes by name: presets, TOML files, and pruning methods as they were publi
 The presets are
 
 - ``default``: the best setting found that does not retrain the whole model; also ``PruneRecipe()``;
-- ``untrained``: the same without training and without scrambled windows;
+- ``parallel``: the same with correction ``intra``: layers are pruned and trained on dense inputs.
+  They do not depend on one another, and may be pruned on many machines at once;
+- ``untrained``: ``default`` without training and without scrambled windows;
 - ``fast``: SparseGPT as its authors run it;
 - ``paper``: FISTAPruner as published.
 
@@ -67,6 +69,7 @@ UNTRAINED = PruneRecipe(
 )
 PRESETS = {
     "default": PruneRecipe(),
+    "parallel": PruneRecipe(error_correction="intra"),
     "untrained": UNTRAINED,
     "fast": replace(UNTRAINED, pruner=SparseGPT(), error_correction="sequential"),
     "paper": replace(

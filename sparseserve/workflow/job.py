@@ -8,6 +8,7 @@ import torch
 
 from sparseserve.checkpoint.formats import default_format
 from sparseserve.devices import default_device
+from sparseserve.layerwise.pipeline import Engine, LocalEngine
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
 
@@ -23,6 +24,7 @@ class Job:
             ``packed24`` for 2:4 and ``dense`` for other patterns.
         device: Where to prune; None is a CUDA device if there is one.
         progress: Told of every stage, layer and operator.
+        engine: Who prunes the decoder layers; this process unless it is a ``RayEngine``.
     """
 
     source: str
@@ -30,6 +32,7 @@ class Job:
     export_format: str | None = None
     device: torch.device | None = None
     progress: PruneProgress = field(default_factory=PruneProgress)
+    engine: Engine = field(default_factory=LocalEngine)
 
     @property
     def stored_as(self) -> str:

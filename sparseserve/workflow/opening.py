@@ -14,6 +14,7 @@ from sparseserve.checkpoint.artifact import file_sha256
 from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.run_folder import Fingerprint
+from sparseserve.devices import arithmetic_of
 from sparseserve.exporters.side_files import side_files
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import ModelStructure
@@ -61,6 +62,7 @@ def open_run(job: Job, place: OutputPlace | None) -> Opening:
         SparseServeError: Any of its kinds: the run could not end well.
     """
     recipe, device, progress = job.recipe, job.runs_on, job.progress
+    job.engine.check(recipe, device)
     require_fit(job.stored_as, str(recipe.pattern))
     progress.stage(f"loading {job.source}")
     scratch = existing_parent(place.partial) if place else Path(tempfile.gettempdir())
@@ -102,7 +104,7 @@ def _fingerprint(
             **parts,
             "calibration": calibration.record.digest,
             "text for retraining": str(calibration.record.fresh_digest),
-            "device": _description(device),
+            "device": arithmetic_of(device),
         }
     )
 
@@ -111,10 +113,3 @@ def _model_files(loaded: LoadedModel) -> set[str]:
     """Return the files of the model's folder, and those below it that come along."""
     top = {path.name for path in loaded.folder.iterdir() if path.is_file()}
     return top | set(side_files(loaded.folder))
-
-
-def _description(device: torch.device) -> str:
-    """Say what arithmetic ``device`` does."""
-    if device.type == "cuda":
-        return f"cuda, {torch.cuda.get_device_name(device)}"
-    return f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"

@@ -149,6 +149,7 @@ def _prune(opening: Opening, run: RunFolder, layers: LayerStore) -> PruneReport:
         store=layers,
         progress=job.progress,
         device=opening.job.runs_on,
+        engine=job.engine,
         structure=opening.structure,
     )
     return _retrained(opening, report, dense)

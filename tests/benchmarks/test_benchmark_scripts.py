@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.harness.machine import Machine
-from benchmarks.quality import calibration_memory, larger_than_memory, layer_memory
+from benchmarks.quality import calibration_memory, larger_than_memory, layer_memory, scaling
 from benchmarks.quality import compare as quality
 from benchmarks.quality.calibration_memory import calibration_memory_table
 from benchmarks.quality.larger_than_memory import larger_than_memory_table
@@ -19,6 +19,7 @@ from benchmarks.serving import cpu_kernels
 from benchmarks.serving.tables import cpu_kernels_table
 from sparseserve.testing import save_tiny_model
 from tests.benchmarks.script_runs import smoke_run, table_cells
+from tests.ray_end import quiet_end
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_smoke_run_measures_memory_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     smoke_run(calibration_memory, monkeypatch)
     smoke_run(layer_memory, monkeypatch)
+
+
+@pytest.mark.further
+@pytest.mark.timeout(900)
+def test_a_smoke_run_measures_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="the extra `distributed` is not installed")
+    with quiet_end():
+        smoke_run(scaling, monkeypatch)
+
+
+def test_the_table_of_a_cluster_compares_with_one_process() -> None:
+    rows = [
+        scaling.Row(nodes=nodes, seconds=seconds, layer_seconds=90.0, peak_memory_bytes=0)
+        for nodes, seconds in ((0, 100.0), (2, 50.0))
+    ]
+    setting = {"layers": 2, "hidden_size": 64, "intermediate_size": 128, "samples": 4}
+    cells = table_cells(scaling.scaling_table, rows, sequence_length=16, threads=1, **setting)
+    assert cells[1:] == [
+        ["one process", "100", "1.00x speed", "90"],
+        ["2", "50", "2.00x speed", "90"],
+    ]
 
 
 def test_a_smoke_run_times_every_product() -> None:

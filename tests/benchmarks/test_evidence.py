@@ -26,6 +26,13 @@ SETTING = Setting(
 )
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_name_of_a_preset_is_all_of_it_but_the_windows(name: str) -> None:
+    recipe, preset = recipe_of(name, SETTING, 3), PRESETS[name]
+    spec = replace(SETTING.calibration_spec(3), scrambled=preset.calibration.scrambled)
+    assert recipe == replace(preset, calibration=spec)
+
+
 def test_every_variant_is_a_recipe_and_no_two_are_the_same() -> None:
     for experiment in experiments():
         recipes = [recipe_of(variant, SETTING, 0) for variant in experiment.variants]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.models.prediction import prediction_head
 from sparseserve.models.structure import trace_structure
 from sparseserve.testing import TINY_FAMILIES, tiny_model
@@ -72,6 +74,22 @@ def test_a_model_that_looks_at_its_tokens_again_after_the_layers_has_none() -> N
 def test_a_model_of_another_make_has_none() -> None:
     chain, window = Chain(Block(), Block()), windows(1)[0]
     assert prediction_head(chain, trace_structure(chain, window), window, CPU) is None
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "llama4_text"])
+def test_a_head_that_travels_predicts_the_same_and_takes_no_layers_along(family: str) -> None:
+    model, window = tiny_model(family), windows(1)[0]
+    with unstacked_experts(model):
+        structure = trace_structure(model, window)
+        head = prediction_head(model, structure, window[:8], CPU)
+        assert head is not None
+        data = pickle.dumps(head)
+        hidden = torch.randn(1, 12, 64)
+        assert torch.equal(pickle.loads(data).to(CPU)(hidden), head(hidden))
+    layers = model.get_submodule(structure.layers[0].name.rpartition(".")[0])
+    rest = sum(tensor.nbytes for tensor in model.parameters())
+    rest -= sum(tensor.nbytes for tensor in layers.parameters())
+    assert len(data) < rest + 50_000
 
 
 def _first_layer(model: nn.Module) -> nn.Module:

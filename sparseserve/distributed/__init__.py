@@ -1,0 +1,1 @@
+"""Pruning decoder layers on many machines at once."""
