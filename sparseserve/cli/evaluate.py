@@ -18,14 +18,25 @@ from sparseserve.cli.options import (
 
 if TYPE_CHECKING:
     from sparseserve.evaluation.evaluate import Backend, EvaluationReport
+    from sparseserve.evaluation.protocols import Protocol
 
 
 @click.command("evaluate", short_help="Measure the perplexity of a model.")
 @click.argument("model")
 @click.option("--text", help="Text file, folder or dataset name; default: packaged text.")
 @text_column_option
+@click.option(
+    "--protocol",
+    type=click.Choice(["wikitext2"]),
+    help="Windows as in published tables: the whole --text (default: WikiText-2's test split, from "
+    "the hub), tokenised once, in windows of 2048.",
+)
 @click.option("--samples", type=int, help="Windows, spread over the text; default: all.")
-@click.option("--sequence-length", type=int, help="Tokens per window; default: at most 1024.")
+@click.option(
+    "--sequence-length",
+    type=int,
+    help="Tokens per window; default: at most 1024, or what the protocol says.",
+)
 @click.option(
     "--backend",
     type=click.Choice(["transformers", "vllm"]),
@@ -42,6 +53,7 @@ def evaluate_command(
     model: str,
     text: str | None,
     text_column: str | None,
+    protocol: Protocol | None,
     samples: int | None,
     sequence_length: int | None,
     backend: Backend,
@@ -73,6 +85,7 @@ def evaluate_command(
         dtype=DTYPES.get(dtype),
         device=torch_device(device),
         verify=verify,
+        protocol=protocol,
     )
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("evaluating", total=None)
@@ -91,6 +104,7 @@ def evaluate_command(
 def _summary(report: EvaluationReport) -> str:
     return (
         f"perplexity {report.perplexity:.4f} over {report.tokens:,} tokens "
-        f"({report.windows} windows of {report.sequence_length} from {report.text}; "
+        f"({report.windows} windows of {report.sequence_length} from {report.text}"
+        f"{f' by the protocol {report.protocol}' if report.protocol else ''}; "
         f"{report.backend}, {report.dtype}, {report.seconds:.0f} s)"
     )
