@@ -15,13 +15,14 @@ from sparseserve.cli.options import (
     text_column_option,
     verify_option,
 )
+from sparseserve.cli.tasks import TaskOptions, score, task_options
 
 if TYPE_CHECKING:
     from sparseserve.evaluation.evaluate import Backend, EvaluationReport
     from sparseserve.evaluation.protocols import Protocol
 
 
-@click.command("evaluate", short_help="Measure the perplexity of a model.")
+@click.command("evaluate", short_help="Measure the perplexity of a model, or its task scores.")
 @click.argument("model")
 @click.option("--text", help="Text file, folder or dataset name; default: packaged text.")
 @text_column_option
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     type=int,
     help="Tokens per window; default: at most 1024, or what the protocol says.",
 )
+@task_options
 @click.option(
     "--backend",
     type=click.Choice(["transformers", "vllm"]),
@@ -56,15 +58,17 @@ def evaluate_command(
     protocol: Protocol | None,
     samples: int | None,
     sequence_length: int | None,
+    scoring: TaskOptions,
     backend: Backend,
     dtype: str,
     device: str | None,
     verify: bool,
     as_json: bool,
 ) -> None:
-    """Measure the perplexity of MODEL, a dense or packed folder or a hub name.
+    """Measure the perplexity of MODEL, a dense or packed folder or a hub name, or its task scores.
 
-    Text that a checkpoint was calibrated with is refused.
+    Text that a checkpoint was calibrated with is refused. With --tasks the answers of MODEL to the
+    questions of lm-eval's tasks are scored instead.
     """
     from dataclasses import asdict
 
@@ -75,6 +79,15 @@ def evaluate_command(
     from sparseserve.devices import DTYPES, torch_device
     from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
 
+    scoring.check(
+        of_text={
+            "--text": text,
+            "--text-column": text_column,
+            "--protocol": protocol,
+            "--samples": samples,
+            "--sequence-length": sequence_length,
+        }
+    )
     quiet_libraries()
     spec = EvaluationSpec(
         text=text,
@@ -87,6 +100,10 @@ def evaluate_command(
         verify=verify,
         protocol=protocol,
     )
+    if scoring.tasks is not None:
+        score(model, scoring, spec, as_json=as_json)
+        say_whether_verified(Path(model), verify)
+        return
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("evaluating", total=None)
         report = evaluate(

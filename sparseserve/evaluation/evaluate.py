@@ -110,7 +110,7 @@ def evaluate(
     check_before_reading(folder, verified=spec.verify)
     text = _read(spec)
     assert_not_calibration(folder, text)
-    _check_folder(folder)
+    check_evaluated_folder(folder)
     config = open_config(folder)
     windows = _windows(spec, open_tokenizer(folder), text, position_limit(config))
     require_known_tokens(text.name, windows, vocabulary_size(config))
@@ -143,6 +143,16 @@ def load_for_evaluation(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if not _is_packed(folder):
         return load_model(folder, dtype=dtype, check_hashes=False).model
     return open_checkpoint(folder, dtype)
+
+
+def check_evaluated_folder(folder: Path) -> None:
+    """Refuse what is no whole causal language model before anything large is read.
+
+    Raises:
+        UnsupportedModelError: It is another kind of model, or part of it is missing.
+    """
+    if not _is_packed(folder):
+        check_model_folder(folder)
 
 
 def _read(spec: EvaluationSpec) -> TextSource:
@@ -178,9 +188,3 @@ def _measure(
 def _is_packed(folder: Path) -> bool:
     is_artifact = (folder / MANIFEST_FILE).is_file()
     return is_artifact and Artifact.open(folder).manifest.format != "dense"
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse what is no whole causal language model before anything large is read."""
-    if not _is_packed(folder):
-        check_model_folder(folder)

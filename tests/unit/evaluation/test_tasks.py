@@ -1,0 +1,328 @@
+"""Scores on tasks are those of lm-eval itself, and differences are told from chance."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from click.testing import CliRunner
+from pyarrow import parquet
+
+from sparseserve.cli.evaluate import evaluate_command
+from sparseserve.errors import MissingExtraError, RecipeError
+from sparseserve.evaluation import task_data
+from sparseserve.evaluation.task_comparison import compare_scores
+from sparseserve.evaluation.tasks import TaskReport, TaskScore, TaskSpec, evaluate_tasks
+from sparseserve.exporters import export_packed24
+from sparseserve.testing import save_tiny_model
+from tests.unit.evaluation.pruned import save_pruned, words
+
+pytest.importorskip("lm_eval")
+# Raised inside lm-eval and what it imports.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ITEMS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small data sets with the columns of the hub's: one a file, one in splits, one as Parquet."""
+    folder = tmp_path_factory.mktemp("data")
+    chance = random.Random(0)
+    piqa = [
+        {
+            "goal": f"to count {i}",
+            "sol1": f"say {i * i}",
+            "sol2": f"write {i + 1} down",
+            "label": chance.randint(0, 1),
+        }
+        for i in range(ITEMS)
+    ]
+    lines(folder / "piqa.jsonl", piqa)
+    boolq = [
+        {"passage": f"{i} is a number.", "question": f"is {i} even", "label": 1 - i % 2}
+        for i in range(ITEMS)
+    ]
+    (folder / "boolq").mkdir()
+    (folder / "boolq" / "validation.json").write_text(json.dumps(boolq))
+    openbookqa = [
+        {
+            "question_stem": f"What is {i}?",
+            "choices": {"text": ["a number", "a cat", "red", f"{i}"], "label": list("ABCD")},
+            "answerKey": "ABCD"[chance.randrange(4)],
+        }
+        for i in range(ITEMS)
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(openbookqa), folder / "openbookqa.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    dense = save_pruned("llama", folder / "pruned", words(folder / "c.txt", "to prune "))
+    export_packed24(dense, folder / "packed")
+    save_tiny_model("llama", folder / "dense")
+    return {name: folder / name for name in ("dense", "pruned", "packed")}
+
+
+@pytest.fixture(scope="module")
+def reports(models: dict[str, Path], data: Path) -> dict[str, TaskReport]:
+    spec = TaskSpec(tasks=("piqa", "openbookqa", "boolq"), folder=data, batch_size=5)
+    return {name: evaluate_tasks(str(folder), spec) for name, folder in models.items()}
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def lm_evals_own(model: Path, data: Path, scratch: Path) -> dict[str, dict[str, float]]:
+    """What ``lm_eval --model hf`` says; the definitions are written out by hand."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    definitions = {
+        "own_piqa": (
+            "json",
+            "piqa.jsonl",
+            {
+                "doc_to_text": "Question: {{goal}}\nAnswer:",
+                "doc_to_target": "label",
+                "doc_to_choice": "{{[sol1, sol2]}}",
+            },
+        ),
+        "own_boolq": (
+            "json",
+            "boolq/validation.json",
+            {
+                "doc_to_text": "{{passage}}\nQuestion: {{question}}?\nAnswer:",
+                "doc_to_target": "label",
+                "doc_to_choice": ["no", "yes"],
+            },
+        ),
+        "own_openbookqa": (
+            "parquet",
+            "openbookqa.parquet",
+            {
+                "doc_to_text": "question_stem",
+                "doc_to_target": "{{'ABCD'.index(answerKey)}}",
+                "doc_to_choice": "{{choices.text}}",
+            },
+        ),
+    }
+    for name, (reader, file, meaning) in definitions.items():
+        definition = {
+            "task": name,
+            "dataset_path": reader,
+            "dataset_kwargs": {
+                "data_files": {"test": str(data / file)},
+                "cache_dir": str(scratch / "cache"),
+            },
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+            **meaning,
+        }
+        (scratch / f"{name}.yaml").write_text(json.dumps(definition))
+    found = simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(model), "dtype": "float32", "device": "cpu"},
+        tasks=list(definitions),
+        task_manager=TaskManager(include_path=str(scratch), include_defaults=False),
+    )
+    results: dict[str, dict[str, float]] = found["results"]
+    return results
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_scores_are_those_of_lm_eval_itself(
+    form: str,
+    models: dict[str, Path],
+    data: Path,
+    reports: dict[str, TaskReport],
+    tmp_path: Path,
+) -> None:
+    expected = lm_evals_own(models[form], data, tmp_path)
+    scores = reports[form].scores
+    assert {(score.task, score.metric) for score in scores} == {
+        *(("piqa", metric) for metric in ("acc", "acc_norm")),
+        *(("openbookqa", metric) for metric in ("acc", "acc_norm")),
+        ("boolq", "acc"),
+    }
+    for score in scores:
+        own = expected[f"own_{score.task}"]
+        assert score.value == own[f"{score.metric},none"], score
+        assert score.standard_error == own[f"{score.metric}_stderr,none"], score
+        assert (score.items, score.shots) == (ITEMS, 0)
+        assert sum(score.values) / ITEMS == pytest.approx(score.value)
+    assert len({score.value for score in scores}) > 1
+
+
+def test_a_packed_checkpoint_scores_as_its_dense_twin(reports: dict[str, TaskReport]) -> None:
+    assert reports["packed"].scores == reports["pruned"].scores
+    assert reports["dense"].scores != reports["pruned"].scores
+
+
+def test_the_report_names_the_data_by_its_hash(reports: dict[str, TaskReport], data: Path) -> None:
+    import hashlib
+
+    expected = {
+        name: hashlib.sha256((data / name).read_bytes()).hexdigest()
+        for name in ("piqa.jsonl", "openbookqa.parquet", "boolq/validation.json")
+    }
+    assert {file.name: file.sha256 for file in reports["dense"].files} == expected
+
+
+def test_a_difference_has_the_error_of_the_changes_item_by_item(
+    reports: dict[str, TaskReport],
+) -> None:
+    dense, pruned = reports["dense"], reports["pruned"]
+    for before, after, found in zip(
+        dense.scores, pruned.scores, compare_scores(dense, pruned), strict=True
+    ):
+        changes = np.array(after.values) - np.array(before.values)
+        assert found.paired
+        assert found.difference == pytest.approx(changes.mean())
+        assert found.standard_error == pytest.approx(changes.std(ddof=1) / math.sqrt(ITEMS))
+
+
+def scores_of(name: str, values: list[float], **changes: Any) -> TaskReport:
+    mean = sum(values) / len(values)
+    score = TaskScore(
+        task="own",
+        version="1",
+        shots=0,
+        metric="acc",
+        value=mean,
+        standard_error=math.sqrt(mean * (1 - mean) / (len(values) - 1)),
+        items=len(values),
+        items_digest="same",
+        values=tuple(values),
+    )
+    return TaskReport(
+        scores=(replace(score, **changes),),
+        model=name,
+        backend="transformers",
+        dtype="float32",
+        harness="lm-eval",
+        limit=None,
+        batch_size=1,
+        files=(),
+        seconds=0.0,
+        verified=False,
+    )
+
+
+def test_ten_lost_of_a_hundred_are_a_loss_only_where_the_items_can_be_paired() -> None:
+    dense = scores_of("dense", [1.0] * 60 + [0.0] * 40)
+    pruned = scores_of("pruned", [1.0] * 50 + [0.0] * 50)
+    (paired,) = compare_scores(dense, pruned)
+    assert paired.standard_error == pytest.approx(math.sqrt(0.1 * 0.9 / 99))
+    assert paired.significant
+    (unpaired,) = compare_scores(dense, scores_of("pruned", [1.0] * 50 + [0.0] * 50, values=()))
+    assert unpaired.standard_error == pytest.approx(math.sqrt((0.24 + 0.25) / 99))
+    assert not unpaired.paired
+    assert not unpaired.significant
+
+
+def test_equal_answers_are_no_difference_and_no_error_gives_no_verdict() -> None:
+    dense = scores_of("dense", [1.0, 0.0, 1.0])
+    (same,) = compare_scores(dense, dense)
+    assert (same.difference, same.standard_error, same.significant) == (0.0, 0.0, False)
+    bare = scores_of("bare", [1.0, 0.0, 1.0], values=(), standard_error=None)
+    (unknown,) = compare_scores(dense, bare)
+    assert (unknown.standard_error, unknown.significant) == (None, None)
+
+
+def test_models_that_were_asked_other_items_are_not_compared() -> None:
+    dense = scores_of("dense", [1.0, 0.0])
+    with pytest.raises(RecipeError, match="dense and other were not asked the same items"):
+        compare_scores(dense, scores_of("other", [1.0, 0.0], items_digest="else"))
+
+
+def test_rows_without_the_columns_of_the_task_are_refused(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    lines(tmp_path / "piqa.jsonl", [{"question": "How?", "answer": "So."}])
+    with pytest.raises(RecipeError, match=r"the rows of piqa do not fit .*'goal' is undefined"):
+        evaluate_tasks(str(models["dense"]), TaskSpec(tasks=("piqa",), folder=tmp_path))
+
+
+def test_a_task_without_local_data_is_refused_and_not_downloaded(
+    models: dict[str, Path], data: Path
+) -> None:
+    spec = TaskSpec(tasks=("piqa", "sciq"), folder=data)
+    with pytest.raises(RecipeError, match=r"holds no sciq\.jsonl, .* allenai/sciq|sciq"):
+        evaluate_tasks(str(models["dense"]), spec)
+    with pytest.raises(RecipeError, match=r"'mmlu' is no single task"):
+        evaluate_tasks(str(models["dense"]), replace(spec, tasks=("mmlu",)))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_with_the_remedy(models: dict[str, Path]) -> None:
+    with pytest.raises(RecipeError, match=r"--tasks piqa: lm-eval cannot run .*--tasks-from"):
+        evaluate_tasks(str(models["dense"]), TaskSpec(tasks=("piqa",)))
+
+
+@pytest.mark.further  # the index of all of lm-eval's tasks takes half a minute
+def test_an_unknown_task_is_refused_with_a_near_one(models: dict[str, Path]) -> None:
+    with pytest.raises(RecipeError, match=r"no task 'piqaa': did you mean 'piqa'"):
+        evaluate_tasks(str(models["dense"]), TaskSpec(tasks=("piqaa",)))
+
+
+def test_a_missing_lm_eval_is_told_with_its_command(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task_data, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'sparseserve\[eval\]'"):
+        evaluate_tasks(str(models["dense"]), TaskSpec(tasks=("piqa",)))
+
+
+def test_the_command_compares_with_the_dense_model(
+    models: dict[str, Path], data: Path, reports: dict[str, TaskReport]
+) -> None:
+    options = ["--tasks", "piqa,openbookqa,boolq", "--tasks-from", str(data)]
+    options += ["--baseline", str(models["dense"])]
+    call = [str(models["packed"]), *options, "--json"]
+    printed = json.loads(CliRunner().invoke(evaluate_command, call, catch_exceptions=False).stdout)
+    expected = compare_scores(reports["dense"], reports["packed"])
+    assert [each["difference"] for each in printed["differences"]] == [
+        each.difference for each in expected
+    ]
+    assert [each["value"] for each in printed["baseline"]["scores"]] == [
+        score.value for score in reports["dense"].scores
+    ]
+    table = CliRunner().invoke(
+        evaluate_command, [str(models["packed"]), *options, "--limit", "4"], catch_exceptions=False
+    )
+    assert "difference" in table.stdout
+    assert "│ 4 " in table.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--tasks-from", "."], "--tasks-from needs --tasks"),
+        (["--limit", "3"], "--limit needs --tasks"),
+        (["--tasks", "piqa", "--text", "a.txt"], "--text does not go with --tasks"),
+        (["--tasks", "piqa", "--samples", "3"], "--samples does not go with --tasks"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: list[str], reason: str) -> None:
+    result = CliRunner().invoke(evaluate_command, ["MODEL", *options])
+    assert result.exit_code == 2
+    assert reason in result.stderr
+
+
+def test_numbers_below_one_are_refused() -> None:
+    with pytest.raises(RecipeError, match="--limit 0 must be at least 1"):
+        TaskSpec(tasks=("piqa",), limit=0)
+    with pytest.raises(RecipeError, match="--batch-size 0 must be at least 1"):
+        TaskSpec(tasks=("piqa",), batch_size=0)
