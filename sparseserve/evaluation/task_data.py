@@ -53,29 +53,46 @@ def choose_tasks(names: Sequence[str], folder: Path | None, scratch: Path) -> Ta
     """
     if not names:
         raise RecipeError("--tasks names no task: give some, such as piqa,openbookqa")
-    definitions = _definitions(names)
+    definitions = _find(names, _package_folder() / "tasks")
     if folder is not None:
         return _local(names, definitions, folder, scratch)
     from lm_eval.tasks import TaskManager  # noqa: PLC0415  # optional
 
     if all(name in definitions for name in names):  # a whole index takes half a minute
         manager = TaskManager(include_defaults=False)
-        return TaskChoice(manager, tuple(str(definitions[name]) for name in names), ())
-    manager = TaskManager()
-    for name in names:
-        if name not in manager.all_tasks:
-            raise RecipeError(_unknown(name, manager.all_tasks))
-    return TaskChoice(manager, tuple(names), ())
+        chosen = TaskChoice(manager, tuple(str(definitions[name]) for name in names), ())
+    else:
+        manager = TaskManager()
+        for name in names:
+            if name not in manager.all_tasks:
+                raise RecipeError(_unknown(name, manager.all_tasks))
+        chosen = TaskChoice(manager, tuple(names), ())
+    _download(chosen, names)
+    return chosen
 
 
-def _definitions(names: Sequence[str]) -> dict[str, Path]:
-    """Return lm-eval's file of each name that is a single task."""
+def _download(chosen: TaskChoice, names: Sequence[str]) -> None:
+    """Have the library ``datasets`` fetch what is not in its cache yet."""
+    try:
+        chosen.manager.load(list(chosen.specs))
+    except Exception as error:  # data sets and their transports share no base class
+        raise RecipeError(
+            f"--tasks {','.join(names)}: the data cannot be loaded ({first_line(error)}): where "
+            "the hub cannot be reached, give them with --tasks-from"
+        ) from error
+
+
+def _package_folder() -> Path:
     package = find_spec("lm_eval")
     if package is None or not package.submodule_search_locations:
         raise MissingExtraError("lm-eval", "eval", "--tasks")
+    return Path(package.submodule_search_locations[0])
+
+
+def _find(names: Sequence[str], definitions: Path) -> dict[str, Path]:
+    """Return the file among lm-eval's ``definitions`` of each name that is a single task."""
     found: dict[str, Path] = {}
-    root = Path(package.submodule_search_locations[0]) / "tasks"
-    for path in sorted(root.rglob("*.yaml"), key=Path.as_posix):
+    for path in sorted(definitions.rglob("*.yaml"), key=Path.as_posix):
         for name in _NAME.findall(path.read_bytes()):
             if name.decode() in names:
                 found.setdefault(name.decode(), path)  # lm-eval, too, takes the first
