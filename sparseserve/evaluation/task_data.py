@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,11 +31,19 @@ _NAME = re.compile(rb"^task:[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*(?:#.*)?$", re.MUL
 
 @dataclass(frozen=True, slots=True)
 class TaskChoice:
-    """What lm-eval is asked for: the manager that knows the tasks, their specs, and local files."""
+    """What lm-eval is asked for.
+
+    Attributes:
+        manager: Knows the tasks.
+        specs: By which it knows them.
+        files: Local data, if any.
+        kinds: Of each task, by lm-eval's words, such as ``multiple_choice``.
+    """
 
     manager: TaskManager
     specs: tuple[str, ...]
     files: tuple[TextFile, ...]
+    kinds: Mapping[str, str]
 
 
 def choose_tasks(names: Sequence[str], folder: Path | None, scratch: Path) -> TaskChoice:
@@ -60,21 +68,21 @@ def choose_tasks(names: Sequence[str], folder: Path | None, scratch: Path) -> Ta
 
     if all(name in definitions for name in names):  # a whole index takes half a minute
         manager = TaskManager(include_defaults=False)
-        chosen = TaskChoice(manager, tuple(str(definitions[name]) for name in names), ())
+        specs = tuple(str(definitions[name]) for name in names)
     else:
         manager = TaskManager()
         for name in names:
             if name not in manager.all_tasks:
                 raise RecipeError(_unknown(name, manager.all_tasks))
-        chosen = TaskChoice(manager, tuple(names), ())
-    _download(chosen, names)
-    return chosen
+        specs = tuple(names)
+    return TaskChoice(manager, specs, (), _download(manager, specs, names))
 
 
-def _download(chosen: TaskChoice, names: Sequence[str]) -> None:
-    """Have the library ``datasets`` fetch what is not in its cache yet."""
+def _download(manager: TaskManager, specs: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Have the library ``datasets`` fetch what is not in its cache yet; return the kinds."""
     try:
-        chosen.manager.load(list(chosen.specs))
+        tasks = manager.load(list(specs))["tasks"]
+        return {name: str(task.OUTPUT_TYPE) for name, task in tasks.items()}
     except Exception as error:  # data sets and their transports share no base class
         raise RecipeError(
             f"--tasks {','.join(names)}: the data cannot be loaded ({first_line(error)}): where "
@@ -130,8 +138,8 @@ def _local(
             {"include": str(definitions[name]), "task": name, **override},
         )
     manager = TaskManager(include_path=str(overridden), include_defaults=False)
-    _ask_first_questions(manager, names, folder)
-    return TaskChoice(manager, tuple(names), tuple(files))
+    kinds = {name: _ask_first_question(manager, name, folder) for name in names}
+    return TaskChoice(manager, tuple(names), tuple(files), kinds)
 
 
 def _data_files(name: str, settings: dict[str, Any], folder: Path) -> dict[str, Path]:
@@ -168,23 +176,23 @@ def _override(settings: dict[str, Any], data: dict[str, Path], cache: Path) -> d
     }
 
 
-def _ask_first_questions(manager: TaskManager, names: Sequence[str], folder: Path) -> None:
-    """Refuse rows without the columns that their task reads."""
-    for name in names:
-        try:
-            task = manager.load([name])["tasks"][name]
-            row = next(iter(task.eval_docs))
-            task.doc_to_text(row)
-            target = task.doc_to_target(row)
-            if task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, int):
-                task.doc_to_choice(row)[target]
-            elif task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, str):
-                task.doc_to_choice(row).index(target)
-        except Exception as error:  # definitions are templates and programs of lm-eval's
-            raise RecipeError(
-                f"--tasks-from {folder}: the rows of {name} do not fit lm-eval's task "
-                f"({first_line(error)}): they need the columns and values of its data set"
-            ) from error
+def _ask_first_question(manager: TaskManager, name: str, folder: Path) -> str:
+    """Refuse rows without the columns that their task reads; return the task's kind."""
+    try:
+        task = manager.load([name])["tasks"][name]
+        row = next(iter(task.eval_docs))
+        task.doc_to_text(row)
+        target = task.doc_to_target(row)
+        if task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, int):
+            task.doc_to_choice(row)[target]
+        elif task.OUTPUT_TYPE == "multiple_choice" and isinstance(target, str):
+            task.doc_to_choice(row).index(target)
+        return str(task.OUTPUT_TYPE)
+    except Exception as error:  # definitions are templates and programs of lm-eval's
+        raise RecipeError(
+            f"--tasks-from {folder}: the rows of {name} do not fit lm-eval's task "
+            f"({first_line(error)}): they need the columns and values of its data set"
+        ) from error
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

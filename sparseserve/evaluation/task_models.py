@@ -13,9 +13,8 @@ import torch
 from sparseserve.devices import default_device
 from sparseserve.evaluation.evaluate import Backend, load_for_evaluation
 from sparseserve.huggingface.opening import open_tokenizer
-from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.launch.served_model import ServedModel
-from sparseserve.serving.measure.engine import engine_options
+from sparseserve.serving.measure.engine import Engine, engine_options
 from sparseserve.text import position_limit
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ def task_model(
 
     Raises:
         SparseServeError: The model cannot be loaded or served.
+        MissingExtraError: vLLM is not installed.
     """
     if backend == "vllm":
         with _vllm(folder, dtype, batch_size) as model:
@@ -69,33 +69,19 @@ def _transformers(folder: Path, dtype: torch.dtype, device: torch.device, batch_
 
 @contextmanager
 def _vllm(folder: Path, dtype: torch.dtype, batch_size: int) -> Iterator[LM]:
-    require_vllm("evaluate --backend vllm")
-    from lm_eval.models.vllm_causallms import VLLM  # noqa: PLC0415  # optional
+    from sparseserve.evaluation.engine_model import EngineModel  # noqa: PLC0415  # optional
 
     served = ServedModel.open(folder)
+    longest = min(served.max_positions or LONGEST, LONGEST)
     options = engine_options(
         served,
-        max_model_len=min(served.max_positions or LONGEST, LONGEST),
+        max_model_len=longest + 1,  # vLLM always makes one token more
         max_num_seqs=batch_size,
         batch_model_len=_USUAL,
         dtype=dtype,
     )
-    model = VLLM(
-        pretrained=options.model,
-        dtype=options.dtype,
-        max_model_len=options.max_model_len,
-        batch_size="auto",
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        kv_cache_memory_bytes=options.kv_cache_memory_bytes,
-        enforce_eager=options.enforce_eager,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-    )
-    try:
-        yield model
-    finally:
-        model.model.llm_engine.engine_core.shutdown()
+    with Engine(options) as engine:
+        yield EngineModel(engine, open_tokenizer(folder), longest)
 
 
 @contextmanager

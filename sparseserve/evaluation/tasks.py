@@ -116,6 +116,7 @@ def evaluate_tasks(source: str, spec: TaskSpec) -> TaskReport:
     dtype = spec.dtype or evaluation_dtype(open_config(folder).dtype, this_machine())
     with tempfile.TemporaryDirectory(prefix="sparseserve-tasks-") as scratch:
         chosen = choose_tasks(spec.tasks, spec.folder, Path(scratch))
+        _require_kinds(spec.backend, chosen)
         start = time.perf_counter()
         found = _run(folder, spec, dtype, chosen)
         seconds = time.perf_counter() - start
@@ -131,6 +132,19 @@ def evaluate_tasks(source: str, spec: TaskSpec) -> TaskReport:
         seconds=seconds,
         verified=spec.verify,
     )
+
+
+def _require_kinds(backend: Backend, chosen: TaskChoice) -> None:
+    if backend != "vllm":
+        return
+    from sparseserve.evaluation.engine_model import KINDS  # noqa: PLC0415  # needs lm-eval
+
+    for task, kind in chosen.kinds.items():
+        if kind not in KINDS:
+            raise RecipeError(
+                f"--tasks {task} is of the kind {kind}, and --backend vllm scores "
+                f"{' and '.join(sorted(KINDS))} only: give --backend transformers"
+            )
 
 
 def _run(folder: Path, spec: TaskSpec, dtype: torch.dtype, chosen: TaskChoice) -> dict[str, Any]:
