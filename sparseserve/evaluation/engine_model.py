@@ -46,7 +46,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: object
+        self, string: str, add_special_tokens: bool | None = None, **options: object
     ) -> list[int]:
         """Return token ids; a text that already begins with the mark of a beginning gets no other.
 
@@ -55,11 +55,10 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         if add_special_tokens is None:
             mark = self.tokenizer.decode([self.prefix_token_id])
             add_special_tokens = not string.startswith(mark)
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-        return ids
+        return [*map(int, self.tokenizer.encode(string, add_special_tokens=add_special_tokens))]
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Request], **_: object
+        self, requests: Sequence[Request], **options: object
     ) -> list[tuple[float, bool]]:
         found: list[tuple[float, bool]] = []
         for start in range(0, len(requests), _AT_ONCE):

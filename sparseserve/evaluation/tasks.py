@@ -116,7 +116,7 @@ def evaluate_tasks(source: str, spec: TaskSpec) -> TaskReport:
     dtype = spec.dtype or evaluation_dtype(open_config(folder).dtype, this_machine())
     with tempfile.TemporaryDirectory(prefix="sparseserve-tasks-") as scratch:
         chosen = choose_tasks(spec.tasks, spec.folder, Path(scratch))
-        _require_kinds(spec.backend, chosen)
+        require_kinds(spec.backend, chosen)
         start = time.perf_counter()
         found = _run(folder, spec, dtype, chosen)
         seconds = time.perf_counter() - start
@@ -134,7 +134,12 @@ def evaluate_tasks(source: str, spec: TaskSpec) -> TaskReport:
     )
 
 
-def _require_kinds(backend: Backend, chosen: TaskChoice) -> None:
+def require_kinds(backend: Backend, chosen: TaskChoice) -> None:
+    """Refuse tasks that a backend cannot run, before it is started.
+
+    Raises:
+        RecipeError: Names the task and the remedy.
+    """
     if backend != "vllm":
         return
     from sparseserve.evaluation.engine_model import KINDS  # noqa: PLC0415  # needs lm-eval

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -19,7 +18,7 @@ from sparseserve.evaluation.protocols import WIKITEXT2, wikitext2_windows
 from sparseserve.exporters import export_packed24
 from sparseserve.testing import save_tiny_model, tiny_model, tiny_tokenizer
 from sparseserve.text import read_text
-from tests.unit.evaluation.pruned import save_pruned, words
+from tests.unit.evaluation.pruned import marking_tokenizer, save_pruned, words
 
 ROWS = ["", " = Robert Boulter = \n", "", *(f" Line {i} is {i * i} long .\n" for i in range(40))]
 
@@ -38,15 +37,6 @@ def published_perplexity(
         loss = nn.CrossEntropyLoss()(logits[0, :-1, :], batch[0, 1:])
         nlls.append(loss.float() * seqlen)
     return float(torch.exp(torch.stack(nlls).sum() / (nsamples * seqlen)))
-
-
-def marking_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that begins every text with a mark, as Llama's does."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", pair=None, special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    return tokenizer
 
 
 def rows_file(path: Path) -> Path:

@@ -24,10 +24,17 @@ from sparseserve.cli.tasks import score_table
 from sparseserve.errors import MissingExtraError, RecipeError
 from sparseserve.evaluation import task_data
 from sparseserve.evaluation.task_comparison import compare_scores
-from sparseserve.evaluation.tasks import TaskReport, TaskScore, TaskSpec, evaluate_tasks
+from sparseserve.evaluation.task_data import TaskChoice
+from sparseserve.evaluation.tasks import (
+    TaskReport,
+    TaskScore,
+    TaskSpec,
+    evaluate_tasks,
+    require_kinds,
+)
 from sparseserve.exporters import export_packed24
-from sparseserve.testing import save_tiny_model
-from tests.unit.evaluation.pruned import save_pruned, words
+from sparseserve.testing import save_tiny_model, tiny_model, tiny_tokenizer
+from tests.unit.evaluation.pruned import marking_tokenizer, save_pruned, words
 
 pytest.importorskip("lm_eval")
 # Raised inside lm-eval and what it imports.
@@ -110,7 +117,7 @@ def lm_evals_own(model: Path, data: Path, scratch: Path) -> dict[str, dict[str, 
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    definitions = {
+    definitions: dict[str, tuple[str, str, dict[str, object]]] = {
         "own_piqa": (
             "json",
             "piqa.jsonl",
@@ -352,6 +359,46 @@ def test_a_limit_takes_the_first_items(
     ):
         assert few.items == 7
         assert few.values == all_items.values[:7]
+
+
+@pytest.mark.further
+@pytest.mark.vllm
+@pytest.mark.timeout(600)
+def test_vllm_scores_the_packed_checkpoint_as_transformers_does(
+    models: dict[str, Path], data: Path, reports: dict[str, TaskReport]
+) -> None:
+    pytest.importorskip("vllm")
+    spec = TaskSpec(tasks=("piqa", "openbookqa", "boolq"), folder=data, backend="vllm")
+    found = evaluate_tasks(str(models["packed"]), spec)
+    assert found.backend == "vllm"
+    assert found.scores == reports["packed"].scores
+
+
+@pytest.mark.parametrize("text", ["an answer", "<s>an answer", ""])
+def test_an_engine_is_asked_the_tokens_that_lm_eval_asks_transformers(
+    text: str,
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from sparseserve.evaluation.engine_model import EngineModel
+
+    for tokenizer in (tiny_tokenizer(), marking_tokenizer()):
+        theirs = HFLM(pretrained=tiny_model("llama"), tokenizer=tokenizer)
+        ours = EngineModel(None, tokenizer, 256)  # none is needed
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+        for special in (True, False):
+            expected = theirs.tok_encode(text, add_special_tokens=special)
+            assert ours.tok_encode(text, add_special_tokens=special) == expected
+        assert ours.prefix_token_id == theirs.prefix_token_id
+        assert ours.eot_token_id == theirs.eot_token_id
+        assert ours._encode_pair(f"{text}: ", "yes") == theirs._encode_pair(f"{text}: ", "yes")
+
+
+def test_a_task_that_writes_texts_is_refused_before_an_engine_starts() -> None:
+    choice = TaskChoice(None, (), (), {"gsm8k": "generate_until"})  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match=r"gsm8k is of the kind generate_until.*transformers"):
+        require_kinds("vllm", choice)
+    require_kinds("transformers", choice)
 
 
 @pytest.mark.parametrize(
