@@ -101,7 +101,7 @@ def score(model: str, scoring: TaskOptions, run: EvaluationSpec, *, as_json: boo
     # Only checkpoints of ours can be verified, and the dense model need not be one.
     plain = replace(spec, verify=False)
     dense = evaluate_tasks(scoring.baseline, plain) if scoring.baseline else None
-    differences = compare_scores(dense, report) if dense else ()
+    differences = compare_scores(dense.scores, report.scores) if dense else ()
     if as_json:
         compared = {
             "baseline": _plain(dense),

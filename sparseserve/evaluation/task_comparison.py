@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparseserve.errors import RecipeError
-from sparseserve.evaluation.tasks import TaskReport, TaskScore
+from sparseserve.evaluation.tasks import TaskScore
 
 SIGNIFICANT = 2.0
 
@@ -39,20 +40,26 @@ class TaskDifference:
     significant: bool | None
 
 
-def compare_scores(dense: TaskReport, pruned: TaskReport) -> tuple[TaskDifference, ...]:
+def compare_scores(
+    dense: Sequence[TaskScore], pruned: Sequence[TaskScore]
+) -> tuple[TaskDifference, ...]:
     """Compare two models that were asked the same items.
+
+    Args:
+        dense: Scores of one, as :func:`~sparseserve.evaluation.tasks.evaluate_tasks` gives them.
+        pruned: Scores of the other; there is a difference for each.
 
     Raises:
         RecipeError: They were not.
     """
-    before = {(score.task, score.metric): score for score in dense.scores}
+    before = {(score.task, score.metric): score for score in dense}
     differences = []
-    for score in pruned.scores:
+    for score in pruned:
         base = before.get((score.task, score.metric))
         if base is None or base.items_digest != score.items_digest or base.shots != score.shots:
             raise RecipeError(
-                f"{score.task}, {score.metric}: {dense.model} and {pruned.model} were not asked "
-                "the same items: give both the same --tasks, --limit and data"
+                f"{score.task}, {score.metric}: the two models were not asked the same items: give "
+                "both the same --tasks, --limit and data"
             )
         differences.append(_difference(base, score))
     return tuple(differences)

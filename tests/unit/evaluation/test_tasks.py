@@ -218,7 +218,7 @@ def test_a_difference_has_the_error_of_the_changes_item_by_item(
 ) -> None:
     dense, pruned = reports["dense"], reports["packed"]
     for before, after, found in zip(
-        dense.scores, pruned.scores, compare_scores(dense, pruned), strict=True
+        dense.scores, pruned.scores, compare_scores(dense.scores, pruned.scores), strict=True
     ):
         changes = np.array(after.values) - np.array(before.values)
         assert found.paired
@@ -226,7 +226,7 @@ def test_a_difference_has_the_error_of_the_changes_item_by_item(
         assert found.standard_error == pytest.approx(changes.std(ddof=1) / math.sqrt(ITEMS))
 
 
-def scores_of(name: str, answers: list[float], **changes: Any) -> TaskReport:
+def scores_of(answers: list[float], **changes: Any) -> list[TaskScore]:
     mean = sum(answers) / len(answers)
     score = TaskScore(
         task="own",
@@ -239,45 +239,34 @@ def scores_of(name: str, answers: list[float], **changes: Any) -> TaskReport:
         items_digest="same",
         values=tuple(answers),
     )
-    return TaskReport(
-        scores=(replace(score, **changes),),
-        model=name,
-        backend="transformers",
-        dtype="float32",
-        harness="lm-eval",
-        limit=None,
-        batch_size=1,
-        files=(),
-        seconds=0.0,
-        verified=False,
-    )
+    return [replace(score, **changes)]
 
 
 def test_ten_lost_of_a_hundred_are_a_loss_only_where_the_items_can_be_paired() -> None:
-    dense = scores_of("dense", [1.0] * 60 + [0.0] * 40)
-    pruned = scores_of("pruned", [1.0] * 50 + [0.0] * 50)
+    dense = scores_of([1.0] * 60 + [0.0] * 40)
+    pruned = scores_of([1.0] * 50 + [0.0] * 50)
     (paired,) = compare_scores(dense, pruned)
     assert paired.standard_error == pytest.approx(math.sqrt(0.1 * 0.9 / 99))
     assert paired.significant
-    (unpaired,) = compare_scores(dense, scores_of("pruned", [1.0] * 50 + [0.0] * 50, values=()))
+    (unpaired,) = compare_scores(dense, scores_of([1.0] * 50 + [0.0] * 50, values=()))
     assert unpaired.standard_error == pytest.approx(math.sqrt((0.24 + 0.25) / 99))
     assert not unpaired.paired
     assert not unpaired.significant
 
 
 def test_equal_answers_are_no_difference_and_no_error_gives_no_verdict() -> None:
-    dense = scores_of("dense", [1.0, 0.0, 1.0])
+    dense = scores_of([1.0, 0.0, 1.0])
     (same,) = compare_scores(dense, dense)
     assert (same.difference, same.standard_error, same.significant) == (0.0, 0.0, False)
-    bare = scores_of("bare", [1.0, 0.0, 1.0], values=(), standard_error=None)
+    bare = scores_of([1.0, 0.0, 1.0], values=(), standard_error=None)
     (unknown,) = compare_scores(dense, bare)
     assert (unknown.standard_error, unknown.significant) == (None, None)
 
 
 def test_models_that_were_asked_other_items_are_not_compared() -> None:
-    dense = scores_of("dense", [1.0, 0.0])
-    with pytest.raises(RecipeError, match="dense and other were not asked the same items"):
-        compare_scores(dense, scores_of("other", [1.0, 0.0], items_digest="else"))
+    dense = scores_of([1.0, 0.0])
+    with pytest.raises(RecipeError, match="own, acc: the two models were not asked the same items"):
+        compare_scores(dense, scores_of([1.0, 0.0], items_digest="else"))
 
 
 def test_rows_without_the_columns_of_the_task_are_refused(
@@ -324,7 +313,7 @@ def test_the_command_compares_with_the_dense_model(
     options += ["--baseline", str(models["dense"])]
     call = [str(models["packed"]), *options, "--json"]
     printed = json.loads(CliRunner().invoke(evaluate_command, call, catch_exceptions=False).stdout)
-    expected = compare_scores(reports["dense"], reports["packed"])
+    expected = compare_scores(reports["dense"].scores, reports["packed"].scores)
     assert [each["difference"] for each in printed["differences"]] == [
         each.difference for each in expected
     ]
@@ -336,7 +325,7 @@ def test_the_command_compares_with_the_dense_model(
 
 def test_the_table_has_a_line_for_each_score(reports: dict[str, TaskReport]) -> None:
     dense, packed = reports["dense"], reports["packed"]
-    text = rendered(score_table(packed, compare_scores(dense, packed)))
+    text = rendered(score_table(packed, compare_scores(dense.scores, packed.scores)))
     for score in packed.scores:
         assert f"{score.value:.4f} ± {score.standard_error:.4f}" in text
     assert text.count("│ no") + text.count("yes │") + text.count("no │") >= len(packed.scores)
@@ -384,7 +373,7 @@ def test_an_engine_is_asked_the_tokens_that_lm_eval_asks_transformers(
 
     for tokenizer in (tiny_tokenizer(), marking_tokenizer()):
         theirs = HFLM(pretrained=tiny_model("llama"), tokenizer=tokenizer)
-        ours = EngineModel(None, tokenizer, 256)  # none is needed
+        ours = EngineModel(None, tokenizer, 256)  # type: ignore[arg-type]
         assert ours.tok_encode(text) == theirs.tok_encode(text)
         for special in (True, False):
             expected = theirs.tok_encode(text, add_special_tokens=special)
@@ -395,7 +384,7 @@ def test_an_engine_is_asked_the_tokens_that_lm_eval_asks_transformers(
 
 
 def test_a_task_that_writes_texts_is_refused_before_an_engine_starts() -> None:
-    choice = TaskChoice(None, (), (), {"gsm8k": "generate_until"})  # type: ignore[arg-type]
+    choice = TaskChoice(None, (), (), {"gsm8k": "generate_until"})
     with pytest.raises(RecipeError, match=r"gsm8k is of the kind generate_until.*transformers"):
         require_kinds("vllm", choice)
     require_kinds("transformers", choice)
