@@ -82,17 +82,19 @@ class Run:
             model=model,
             checkpoint=Path(checkpoint).name,
             dtype=report.dtype,
-            scores=[_stored_score(score) for score in report.scores],
+            scores=[stored_score(score) for score in report.scores],
             seconds=report.seconds,
             commit=Machine.here().commit,
         )
 
     def task_scores(self) -> list[TaskScore]:
         """Return what the model's report had."""
-        return [
-            TaskScore(**{**score, "values": tuple(map(float, score.pop("answers")))})
-            for score in map(dict, self.scores)
-        ]
+        scores = []
+        for found in self.scores:
+            plain = dict(found)
+            answers = plain.pop("answers")
+            scores.append(TaskScore(**plain, values=tuple(map(float, answers))))
+        return scores
 
 
 def measure(
@@ -142,7 +144,7 @@ def refuse_known_passages(items: Path, texts: Sequence[str]) -> None:
             )
 
 
-def _stored_score(score: TaskScore) -> dict[str, Any]:
+def stored_score(score: TaskScore) -> dict[str, Any]:
     plain = asdict(score)
     values = plain.pop("values")
     if not set(values) <= {0.0, 1.0}:
