@@ -7,8 +7,10 @@ it item by item. A model's answers are written to the JSON as soon as they are a
 already there are not asked for again::
 
     python -m benchmarks.demo.assets smollm2
+    sparseserve prune-and-export demo/models/smollm2-135m -o demo/sparseserve
+    python -m benchmarks.peers.checkpoint demo/models/smollm2-135m demo/llm-compressor
     python -m benchmarks.quality.tasks tasks-smollm2.json dense=demo/models/smollm2-135m \
-        sparseserve=OUT llm-compressor=OTHER
+        llm-compressor=demo/llm-compressor sparseserve=demo/sparseserve
 
 Where BoolQ is asked, no text that the models were calibrated with may hold its passages.
 ``--calibration`` names these texts; the script looks for the passages. The texts called wikipedia

@@ -12,6 +12,7 @@ from benchmarks.demo import task_data
 from benchmarks.demo.assets import AssetError
 from benchmarks.demo.task_data import TASK_ASSETS, boolq_row, openbookqa_row, piqa_row
 from benchmarks.quality import tasks
+from sparseserve.evaluation.tasks import TaskScore
 from tests.benchmarks.script_runs import smoke_run
 
 TWO = {"question": "To dry", "options": "A. hang. B. is wrong \nB. fold", "answer": "B. fold"}
@@ -89,7 +90,7 @@ def test_a_smoke_run_compares_a_model_with_itself(monkeypatch: pytest.MonkeyPatc
 
 
 def test_answers_are_stored_as_they_were_given() -> None:
-    score = tasks.TaskScore(
+    score = TaskScore(
         task="piqa",
         version="1.0",
         shots=0,
