@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,10 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from benchmarks.peers import environment as peer_environment
 from benchmarks.peers import tables
 from benchmarks.peers import worker as peer_worker
-from benchmarks.peers.checkpoint import write_checkpoint
 from benchmarks.peers.compare import chosen, compare
 from benchmarks.peers.environment import (
     INSTALLED,
@@ -188,37 +186,6 @@ def test_a_checkpoint_that_is_not_two_four_is_refused_by_name(
     run_worker(prune)
     with pytest.raises(PeerError, match=rf"{culprit} is not 2:4: row 1, columns from 4: 4"):
         compare(tmp_path / "pruned", dense, operators(dense))
-
-
-def test_a_checkpoint_is_kept_only_where_the_tool_did_what_it_was_asked(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The worker runs in this process with a function in the place of a tool."""
-    prune = prune_by_magnitude
-    monkeypatch.setitem(peer_worker.TOOLS, STAND_IN, lambda folder, method: prune)
-
-    def in_this_process(command: Sequence[str]) -> None:
-        peer_worker.main(command[3:])
-
-    monkeypatch.setattr(peer_environment, "_call", in_this_process)
-    out, peer = tmp_path / "kept" / "pruned", Peer(STAND_IN, ("any",))
-    report = write_checkpoint(str(dense), out, peer, "any", SPEC, python=Path("python"))
-    assert report.tokens == 3 * 16
-    assert compare(out, dense, operators(dense)).zeros == 0.5
-    assert [path.name for path in out.parent.iterdir()] == ["pruned"]
-    with pytest.raises(PeerError, match=r"pruned is there already"):
-        write_checkpoint(str(dense), out, peer, "any", SPEC, python=Path("python"))
-
-    def prune_nothing(model: nn.Module, windows: Tensor) -> None:
-        for window in windows:
-            model(input_ids=window[None])
-
-    prune = prune_nothing
-    with pytest.raises(PeerError, match="is not 2:4"):
-        write_checkpoint(
-            str(dense), tmp_path / "kept" / "bad", peer, "any", SPEC, python=Path("python")
-        )
-    assert [path.name for path in out.parent.iterdir()] == ["pruned"]
 
 
 def test_a_tool_that_calibrates_on_other_tokens_is_refused(
