@@ -24,17 +24,14 @@ from sparseserve.cli.tasks import score_table
 from sparseserve.errors import MissingExtraError, RecipeError
 from sparseserve.evaluation import task_data
 from sparseserve.evaluation.task_comparison import compare_scores
-from sparseserve.evaluation.task_data import TaskChoice
 from sparseserve.evaluation.tasks import (
     TaskReport,
-    TaskScore,
     TaskSpec,
     evaluate_tasks,
-    require_kinds,
 )
 from sparseserve.exporters import export_packed24
-from sparseserve.testing import save_tiny_model, tiny_model, tiny_tokenizer
-from tests.unit.evaluation.pruned import marking_tokenizer, save_pruned, words
+from sparseserve.testing import save_tiny_model
+from tests.unit.evaluation.pruned import save_pruned, words
 
 pytest.importorskip("lm_eval")
 # Raised inside lm-eval and what it imports.
@@ -226,49 +223,6 @@ def test_a_difference_has_the_error_of_the_changes_item_by_item(
         assert found.standard_error == pytest.approx(changes.std(ddof=1) / math.sqrt(ITEMS))
 
 
-def scores_of(answers: list[float], **changes: Any) -> list[TaskScore]:
-    mean = sum(answers) / len(answers)
-    score = TaskScore(
-        task="own",
-        version="1",
-        shots=0,
-        metric="acc",
-        value=mean,
-        standard_error=math.sqrt(mean * (1 - mean) / (len(answers) - 1)),
-        items=len(answers),
-        items_digest="same",
-        values=tuple(answers),
-    )
-    return [replace(score, **changes)]
-
-
-def test_ten_lost_of_a_hundred_are_a_loss_only_where_the_items_can_be_paired() -> None:
-    dense = scores_of([1.0] * 60 + [0.0] * 40)
-    pruned = scores_of([1.0] * 50 + [0.0] * 50)
-    (paired,) = compare_scores(dense, pruned)
-    assert paired.standard_error == pytest.approx(math.sqrt(0.1 * 0.9 / 99))
-    assert paired.significant
-    (unpaired,) = compare_scores(dense, scores_of([1.0] * 50 + [0.0] * 50, values=()))
-    assert unpaired.standard_error == pytest.approx(math.sqrt((0.24 + 0.25) / 99))
-    assert not unpaired.paired
-    assert not unpaired.significant
-
-
-def test_equal_answers_are_no_difference_and_no_error_gives_no_verdict() -> None:
-    dense = scores_of([1.0, 0.0, 1.0])
-    (same,) = compare_scores(dense, dense)
-    assert (same.difference, same.standard_error, same.significant) == (0.0, 0.0, False)
-    bare = scores_of([1.0, 0.0, 1.0], values=(), standard_error=None)
-    (unknown,) = compare_scores(dense, bare)
-    assert (unknown.standard_error, unknown.significant) == (None, None)
-
-
-def test_models_that_were_asked_other_items_are_not_compared() -> None:
-    dense = scores_of([1.0, 0.0])
-    with pytest.raises(RecipeError, match="own, acc: the two models were not asked the same items"):
-        compare_scores(dense, scores_of([1.0, 0.0], items_digest="else"))
-
-
 def test_rows_without_the_columns_of_the_task_are_refused(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -361,33 +315,6 @@ def test_vllm_scores_the_packed_checkpoint_as_transformers_does(
     found = evaluate_tasks(str(models["packed"]), spec)
     assert found.backend == "vllm"
     assert found.scores == reports["packed"].scores
-
-
-@pytest.mark.parametrize("text", ["an answer", "<s>an answer", ""])
-def test_an_engine_is_asked_the_tokens_that_lm_eval_asks_transformers(
-    text: str,
-) -> None:
-    from lm_eval.models.huggingface import HFLM
-
-    from sparseserve.evaluation.engine_model import EngineModel
-
-    for tokenizer in (tiny_tokenizer(), marking_tokenizer()):
-        theirs = HFLM(pretrained=tiny_model("llama"), tokenizer=tokenizer)
-        ours = EngineModel(None, tokenizer, 256)  # type: ignore[arg-type]
-        assert ours.tok_encode(text) == theirs.tok_encode(text)
-        for special in (True, False):
-            expected = theirs.tok_encode(text, add_special_tokens=special)
-            assert ours.tok_encode(text, add_special_tokens=special) == expected
-        assert ours.prefix_token_id == theirs.prefix_token_id
-        assert ours.eot_token_id == theirs.eot_token_id
-        assert ours._encode_pair(f"{text}: ", "yes") == theirs._encode_pair(f"{text}: ", "yes")
-
-
-def test_a_task_that_writes_texts_is_refused_before_an_engine_starts() -> None:
-    choice = TaskChoice(None, (), (), {"gsm8k": "generate_until"})
-    with pytest.raises(RecipeError, match=r"gsm8k is of the kind generate_until.*transformers"):
-        require_kinds("vllm", choice)
-    require_kinds("transformers", choice)
 
 
 @pytest.mark.parametrize(
