@@ -31,6 +31,7 @@ from sparseserve.evaluation.tasks import (
 )
 from sparseserve.exporters import export_packed24
 from sparseserve.testing import save_tiny_model
+from tests.unit.evaluation.own_lm_eval import lm_evals_own
 from tests.unit.evaluation.pruned import save_pruned, words
 
 pytest.importorskip("lm_eval")
@@ -107,64 +108,6 @@ def reports(models: dict[str, Path], data: Path) -> dict[str, TaskReport]:
 def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def lm_evals_own(model: Path, data: Path, scratch: Path) -> dict[str, dict[str, float]]:
-    """What ``lm_eval --model hf`` says; the definitions are written out by hand."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    definitions: dict[str, tuple[str, str, dict[str, object]]] = {
-        "own_piqa": (
-            "json",
-            "piqa.jsonl",
-            {
-                "doc_to_text": "Question: {{goal}}\nAnswer:",
-                "doc_to_target": "label",
-                "doc_to_choice": "{{[sol1, sol2]}}",
-            },
-        ),
-        "own_boolq": (
-            "json",
-            "boolq/validation.json",
-            {
-                "doc_to_text": "{{passage}}\nQuestion: {{question}}?\nAnswer:",
-                "doc_to_target": "label",
-                "doc_to_choice": ["no", "yes"],
-            },
-        ),
-        "own_openbookqa": (
-            "parquet",
-            "openbookqa.parquet",
-            {
-                "doc_to_text": "question_stem",
-                "doc_to_target": "{{'ABCD'.index(answerKey)}}",
-                "doc_to_choice": "{{choices.text}}",
-            },
-        ),
-    }
-    for name, (reader, file, meaning) in definitions.items():
-        definition = {
-            "task": name,
-            "dataset_path": reader,
-            "dataset_kwargs": {
-                "data_files": {"test": str(data / file)},
-                "cache_dir": str(scratch / "cache"),
-            },
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-            **meaning,
-        }
-        (scratch / f"{name}.yaml").write_text(json.dumps(definition))
-    found = simple_evaluate(
-        "hf",
-        model_args={"pretrained": str(model), "dtype": "float32", "device": "cpu"},
-        tasks=list(definitions),
-        task_manager=TaskManager(include_path=str(scratch), include_defaults=False),
-    )
-    results: dict[str, dict[str, float]] = found["results"]
-    return results
 
 
 @pytest.mark.parametrize("form", ["dense", "packed"])
