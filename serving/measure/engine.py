@@ -181,6 +181,27 @@ class Engine:
         reply = self._ask({"windows": [window.tolist() for window in windows]})
         return [float(total) for total in _list(reply["totals"])]
 
+    def continuation_likelihoods(
+        self, sequences: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> list[tuple[float, bool]]:
+        """Return how likely the end of each of ``sequences`` is after what stands before it.
+
+        Args:
+            sequences: Token ids.
+            counts: How many tokens the end of each has, less than the sequence.
+
+        Returns:
+            The log-likelihood of each end, in nats, and whether greedy choice would write it.
+
+        Raises:
+            ServingError: The engine failed.
+        """
+        reply = self._ask(
+            {"sequences": [list(tokens) for tokens in sequences], "counts": list(counts)}
+        )
+        totals, greedy = _list(reply["totals"]), _list(reply["greedy"])
+        return [(float(total), bool(each)) for total, each in zip(totals, greedy, strict=True)]
+
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generation:
         """Continue all ``prompts`` as one batch, greedily, by exactly ``new_tokens`` tokens each.
 

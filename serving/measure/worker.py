@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -20,6 +20,7 @@ from sparseserve.serving.measure.memory import EngineMemory
 
 if TYPE_CHECKING:
     from vllm import LLM
+    from vllm.logprobs import Logprob
 
 
 def main(arguments: list[str]) -> int:
@@ -72,19 +73,39 @@ def negative_log_likelihoods(engine: LLM, request: dict[str, object]) -> dict[st
     ``prompt_logprobs=0`` asks for the log-likelihood of the prompt's own tokens and no others.
     vLLM takes it from float32 logits; it cannot do without making one new token.
     """
+    windows: list[list[int]] = request["windows"]  # type: ignore[assignment]  # JSON
+    found = _prompt_likelihoods(engine, windows)
+    return {"totals": [-sum(float(token.logprob) for token in tokens) for tokens in found]}
+
+
+def continuations(engine: LLM, request: dict[str, object]) -> dict[str, object]:
+    """Sum the log-likelihood of the last tokens of each sequence, and say if each is the likeliest.
+
+    ``counts`` says how many tokens that are.
+    """
+    sequences: list[list[int]] = request["sequences"]  # type: ignore[assignment]  # JSON
+    counts: list[int] = request["counts"]  # type: ignore[assignment]  # JSON
+    ends = [
+        tokens[len(tokens) - count :]
+        for tokens, count in zip(_prompt_likelihoods(engine, sequences), counts, strict=True)
+    ]
+    return {
+        "totals": [sum(float(token.logprob) for token in tokens) for tokens in ends],
+        "greedy": [all(token.rank == 1 for token in tokens) for tokens in ends],
+    }
+
+
+def _prompt_likelihoods(engine: LLM, prompts: list[list[int]]) -> Iterator[list[Logprob]]:
+    """Yield what vLLM says of each prompt's own tokens, but for the first, which has nothing."""
     from vllm import SamplingParams
 
-    windows: list[list[int]] = request["windows"]  # type: ignore[assignment]  # JSON
     parameters = SamplingParams(prompt_logprobs=0, max_tokens=1, temperature=0.0, detokenize=False)
     outputs = engine.generate(
-        [{"prompt_token_ids": window} for window in windows], parameters, use_tqdm=False
+        [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
     )
-    totals = []
-    for window, output in zip(windows, outputs, strict=True):
-        likelihoods = output.prompt_logprobs[1:]
-        pairs = zip(window[1:], likelihoods, strict=True)
-        totals.append(-sum(float(entry[token].logprob) for token, entry in pairs))
-    return {"totals": totals}
+    for prompt, output in zip(prompts, outputs, strict=True):
+        pairs = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+        yield [entry[token] for token, entry in pairs]
 
 
 def generate(engine: LLM, request: dict[str, object]) -> dict[str, object]:
@@ -144,7 +165,12 @@ def layer_choices(engine: LLM, request: dict[str, object]) -> dict[str, object]:
 
 
 _OPERATIONS: Mapping[str, Callable[[LLM, dict[str, object]], dict[str, object]]] = MappingProxyType(
-    {"windows": negative_log_likelihoods, "prompts": generate, "layers": layer_choices}
+    {
+        "windows": negative_log_likelihoods,
+        "sequences": continuations,
+        "prompts": generate,
+        "layers": layer_choices,
+    }
 )
 
 

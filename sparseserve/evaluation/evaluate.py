@@ -10,13 +10,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.checkpoint.verification import check_before_reading
 from sparseserve.devices import default_device, dtype_name, evaluation_dtype
 from sparseserve.evaluation.contamination import assert_not_calibration
 from sparseserve.evaluation.perplexity import perplexity
+from sparseserve.evaluation.protocols import WIKITEXT2, Protocol, wikitext2_windows
 from sparseserve.huggingface.checkpoint_model import open_checkpoint
 from sparseserve.huggingface.opening import open_config, open_tokenizer
 from sparseserve.machine import this_machine
@@ -26,6 +27,7 @@ from sparseserve.report import PerplexityResult
 from sparseserve.serving.measure.perplexity import vllm_perplexity
 from sparseserve.text import (
     TextFile,
+    TextSource,
     evaluation_windows,
     fit_sequence_length,
     position_limit,
@@ -54,6 +56,8 @@ class EvaluationSpec:
         device: Where transformers runs the model; None is a CUDA device if there is one.
         text_column: Column of the text's tables; None is ``text``, or ``messages`` for chats.
         verify: Whether to verify the checkpoint, which must be ours, before it is evaluated.
+        protocol: Whose windows to cut. With ``wikitext2`` the text is by default the test split of
+            WikiText-2, from the hub, and windows have 2048 tokens. None is this program's own.
     """
 
     text: str | None = None
@@ -64,6 +68,7 @@ class EvaluationSpec:
     device: torch.device | None = None
     text_column: str | None = None
     verify: bool = False
+    protocol: Protocol | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +89,7 @@ class EvaluationReport:
     dtype: str
     seconds: float
     verified: bool
+    protocol: Protocol | None = None
 
 
 def evaluate(
@@ -102,15 +108,11 @@ def evaluate(
     """
     folder = find_model_folder(source)
     check_before_reading(folder, verified=spec.verify)
-    text = read_text(spec.text, column=spec.text_column, packaged="evaluation")
+    text = _read(spec)
     assert_not_calibration(folder, text)
-    _check_folder(folder)
+    check_evaluated_folder(folder)
     config = open_config(folder)
-    length = fit_sequence_length(
-        spec.sequence_length, limit=position_limit(config), default=DEFAULT_SEQUENCE_LENGTH
-    )
-    tokenizer = open_tokenizer(folder)
-    windows = evaluation_windows(tokenizer, text, sequence_length=length, samples=spec.samples)
+    windows = _windows(spec, open_tokenizer(folder), text, position_limit(config))
     require_known_tokens(text.name, windows, vocabulary_size(config))
     dtype = spec.dtype or evaluation_dtype(config.dtype, this_machine())
     start = time.perf_counter()
@@ -119,7 +121,7 @@ def evaluate(
         perplexity=result.perplexity,
         tokens=result.tokens,
         windows=len(windows),
-        sequence_length=length,
+        sequence_length=len(windows[0]),
         text=text.name,
         files=text.files,
         model=source,
@@ -127,6 +129,7 @@ def evaluate(
         dtype=dtype_name(dtype),
         seconds=time.perf_counter() - start,
         verified=spec.verify,
+        protocol=spec.protocol,
     )
 
 
@@ -140,6 +143,33 @@ def load_for_evaluation(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if not _is_packed(folder):
         return load_model(folder, dtype=dtype, check_hashes=False).model
     return open_checkpoint(folder, dtype)
+
+
+def check_evaluated_folder(folder: Path) -> None:
+    """Refuse what is no whole causal language model before anything large is read.
+
+    Raises:
+        UnsupportedModelError: It is another kind of model, or part of it is missing.
+    """
+    if not _is_packed(folder):
+        check_model_folder(folder)
+
+
+def _read(spec: EvaluationSpec) -> TextSource:
+    text = WIKITEXT2 if spec.text is None and spec.protocol else spec.text
+    return read_text(text, column=spec.text_column, packaged="evaluation")
+
+
+def _windows(
+    spec: EvaluationSpec, tokenizer: PreTrainedTokenizerBase, text: TextSource, limit: int | None
+) -> list[Tensor]:
+    asked, samples = spec.sequence_length, spec.samples
+    if spec.protocol == "wikitext2":
+        return wikitext2_windows(
+            tokenizer, text, sequence_length=asked, limit=limit, samples=samples
+        )
+    length = fit_sequence_length(asked, limit=limit, default=DEFAULT_SEQUENCE_LENGTH)
+    return evaluation_windows(tokenizer, text, sequence_length=length, samples=samples)
 
 
 def _measure(
@@ -158,9 +188,3 @@ def _measure(
 def _is_packed(folder: Path) -> bool:
     is_artifact = (folder / MANIFEST_FILE).is_file()
     return is_artifact and Artifact.open(folder).manifest.format != "dense"
-
-
-def _check_folder(folder: Path) -> None:
-    """Refuse what is no whole causal language model before anything large is read."""
-    if not _is_packed(folder):
-        check_model_folder(folder)

@@ -30,7 +30,7 @@ from tests.integration.command_line import Cli
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Run by `make test-all` only: faster pages show the same, or it has tests of its own.
-SLOW = {"docs/how-to/budget.md", "docs/how-to/compare.md", "docs/how-to/serve.md"}
+SLOW = {f"docs/how-to/{page}.md" for page in ("budget", "compare", "evaluate", "serve")}
 NEEDS = {"GPU", "hub", "cluster", "long"}
 
 # Given last, they win over what the page says.
@@ -43,6 +43,7 @@ TINY: dict[str, tuple[str, ...]] = {
         *("--input-length", "8", "--output-length", "4", "--repeats", "1", "--dtype", "float32"),
     ),
 }
+TINY_TASKS = ("--limit", "2")
 TINY_LOAD = ("--concurrency", "1", "--requests", "2")
 ENGINES = {"bench", "tune"}
 
@@ -72,6 +73,8 @@ class Shown:
         """Return the arguments at tiny scale; a server's command is printed, not started."""
         if self.name == "serve":
             return ["serve", "--dry-run", *self.words[1:]]
+        if "--tasks" in self.words:
+            return [*self.words, *TINY_TASKS]
         load = TINY_LOAD if "--http" in self.words else ()
         return [*self.words, *TINY.get(self.name, ()), *load]
 
@@ -129,6 +132,13 @@ def reader(tmp_path: Path, cli: Cli) -> Path:
     ):
         lines = (json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "my-tasks").mkdir()
+    choices = {"text": list("abcd"), "label": list("ABCD")}
+    for name, row in (
+        ("piqa", {"goal": "Sit.", "sol1": "On a chair.", "sol2": "On a wall.", "label": 0}),
+        ("openbookqa", {"question_stem": "A is", "choices": choices, "answerKey": "A"}),
+    ):
+        (tmp_path / "my-tasks" / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 3)
     (tmp_path / "mine.toml").write_text('[method]\nname = "wanda"\n')
     return tmp_path
 

@@ -1,11 +1,13 @@
-"""Tiny pruned checkpoints, and texts."""
+"""Tiny pruned checkpoints, tokenizers and texts."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
 
+from tokenizers.processors import TemplateProcessing
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from sparseserve.checkpoint.artifact import Artifact, Manifest, write_manifest
 from sparseserve.sparsity import TWO_FOUR
@@ -42,3 +44,12 @@ def save_pruned(family: str, folder: Path, calibration_text: Path) -> Artifact:
 def words(path: Path, text: str) -> Path:
     path.write_text(text * 20)
     return path
+
+
+def marking_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer that begins every text with a mark, as Llama's does."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair=None, special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
