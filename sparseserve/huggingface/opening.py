@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from sparseserve.errors import UnsupportedModelError, first_line
+from sparseserve.huggingface.config_values import check_files, checked_settings
 from sparseserve.huggingface.unread import unread_tensors
 
 #: Quantised forms that are read, and made dense while they are; transformers knows how.
@@ -68,8 +69,10 @@ def open_config(folder: Path) -> PretrainedConfig:
     """Read the ``config.json`` of ``folder``.
 
     Raises:
-        UnsupportedModelError: It needs code of its own, or transformers does not understand it.
+        UnsupportedModelError: It needs code of its own, transformers does not understand it, or a
+            value of it is far larger than that of any model.
     """
+    checked_settings(folder)
     try:
         with only_errors_logged():
             return AutoConfig.from_pretrained(
@@ -92,6 +95,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         UnsupportedModelError: It needs code of its own, is missing, or cannot be read.
     """
+    check_files(folder)
     try:
         with only_errors_logged():
             tokenizer = AutoTokenizer.from_pretrained(
@@ -119,6 +123,7 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
     Raises:
         UnsupportedModelError: It cannot be loaded.
     """
+    check_files(folder)
     try:
         with only_errors_logged():
             config = open_config(folder)
@@ -173,6 +178,11 @@ def sketch_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     with torch.device("meta"):
         return _kind_of(config)._model_mapping[type(config)]._from_config(config)
+
+
+def has_class(config: PretrainedConfig) -> bool:
+    """Whether transformers has a language model, or one around it, for ``config``."""
+    return type(config) in _kind_of(config)._model_mapping
 
 
 def is_language_model(config: PretrainedConfig) -> bool:
