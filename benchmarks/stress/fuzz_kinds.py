@@ -7,12 +7,14 @@ its bytes say, by a reading of their own that is written plainly here. It raises
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -53,6 +55,7 @@ from sparseserve.workflow.job import Job
 from sparseserve.workflow.run import export, prune_and_export
 
 _FAMILIES = ("llama", "gpt2", "qwen2", "gemma3_text", "mixtral", "gpt_oss")
+_STORED_AS = {"llama": "packed24", "gpt_oss": "dense", "gpt2": "dense"}
 _TEXT = "\n\n".join(f"Sentence {i} of {i * 7 % 31} words." for i in range(200))
 
 
@@ -104,15 +107,21 @@ def _try_header(folder: Path, chance: Chance) -> None:
     inspect_checkpoint(path)
 
 
-def _prepare_artifacts(folder: Path) -> None:
+def _prepare_packed(folder: Path) -> None:
+    _prepare_artifacts(folder, {"llama": "packed24"})
+
+
+def _prepare_artifacts(
+    folder: Path, stored_as: Mapping[str, str] = MappingProxyType(_STORED_AS)
+) -> None:
     (folder / "text.txt").write_text(_TEXT)
     calibration = CalibrationSpec(
         source=str(folder / "text.txt"), samples=2, sequence_length=16, scrambled=0
     )
     recipe = replace(UNTRAINED, pruner=Wanda(), calibration=calibration)
-    for family, stored_as in (("llama", "packed24"), ("gpt_oss", "dense"), ("gpt2", "dense")):
+    for family, kind in stored_as.items():
         source = save_tiny_model(family, folder / f"model-{family}")
-        prune_and_export(Job(str(source), recipe, stored_as), folder / "corpus" / family)
+        prune_and_export(Job(str(source), recipe, kind), folder / "corpus" / family)
         export(folder / "corpus" / family, folder / "dense" / family, "dense")
 
 
@@ -318,8 +327,6 @@ def _replace(path: Path, data: bytes) -> None:
 
 def _sealed(body: Mapping[str, object]) -> dict[str, object]:
     """Return a manifest's JSON with the digest that belongs to it."""
-    import hashlib  # noqa: PLC0415
-
     kept = {key: value for key, value in body.items() if key != "manifest_sha256"}
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
@@ -340,9 +347,9 @@ def _seal_files(folder: Path) -> None:
 KINDS = (
     Kind("safetensors headers", _prepare_headers, _try_header, 25),
     Kind("manifests", _prepare_artifacts, _try_manifest, 15),
-    Kind("packed weights", _prepare_artifacts, _try_packed, 5),
+    Kind("packed weights", _prepare_packed, _try_packed, 5),
     Kind("config.json", _prepare_models, _try_config, 10),
-    Kind("quantization_config", _prepare_artifacts, _try_quantisation, 5),
+    Kind("quantization_config", _prepare_packed, _try_quantisation, 5),
     Kind("indices", _prepare_shards, _try_index, 5),
     Kind("recipes", _prepare_recipes, _try_recipe, 20),
     Kind("texts", _prepare_texts, _try_text, 15),

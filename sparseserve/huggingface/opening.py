@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,7 +29,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from sparseserve.errors import UnsupportedModelError, first_line
+from sparseserve.errors import SparseServeError, UnsupportedModelError, first_line
 from sparseserve.huggingface.config_values import check_files, checked_settings
 from sparseserve.huggingface.unread import unread_tensors
 
@@ -137,12 +136,16 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
                 output_loading_info=True,
                 **_dequantising(config),
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except SparseServeError:
+        raise
+    except Exception as error:  # likewise
         raise UnsupportedModelError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    found = _opened(folder, model, loading)
     if quantisation_of(config) in DEQUANTISED:
+        found = replace(found, mismatched=(*found.mismatched, *_other_shapes(model, config)))
         _forget_quantisation(model)
         _convert_dequantised(model, dtype)
-    return _opened(folder, model, loading)
+    return found
 
 
 def quantisation_of(config: PretrainedConfig) -> str | None:
@@ -157,6 +160,14 @@ def _dequantising(config: PretrainedConfig) -> dict[str, object]:
     """Return the arguments by which transformers makes quantised weights dense."""
     kind = DEQUANTISED.get(quantisation_of(config) or "")
     return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+def _other_shapes(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[Mismatch]:
+    """Yield parameters of other shapes than asked: of quantised weights transformers tells none."""
+    asked = {name: tuple(tensor.shape) for name, tensor in sketch_model(config).named_parameters()}
+    for name, tensor in model.named_parameters():
+        if name in asked and tuple(tensor.shape) != asked[name]:
+            yield Mismatch(name, tuple(tensor.shape), asked[name])
 
 
 def _forget_quantisation(model: PreTrainedModel) -> None:
