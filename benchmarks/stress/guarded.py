@@ -59,7 +59,11 @@ def endings(
         _, status = os.waitpid(process, 0)
         code = os.waitstatus_to_exitcode(status)
         if number < numbers.stop:
-            why = f"no answer within {seconds:g} s" if code == -signal.SIGKILL else f"died with {code}"
+            why = (
+                f"no answer within {seconds:g} s"
+                if code == -signal.SIGKILL
+                else f"died with {code}"
+            )
             yield Ending(number, FAILED, why)
             number += 1
 
@@ -92,9 +96,7 @@ def _forked(attempt: Attempt, folder: Path, numbers: range, seed: str) -> tuple[
     return process, replies
 
 
-def _answer_all(
-    attempt: Attempt, folder: Path, numbers: range, seed: str, end: int
-) -> NoReturn:
+def _answer_all(attempt: Attempt, folder: Path, numbers: range, seed: str, end: int) -> NoReturn:
     code = 1
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))

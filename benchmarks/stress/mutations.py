@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 #: What a value may become: other types, empty ones, and numbers that nothing has.
 HOSTILE: tuple[object, ...] = (
@@ -18,6 +20,8 @@ HOSTILE: tuple[object, ...] = (
 _WORDS = (b"\0", b"\xff", b"\n", b"{", b"}", b"[", b"]", b'"', b",", b"-", b"0", b"9" * 30, b"\\u")
 
 Chance = random.Random
+# An object or list of JSON data, and a key or index of it.
+Place = tuple[Any, Any]
 
 
 def mutated_bytes(data: bytes, chance: Chance) -> bytes:
@@ -101,37 +105,33 @@ _DAMAGES: tuple[Callable[[bytearray, Chance], None], ...] = (
 )
 
 
-def _places(value: object) -> list[tuple[dict[str, object] | list[object], object]]:
-    """Return every container and key in it, at all depths."""
+def _places(value: Any) -> list[Place]:
+    """Return every object and list in JSON data with each of its keys, of long lists the first."""
+    keys: Iterable[Any] = ()
     if isinstance(value, dict):
-        inside = [(value, key) for key in value]
-        return inside + [place for item in value.values() for place in _places(item)]
-    if isinstance(value, list):
-        numbered = [(value, index) for index in range(min(len(value), 8))]
-        return numbered + [place for item in value[:8] for place in _places(item)]
-    return []
+        keys = value
+    elif isinstance(value, list):
+        keys = range(min(len(value), 8))
+    return [place for key in keys for place in ((value, key), *_places(value[key]))]
 
 
-def _change(holder: object, key: object, places: list[tuple[object, object]], chance: Chance) -> None:
-    if not isinstance(holder, dict | list) or (isinstance(holder, list) and key >= len(holder)):  # type: ignore[operator]
-        return
+def _change(holder: Any, key: Any, places: list[Place], chance: Chance) -> None:
     kind = chance.random()
     if kind < 0.55:
-        holder[key] = _other(holder[key], chance)  # type: ignore[index]
+        holder[key] = _other(holder[key], chance)
     elif kind < 0.7:
-        del holder[key]  # type: ignore[arg-type]
+        del holder[key]
     elif kind < 0.85 and isinstance(holder, dict):
         new = chance.choice((f"{key}x", str(key)[:-1], "format", "__metadata__", "a.weight"))
-        holder[new] = holder[key]  # type: ignore[index]
+        holder[new] = holder[key]
     else:
         other, name = chance.choice(places)
-        if isinstance(other, dict) and name in other:
-            holder[key] = copy.deepcopy(other[name])  # type: ignore[index]
+        holder[key] = copy.deepcopy(other[name])
 
 
 def _other(value: object, chance: Chance) -> object:
     if isinstance(value, int | float) and not isinstance(value, bool) and chance.random() < 0.6:
-        if value != value or value in (float("inf"), float("-inf")):
+        if not math.isfinite(value):
             return 0
         return chance.choice(
             (value + 1, value - 1, -value, 2 * value, value * 1000, int(value) * 10**6, str(value))
@@ -142,7 +142,7 @@ def _other(value: object, chance: Chance) -> object:
 
 
 def _toml(value: object) -> str:
-    if isinstance(value, float) and (value != value or abs(value) == float("inf")):
+    if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, dict):
         return "{ a = 1 }"

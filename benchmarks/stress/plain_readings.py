@@ -47,15 +47,15 @@ def plain_packed_weight(tensors: Mapping[str, Tensor], module: str) -> Tensor:
 
 def plain_texts(suffix: str, data: bytes) -> list[object] | None:
     """Return the documents of a text; None where only a library knows."""
-    if suffix == ".txt":
-        return [data.decode("utf-8-sig")]
-    if suffix == ".jsonl" or (suffix == ".json" and not data.decode("utf-8-sig").lstrip().startswith("[")):
-        lines = data.decode("utf-8-sig").split("\n")
-        rows = [json.loads(line) for line in lines if line.strip()]
-    elif suffix == ".json":
-        rows = json.loads(data.decode("utf-8-sig"))
-    else:
+    if suffix not in (".txt", ".json", ".jsonl"):
         return None
+    text = data.decode("utf-8-sig")
+    if suffix == ".txt":
+        return [text]
+    if suffix == ".json" and text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     column = "text" if "text" in rows[0] else "messages"
     documents = [row[column] for row in rows if row[column] is not None]
     return [

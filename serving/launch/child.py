@@ -120,7 +120,7 @@ class Child:
         return None
 
     def stop(self, patience: float = 0) -> None:
-        """Ask it to leave, give it ``patience`` seconds, then kill what is left of all it started."""
+        """Ask it to leave, give it ``patience`` seconds, then kill all that is left of its tree."""
         if patience:
             self._process.terminate()
             self.wait(patience)
