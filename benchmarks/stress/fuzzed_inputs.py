@@ -4,7 +4,7 @@ From a corpus of tiny models, checkpoints, recipes and texts, inputs are made by
 values by chance. Each is read as a command would read it, in a process that may hang or die. What
 is accepted is compared with a plain reading of the same bytes. ::
 
-    python -m benchmarks.stress.fuzzed_inputs --inputs 20000
+    python -m benchmarks.stress.fuzzed_inputs --inputs 10000
     python -m benchmarks.stress.fuzzed_inputs --only "manifests" --inputs 100 --seed 7
 """
 
@@ -88,7 +88,7 @@ def fuzzed_inputs_table(result: Result) -> str:
 
 
 @click.command()
-@click.option("--inputs", default=20_000, show_default=True, help="Of all kinds together.")
+@click.option("--inputs", default=10_000, show_default=True, help="Of all kinds together.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--seconds", default=60.0, show_default=True, help="Longest time for one input.")
 @click.option("--only", help="One kind, of which all inputs are; writes nothing.")

@@ -27,7 +27,7 @@ from sparseserve.checkpoint.weight_files import (
 )
 from sparseserve.errors import ArtifactError
 from sparseserve.machine import give_back_freed_memory
-from sparseserve.paths import existing_parent, printable
+from sparseserve.paths import existing_parent
 
 # A shard is in memory while it is put together.
 DEFAULT_SHARD_BYTES = 10**9
@@ -235,7 +235,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"{path}: damaged or cut short ({printable(str(error))}): copy or make it again"
+            f"{path}: damaged or cut short ({error}): copy or make it again"
         ) from error
 
 
