@@ -95,7 +95,6 @@ def test_a_few_damaged_inputs_of_each_kind_are_refused_or_read_aright() -> None:
 # In a process of its own, like the script: this one may have threads, and must not be forked.
 _BAD_ATTEMPTS = """
 import os, sys, json, pathlib
-from benchmarks.stress.fuzz_answers import WrongAnswerError
 from benchmarks.stress.guarded import endings
 from sparseserve.errors import ArtifactError
 
@@ -104,6 +103,7 @@ def attempt(folder, chance):
     (folder / "number").write_text(str(number + 1))
     (lambda: None, refuse, answer_wrongly, crash, too_much, hang, die, lambda: None)[number]()
 
+class WrongAnswerError(Exception): pass
 def refuse(): raise ArtifactError("no")
 def answer_wrongly(): raise WrongAnswerError("other values")
 def crash(): {}["x"]
