@@ -2,8 +2,7 @@
 
 From a corpus of tiny models, checkpoints, recipes and texts, inputs are made by damaging bytes and
 values by chance. Each is read as a command would read it, in a process that may hang or die. What
-is accepted is compared with a plain reading of the same bytes. Kinds that an earlier run with the
-same settings found without a fault are not tried again. ::
+is accepted is compared with a plain reading of the same bytes. ::
 
     python -m benchmarks.stress.fuzzed_inputs --inputs 10000
     python -m benchmarks.stress.fuzzed_inputs --only "manifests" --inputs 100 --seed 7
@@ -18,13 +17,12 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
 from benchmarks.harness.markdown import head, line, processor_and_software
-from benchmarks.harness.results import RESULTS, Result, stored, write_result
+from benchmarks.harness.results import RESULTS, Result, write_result
 from benchmarks.stress.fuzz_kinds import KINDS, Kind
 from benchmarks.stress.guarded import ACCEPTED, FAILED, REFUSED, endings
 
@@ -105,21 +103,14 @@ def main(*, inputs: int, seed: int, seconds: float, only: str | None, smoke: boo
         raise click.BadParameter(f"one of {', '.join(kind.name for kind in KINDS)}")
     setting = {"seed": seed, "seconds": seconds, "inputs": inputs}
     writes = not (smoke or only)
-    rows = _without_faults(stored(_RESULT, setting, "rows")) if writes else []
+    rows = []
     for kind in chosen:
-        if any(row.kind == kind.name for row in rows):
-            continue
         count = inputs if only else inputs * kind.share // 100
         row = measure(kind, count, seed, seconds)
         rows.append(row)
         click.echo(json.dumps(asdict(row)))
         if writes:
             write_result(_RESULT, setting, rows=rows)
-
-
-def _without_faults(found: list[dict[str, Any]]) -> list[Row]:
-    """Return the kinds of an earlier run that need not be tried again."""
-    return [Row(**{**row, "faults": ()}) for row in found if not row["failed"]]
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ def _indexed(index: Path) -> WeightFiles:
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
             raise ArtifactError(
-                f"{index}: the file of {shown(tensor)} is {shown_value(name)}, which is no file name"
+                f"{index}: the file of {shown(tensor)} is {shown_value(name)}, which is no file "
+                "name"
             )
         if not plain_relative(name) or "/" in name:
             raise ArtifactError(
@@ -149,8 +150,8 @@ def _refuse_redirections(folder: Path, resolved: str) -> None:
     other = read_json(config).get("transformers_weights") if config.exists() else None
     if other not in (None, resolved):
         raise ArtifactError(
-            f"{config}: transformers_weights names {shown_value(other)} instead of {resolved}, which other "
-            "programs read: remove the key"
+            f"{config}: transformers_weights names {shown_value(other)} instead of {resolved}, "
+            "which other programs read: remove the key"
         )
     if (folder / "adapter_config.json").exists():
         raise ArtifactError(
