@@ -22,8 +22,19 @@ import difflib
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    """Return ``text`` in one line, with escapes for whatever a terminal would obey."""
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in text
+    )
+
+
 class SparseServeError(Exception):
     """Root of every error that a user, not a programmer, can cause and cure."""
+
+    def __str__(self) -> str:
+        """Return the message in one line: the names from files in it may hold anything."""
+        return printable(super().__str__())
 
 
 class RecipeError(SparseServeError):

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sparseserve.errors import SparseServeError, first_line
+from sparseserve.errors import SparseServeError, first_line, printable
 
 # Of a value in a message: what is longer hides the message.
 _SHOWN = 80
-
-
-def printable(text: str) -> str:
-    """Return ``text`` in one line, with escapes for whatever a terminal would obey."""
-    return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in text
-    )
 
 
 def shown(value: object) -> str:

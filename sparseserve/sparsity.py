@@ -268,6 +268,8 @@ def strictest_pattern(weight: Tensor) -> tuple[str, int | None]:
     zeros = float((weight == 0).float().mean()) if weight.numel() else 0.0
     if zeros == 1:
         return "zero", None
+    if not weight.numel():
+        return "dense", None
     found: list[tuple[float, int, int, int]] = []
     for axis, turned in ((1, weight), (0, weight.T)):
         for group in (size for size in _GROUPS if turned.shape[1] % size == 0):

@@ -19,10 +19,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from sparseserve.serving.launch import tied
+from sparseserve.serving.launch import tied, watcher
 
 #: What a Python process and all its children need to leave the current folder alone.
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+# What a server needs to end its engines.
+_ORPHAN_SECONDS = 30
 _ERROR = re.compile(r"\b(?:\w+\.)*\w*(?:Error|Exception): .+")
 
 
@@ -34,8 +36,8 @@ def python_module(module: str) -> tuple[str, ...]:
 class Child:
     """A running process in a session of its own: Ctrl-C reaches the parent alone.
 
-    When the thread that started it ends, by any cause, the system sends it a signal. So a killed
-    parent leaves nothing behind.
+    When the thread that started it ends, by any cause, the system sends it a signal, and a watcher
+    ends what it started in turn. So a killed parent leaves nothing behind.
     """
 
     def __init__(
@@ -56,7 +58,8 @@ class Child:
             descriptors: Open files that it inherits under the same numbers.
             answers: Whether to read its standard output, line by line, instead of logging it.
             log: File that takes its output; None is a temporary file.
-            orphaned: Signal that it gets when this process ends.
+            orphaned: Signal that it gets when this process ends. After any other than SIGKILL it
+                has a while to end its own children.
         """
         # Writes go to the end wherever reading has moved the position that both share.
         self._log: IO[str] = (
@@ -64,6 +67,9 @@ class Child:
             if log is None
             else log.open("w+", errors="replace")
         )
+        self._mark = watcher.new_mark()
+        patience = 0 if orphaned == signal.SIGKILL else _ORPHAN_SECONDS
+        self._watcher = watcher.watch(self._mark, patience)
         self._process = subprocess.Popen(
             (*tied.command(orphaned), *command),
             stdin=subprocess.DEVNULL,
@@ -71,7 +77,12 @@ class Child:
             stderr=self._log if answers else subprocess.STDOUT,
             text=True,
             pass_fds=tuple(descriptors),
-            env={**os.environ, **SAFE_PATH, **(environment or {})},
+            env={
+                **os.environ,
+                **SAFE_PATH,
+                **(environment or {}),
+                watcher.MARK_VARIABLE: self._mark,
+            },
             start_new_session=True,
         )
 
@@ -109,13 +120,16 @@ class Child:
         return None
 
     def stop(self, patience: float = 0) -> None:
-        """Ask it to leave, give it ``patience`` seconds, then kill what is left of its group."""
+        """Ask it to leave, give it ``patience`` seconds, then kill all that is left of its tree."""
         if patience:
             self._process.terminate()
             self.wait(patience)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        watcher.end(self._mark)
+        self._watcher.kill()
+        self._watcher.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._log.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sparseserve.machine import Machine, installed_versions, this_machine
+from sparseserve.serving.launch import watcher
 from sparseserve.serving.launch.child import SAFE_PATH, python_module
 from sparseserve.serving.launch.policy import runs_eagerly, server_cache, vllm_dtype
 from sparseserve.serving.launch.requirements import require_vllm
@@ -22,6 +23,8 @@ from sparseserve.serving.launch.served_model import ServedModel
 
 #: vLLM itself would answer all machines that reach this one.
 LOCAL_HOST = "127.0.0.1"
+# What engines have to leave after their server has.
+_ENGINE_SECONDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,13 @@ def open_to_all(options: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def become(command: ServerCommand) -> NoReturn:
-    """Replace this process with ``command``."""
+    """Replace this process with ``command``, whose engines do not outlive it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(command.arguments[0], command.arguments, {**os.environ, **command.environment})
+    mark = watcher.new_mark()
+    watcher.watch(mark, _ENGINE_SECONDS)
+    environment = {**os.environ, **command.environment, watcher.MARK_VARIABLE: mark}
+    os.execve(command.arguments[0], command.arguments, environment)
 
 
 def default_options(

@@ -14,6 +14,7 @@ from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.checkpoint.verification import check_before_reading
 from sparseserve.errors import ArtifactError, ServingError, UnsupportedModelError
+from sparseserve.paths import shown_value
 from sparseserve.text import position_limit
 
 if TYPE_CHECKING:
@@ -68,14 +69,14 @@ class ServedModel:
             checkpoint = Checkpoint.open(folder)
         except ArtifactError as error:
             raise ServingError(str(error)) from error
-        config = _text_config(folder)
+        config = _text_config(folder, checkpoint)
         return cls(
             folder=folder,
             weight_bytes=checkpoint.weight_bytes,
             dense_parameters=_dense_parameters(checkpoint),
-            cache_numbers_per_token=_cache_numbers_per_token(config),
+            cache_numbers_per_token=_cache_numbers_per_token(folder, config),
             max_positions=position_limit(config),
-            vocabulary=int(config.vocab_size),
+            vocabulary=_size(folder, config, "vocab_size"),
             dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
             packed=packed24.is_packed(checkpoint),
         )
@@ -97,13 +98,16 @@ def _refuse_other_formats(folder: Path) -> None:
         )
 
 
-def _text_config(folder: Path) -> PretrainedConfig:
+def _text_config(folder: Path, checkpoint: Checkpoint) -> PretrainedConfig:
+    from sparseserve.huggingface.asked_size import check_asked_bytes
     from sparseserve.huggingface.opening import open_config
 
     try:
-        return open_config(folder).get_text_config()
+        config = open_config(folder)
+        check_asked_bytes(folder, config, checkpoint)
     except UnsupportedModelError as error:
         raise ServingError(str(error)) from error
+    return config.get_text_config()
 
 
 def _dense_parameters(checkpoint: Checkpoint) -> int:
@@ -116,8 +120,28 @@ def _dense_parameters(checkpoint: Checkpoint) -> int:
     return total
 
 
-def _cache_numbers_per_token(config: PretrainedConfig) -> int:
-    heads = int(config.num_attention_heads)
-    head_size = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    return 2 * int(config.num_hidden_layers) * int(groups) * int(head_size)
+def _cache_numbers_per_token(folder: Path, config: PretrainedConfig) -> int:
+    heads = _size(folder, config, "num_attention_heads")
+    groups = heads
+    if getattr(config, "num_key_value_heads", None) is not None:
+        groups = _size(folder, config, "num_key_value_heads")
+    if getattr(config, "head_dim", None) is not None:
+        head_size = _size(folder, config, "head_dim")
+    else:
+        head_size = max(1, _size(folder, config, "hidden_size") // heads)
+    return 2 * _size(folder, config, "num_hidden_layers") * groups * head_size
+
+
+def _size(folder: Path, config: PretrainedConfig, key: str) -> int:
+    """Return the value of ``key``.
+
+    Raises:
+        ServingError: It is no positive whole number.
+    """
+    value = getattr(config, key, None)
+    if not isinstance(value, int) or value < 1:
+        raise ServingError(
+            f"{folder}: {key} in config.json is {shown_value(value)}, but must be a positive whole "
+            "number: restore the original config.json"
+        )
+    return value

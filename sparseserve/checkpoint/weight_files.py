@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.errors import ArtifactError
+from sparseserve.paths import shown, shown_value
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -127,12 +128,17 @@ def _indexed(index: Path) -> WeightFiles:
         raise ArtifactError(f"{index}: has no weight_map: copy or download it again")
     for tensor, name in weight_map.items():
         if not isinstance(name, str):
-            raise ArtifactError(f"{index}: the file of {tensor} is {name!r}, which is no file name")
+            raise ArtifactError(
+                f"{index}: the file of {shown(tensor)} is {shown_value(name)}, which is no file "
+                "name"
+            )
         if not plain_relative(name) or "/" in name:
-            raise ArtifactError(f"{index}: {name!r} lies outside the folder, or is no file name")
+            raise ArtifactError(
+                f"{index}: {shown(name)} lies outside the folder, or is no file name"
+            )
         if not name.endswith(".safetensors") or name.startswith("."):
             raise ArtifactError(
-                f"{index}: {name!r} is not named as safetensors: only those are read, "
+                f"{index}: {shown(name)} is not named as safetensors: only those are read, "
                 "convert the weights or remove the index"
             )
     return WeightFiles(index.parent, tuple(sorted(set(weight_map.values()))), weight_map)
@@ -144,8 +150,8 @@ def _refuse_redirections(folder: Path, resolved: str) -> None:
     other = read_json(config).get("transformers_weights") if config.exists() else None
     if other not in (None, resolved):
         raise ArtifactError(
-            f"{config}: transformers_weights names {other!r} instead of {resolved}, which other "
-            "programs read: remove the key"
+            f"{config}: transformers_weights names {shown_value(other)} instead of {resolved}, "
+            "which other programs read: remove the key"
         )
     if (folder / "adapter_config.json").exists():
         raise ArtifactError(

@@ -21,7 +21,6 @@ from sparseserve.cli.serve import serve_command
 from sparseserve.cli.tune import tune_command
 from sparseserve.cli.verify import verify_command
 from sparseserve.errors import SparseServeError
-from sparseserve.paths import printable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -54,6 +53,5 @@ def main() -> None:
     except SparseServeError as error:
         if "--debug" in sys.argv:
             raise
-        # Names from files and command lines may hold anything.
-        click.echo(f"Error: {printable(str(error))}", err=True)
+        click.echo(f"Error: {error}", err=True)
         sys.exit(1)

@@ -6,23 +6,25 @@ digits would fill the memory of the machine.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sparseserve.checkpoint import packed24
+from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import UnsupportedModelError, first_line
-from sparseserve.huggingface.opening import sketch_model
+from sparseserve.huggingface.config_values import checked_settings, layer_counts
+from sparseserve.huggingface.opening import has_class, sketch_model
 
-#: More decoder layers than any model has; a configuration makes lists as long as this.
-MOST_LAYERS = 10_000
 # Small differences are left to the loader, which names the tensor that is missing.
 _FEW = 2**24
-_LAYER_COUNT = re.compile(r"(num|n)_(\w+_)?layers?")
+# Making a layer without memory for it takes milliseconds; so many are quick whatever they are.
+_FEW_LAYERS = 128
+# No form of a weight takes less than a bit.
+_WEIGHTS_PER_BYTE = 8
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -37,22 +39,29 @@ def dense_shapes(shards: Iterable[Path]) -> Shapes:
     return {name: packed24.dense_shape(name, shape, found) for name, shape in found.items()}
 
 
-def check_layer_counts(path: Path, settings: Mapping[str, object]) -> None:
-    """Refuse numbers of layers that no model has, before transformers makes lists of that length.
+def sketch_of(folder: Path, config: PretrainedConfig, tensors: int) -> PreTrainedModel:
+    """Make the model of ``config`` without memory for its weights, within seconds.
 
     Args:
-        path: Where the ``settings`` stand, for the message.
-        settings: Of a config.json.
+        folder: The model's.
+        config: Of its config.json.
+        tensors: How many the files hold. Every layer has one at least.
 
     Raises:
-        UnsupportedModelError: Names the key, the value and the limit.
+        UnsupportedModelError: It has more layers than the files can hold, or cannot be built.
     """
-    for key, value in _numbers(settings):
-        if _LAYER_COUNT.fullmatch(key) and value > MOST_LAYERS:
+    for key, count in layer_counts(checked_settings(folder)).items():
+        if count > max(tensors, _FEW_LAYERS):
             raise UnsupportedModelError(
-                f"{path}: {key} is {value}, more than the {MOST_LAYERS} that are read: restore "
-                "the original config.json"
+                f"{folder}: config.json asks for {count:,} layers ({key}), its files hold "
+                f"{tensors:,} tensors: the two do not belong together"
             )
+    try:
+        return sketch_model(config)
+    except Exception as error:  # whatever the model's code raises on values that do not fit
+        raise UnsupportedModelError(
+            f"{folder}/config.json describes no model that can be built: {first_line(error)}"
+        ) from error
 
 
 def check_asked_size(folder: Path, config: PretrainedConfig, stored: Shapes) -> None:
@@ -66,12 +75,7 @@ def check_asked_size(folder: Path, config: PretrainedConfig, stored: Shapes) -> 
     Raises:
         UnsupportedModelError: Names a tensor and its two shapes, or the two numbers of weights.
     """
-    try:
-        sketch = sketch_model(config)
-    except Exception as error:  # whatever the model's code raises on sizes that do not fit
-        raise UnsupportedModelError(
-            f"{folder}/config.json describes no model that can be built: {first_line(error)}"
-        ) from error
+    sketch = sketch_of(folder, config, len(stored))
     tensors = [*sketch.named_parameters(), *sketch.named_buffers()]
     asked = sum(tensor.numel() for _, tensor in tensors)
     held = sum(torch.Size(shape).numel() for shape in stored.values())
@@ -83,15 +87,32 @@ def check_asked_size(folder: Path, config: PretrainedConfig, stored: Shapes) -> 
                 f"{folder}: tensor {name} is {list(stored[name])}, but config.json asks for "
                 f"{list(tensor.shape)}: the two do not belong together"
             )
-    raise UnsupportedModelError(
-        f"{folder}: config.json asks for {asked:,} weights, its files hold {held:,}: "
+    raise _too_much(folder, asked, f"{held:,}")
+
+
+def check_asked_bytes(folder: Path, config: PretrainedConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a configuration that asks for more weights than the files can hold in any form.
+
+    A model of which transformers has no class is left to the program that has one.
+
+    Args:
+        folder: The model's, for the message.
+        config: What is asked for.
+        checkpoint: Its files, quantised in whatever way.
+
+    Raises:
+        UnsupportedModelError: Names the two numbers.
+    """
+    if not has_class(config):
+        return
+    sketch = sketch_of(folder, config, len(checkpoint.files))
+    asked = sum(tensor.numel() for tensor in (*sketch.parameters(), *sketch.buffers()))
+    if asked > _WEIGHTS_PER_BYTE * checkpoint.weight_bytes + _FEW:
+        raise _too_much(folder, asked, f"{checkpoint.weight_bytes:,} bytes")
+
+
+def _too_much(folder: Path, asked: int, held: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{folder}: config.json asks for {asked:,} weights, its files hold {held}: "
         "the two do not belong together"
     )
-
-
-def _numbers(settings: Mapping[str, object]) -> Iterator[tuple[str, float]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _numbers(value)
-        elif isinstance(value, int | float):
-            yield key, value

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sparseserve.checkpoint.artifact import Artifact
+from sparseserve.checkpoint.formats import METHOD
 from sparseserve.errors import ArtifactError, UnsupportedModelError
 from sparseserve.huggingface.asked_size import check_asked_size, dense_shapes
-from sparseserve.huggingface.opening import open_config, open_weights
+from sparseserve.huggingface.opening import open_config, open_weights, quantisation_of
+from sparseserve.paths import shown_value
 
 
 def open_checkpoint(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -29,7 +31,9 @@ def open_checkpoint(folder: Path, dtype: torch.dtype | None = None) -> PreTraine
     """
     artifact = Artifact.open(folder)
     shards = sorted({folder / name for name in artifact.checkpoint.files.values()})
-    check_asked_size(folder, open_config(folder), dense_shapes(shards))
+    config = open_config(folder)
+    _check_method(artifact, config)
+    check_asked_size(folder, config, dense_shapes(shards))
     try:
         opened = open_weights(folder, dtype)
     except UnsupportedModelError:
@@ -43,6 +47,17 @@ def open_checkpoint(folder: Path, dtype: torch.dtype | None = None) -> PreTraine
             f"{list(wrong.expected)}: copy or export it again"
         )
     return opened.model.eval().requires_grad_(False)
+
+
+def _check_method(artifact: Artifact, config: PretrainedConfig) -> None:
+    """Refuse a config.json that makes transformers read the weights in another way than is said."""
+    kind = artifact.manifest.format
+    wanted, found = None if kind == "dense" else METHOD, quantisation_of(config)
+    if found != wanted:
+        raise ArtifactError(
+            f"{artifact.path}/config.json: quantization_config names {shown_value(found)}, but "
+            f"{kind} weights are read by {shown_value(wanted)}: copy or export it again"
+        )
 
 
 def _name_damage(artifact: Artifact) -> None:

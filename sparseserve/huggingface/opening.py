@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,7 +29,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from sparseserve.errors import UnsupportedModelError, first_line
+from sparseserve.errors import SparseServeError, UnsupportedModelError, first_line
+from sparseserve.huggingface.config_values import check_files, checked_settings
 from sparseserve.huggingface.unread import unread_tensors
 
 #: Quantised forms that are read, and made dense while they are; transformers knows how.
@@ -68,8 +68,10 @@ def open_config(folder: Path) -> PretrainedConfig:
     """Read the ``config.json`` of ``folder``.
 
     Raises:
-        UnsupportedModelError: It needs code of its own, or transformers does not understand it.
+        UnsupportedModelError: It needs code of its own, transformers does not understand it, or a
+            value of it is far larger than that of any model.
     """
+    checked_settings(folder)
     try:
         with only_errors_logged():
             return AutoConfig.from_pretrained(
@@ -92,6 +94,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         UnsupportedModelError: It needs code of its own, is missing, or cannot be read.
     """
+    check_files(folder)
     try:
         with only_errors_logged():
             tokenizer = AutoTokenizer.from_pretrained(
@@ -119,6 +122,7 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
     Raises:
         UnsupportedModelError: It cannot be loaded.
     """
+    check_files(folder)
     try:
         with only_errors_logged():
             config = open_config(folder)
@@ -132,12 +136,16 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
                 output_loading_info=True,
                 **_dequantising(config),
             )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except SparseServeError:
+        raise
+    except Exception as error:  # likewise
         raise UnsupportedModelError(f"{folder} cannot be loaded: {first_line(error)}") from error
+    found = _opened(folder, model, loading)
     if quantisation_of(config) in DEQUANTISED:
+        found = replace(found, mismatched=(*found.mismatched, *_other_shapes(model, config)))
         _forget_quantisation(model)
         _convert_dequantised(model, dtype)
-    return _opened(folder, model, loading)
+    return found
 
 
 def quantisation_of(config: PretrainedConfig) -> str | None:
@@ -152,6 +160,14 @@ def _dequantising(config: PretrainedConfig) -> dict[str, object]:
     """Return the arguments by which transformers makes quantised weights dense."""
     kind = DEQUANTISED.get(quantisation_of(config) or "")
     return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+def _other_shapes(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[Mismatch]:
+    """Yield parameters of other shapes than asked: of quantised weights transformers tells none."""
+    asked = {name: tuple(tensor.shape) for name, tensor in sketch_model(config).named_parameters()}
+    for name, tensor in model.named_parameters():
+        if name in asked and tuple(tensor.shape) != asked[name]:
+            yield Mismatch(name, tuple(tensor.shape), asked[name])
 
 
 def _forget_quantisation(model: PreTrainedModel) -> None:
@@ -173,6 +189,11 @@ def sketch_model(config: PretrainedConfig) -> PreTrainedModel:
     """
     with torch.device("meta"):
         return _kind_of(config)._model_mapping[type(config)]._from_config(config)
+
+
+def has_class(config: PretrainedConfig) -> bool:
+    """Whether transformers has a language model, or one around it, for ``config``."""
+    return type(config) in _kind_of(config)._model_mapping
 
 
 def is_language_model(config: PretrainedConfig) -> bool:

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from sparseserve.checkpoint.formats import METHOD
-from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.weight_files import weight_files
 from sparseserve.errors import ArtifactError, UnsupportedModelError, first_line
-from sparseserve.huggingface.asked_size import check_asked_size, check_layer_counts, dense_shapes
+from sparseserve.huggingface.asked_size import check_asked_size, dense_shapes
+from sparseserve.huggingface.config_values import checked_settings
 from sparseserve.huggingface.opening import DEQUANTISED, is_language_model, open_config
 from sparseserve.paths import local_path, shown
 
@@ -93,9 +93,7 @@ def _check_settings(folder: Path) -> None:
         raise UnsupportedModelError(
             f"{folder} has no config.json: give a folder saved by transformers' save_pretrained"
         )
-    settings = read_json(path, UnsupportedModelError)
-    check_layer_counts(path, settings)
-    quantization = settings.get("quantization_config")
+    quantization = checked_settings(folder).get("quantization_config")
     if not quantization:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None

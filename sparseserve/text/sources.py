@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -17,7 +18,8 @@ from sparseserve.text.documents import (
     TextFile,
     TextSource,
 )
-from sparseserve.text.tables import TABLES, Rows, table_documents, utf8_text
+from sparseserve.text.files import ReadLimits, beginning_of_lines, beginning_of_rows, read_file
+from sparseserve.text.tables import TABLES, Rows, parquet_rows, table_documents, utf8_text
 
 PROSE_SUFFIXES = (".md", ".txt")
 TEXT_SUFFIXES = tuple(sorted((*PROSE_SUFFIXES, *TABLES)))
@@ -25,8 +27,8 @@ COMPRESSED_SUFFIXES = tuple(
     f".{ending}"
     for ending in ["7z", "br", "bz2", "gz", "lz4", "rar", "tar", "tgz", "xz", "zip", "zst"]
 )
-DATASET_CHARACTERS = 32_000_000
-LARGEST_FILE = 2**30
+
+_LIMITS = ReadLimits()
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ def read_text(
     column: str | None = None,
     prose_has_no_column: bool = False,
     packaged: Literal["calibration", "evaluation"] = "calibration",
+    limits: ReadLimits = _LIMITS,
 ) -> TextSource:
     """Read a text file, a folder, a dataset or, for None, the text of the package.
 
@@ -44,19 +47,21 @@ def read_text(
     document; ``.jsonl``, ``.json``, ``.csv`` and ``.parquet`` are tables with a document, or the
     list of messages of a chat, in one column. A folder gives all its files of these endings, at any
     depth, sorted by path. Anything that is no path is a dataset: ``name``, ``name:config`` or
-    ``name:config:split`` (split ``train`` by default), read as a stream and cut after
-    DATASET_CHARACTERS, so that large corpora need not be downloaded; ``name`` may be a local
-    dataset folder when a config follows it. Rows that hold null are skipped, and this is logged.
+    ``name:config:split`` (split ``train`` by default), read as a stream and cut at
+    the limit, so that large corpora need not be downloaded; ``name`` may be a local dataset folder
+    when a config follows it. Rows that hold null are skipped, and this is logged. Of a file or
+    folder beyond the limit, and of a pipe or device, the beginning is read; this is logged, too.
 
     Args:
         source: What to read.
         column: Of tables and datasets; None is ``text``, or ``messages`` for chats.
         prose_has_no_column: Whether a ``column`` may be given for a text without tables.
         packaged: Which text of the package None is.
+        limits: How far to read, and how long to wait.
 
     Raises:
         CalibrationError: nothing is there, it is empty, its ending is unknown, a column is missing
-            or cannot be told, or a file is not UTF-8 text.
+            or cannot be told, a file is not UTF-8 text, or a pipe stays silent.
     """
     if source is None:
         _require_table(f"the packaged {packaged} text", (), column, prose_has_no_column)
@@ -65,12 +70,12 @@ def read_text(
     if path.is_dir() or path.exists():
         paths = _paths_of(path) if path.is_dir() else [path]
         _require_table(str(path), [item.suffix for item in paths], column, prose_has_no_column)
-        return _read_files(path, paths, column)
+        return _read_files(path, paths, column, limits)
     if isinstance(source, Path) or _looks_like_a_path(source):
         raise CalibrationError(
             f"text {shown(source)} does not exist: give a file, a folder or a dataset"
         )
-    return _read_dataset(source, column)
+    return _read_dataset(source, column, limits)
 
 
 def _packaged_text(packaged: Literal["calibration", "evaluation"]) -> TextSource:
@@ -101,18 +106,30 @@ def _paths_of(folder: Path) -> list[Path]:
     return paths
 
 
-def _read_files(root: Path, paths: list[Path], column: str | None) -> TextSource:
+def _read_files(
+    root: Path, paths: list[Path], column: str | None, limits: ReadLimits
+) -> TextSource:
     rows: list[Document | None] = []
     files: list[TextFile] = []
     for path in paths:
+        if limits.whole <= 0:
+            logger.warning("%s: only its first %d files are read", root, len(files))
+            break
         name = path.name if path == root else path.relative_to(root).as_posix()
-        data = _read_bytes(path)
+        if _is_long_parquet(path, limits):
+            found = list(_first(parquet_rows(name, path), name, column, limits))
+            logger.warning("%s: only its first %d rows are read", path, len(found))
+            rows.extend(found)
+            files.append(TextFile(name, _digest(found)))
+            break
+        data = _read_bytes(path, limits)
+        limits = replace(limits, whole=limits.whole - len(data))
         rows.extend(_documents(name, path.suffix.lower(), data, column))
         files.append(TextFile(name, hashlib.sha256(data).hexdigest()))
     return _source(root.name, rows, tuple(files))
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, limits: ReadLimits) -> bytes:
     suffix = path.suffix.lower()
     _refuse_compressed(path)
     if suffix not in TEXT_SUFFIXES:
@@ -120,17 +137,30 @@ def _read_bytes(path: Path) -> bytes:
             f"text {path} ends in {shown(suffix) if suffix else 'nothing'}, which does not say how "
             f"to read it: known are {', '.join(TEXT_SUFFIXES)}; rename plain text to .txt"
         )
-    if not path.is_file():  # a pipe without a writer or a device would never end
-        raise CalibrationError(f"text {path} is no plain file: write its text into one")
-    if (size := path.stat().st_size) > LARGEST_FILE:
+    found = read_file(path, limits)
+    if found.whole:
+        return found.data
+    logger.warning("%s: only its first %d bytes are read", path, len(found.data))
+    return _beginning(path, suffix, found.data)
+
+
+def _beginning(path: Path, suffix: str, data: bytes) -> bytes:
+    """Return as much of ``data``, the beginning of a file, as can be read without its end."""
+    if suffix == ".parquet" or (suffix == ".json" and data.lstrip().startswith(b"[")):
         raise CalibrationError(
-            f"text {path} has {size:,} bytes, more than the {LARGEST_FILE:,} that are read: give a "
-            "part of it"
+            f"text {path} does not end within the {len(data):,} bytes that are read of it, and a "
+            f"{suffix} file cannot be read without its end: write a part of it as .jsonl"
         )
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CalibrationError(f"text {path} cannot be read: {error.strerror}") from error
+    kept = beginning_of_rows(data) if suffix == ".csv" else beginning_of_lines(data)
+    if not kept:
+        raise CalibrationError(f"text {path} has no whole row in its first {len(data):,} bytes")
+    return kept
+
+
+def _is_long_parquet(path: Path, limits: ReadLimits) -> bool:
+    """Whether ``path`` can be read row by row only; where the rows are, its end says."""
+    is_parquet = path.suffix.lower() == ".parquet" and path.is_file()
+    return is_parquet and path.stat().st_size > limits.whole
 
 
 def _refuse_compressed(path: Path) -> None:
@@ -173,7 +203,7 @@ def _looks_like_a_path(source: str) -> bool:
     return source.startswith(("/", "./", "../", "~")) or source.lower().endswith(endings)
 
 
-def _read_dataset(source: str, column: str | None) -> TextSource:
+def _read_dataset(source: str, column: str | None, limits: ReadLimits) -> TextSource:
     """Stream a dataset; its hash is over the documents that were read, joined by blank lines."""
     import datasets  # noqa: PLC0415  # takes a second to import and most runs read a file
 
@@ -182,7 +212,7 @@ def _read_dataset(source: str, column: str | None) -> TextSource:
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         numbered = ((f"dataset '{source}' row {i}", row) for i, row in enumerate(rows, start=1))
-        found = list(_first_documents(source, numbered, column))
+        found = list(_first(numbered, f"dataset '{source}'", column, limits))
     except CalibrationError:
         raise
     except Exception as error:  # the library and its transports share no base class
@@ -190,15 +220,21 @@ def _read_dataset(source: str, column: str | None) -> TextSource:
             f"text {shown(source)} is no file or folder and no dataset that can be loaded: "
             f"{first_line(error)}"
         ) from error
-    read = DOCUMENT_SEPARATOR.join(str(document) for document in found if document is not None)
-    digest = hashlib.sha256(read.encode()).hexdigest()
-    return _source(source, found, (TextFile(source, digest),))
+    return _source(source, found, (TextFile(source, _digest(found)),))
 
 
-def _first_documents(source: str, rows: Rows, column: str | None) -> Iterator[Document | None]:
+def _first(
+    rows: Rows, name: str, column: str | None, limits: ReadLimits
+) -> Iterator[Document | None]:
     characters = 0
-    for document in table_documents(f"dataset '{source}'", rows, column):
+    for document in table_documents(name, rows, column):
         yield document
-        characters += len(str(document or ""))
-        if characters >= DATASET_CHARACTERS:
+        characters += max(1, len(str(document or "")))  # rows without text must end, too
+        if characters >= limits.beginning:
             return
+
+
+def _digest(documents: Iterable[Document | None]) -> str:
+    """Return the hash of ``documents``, joined by blank lines."""
+    read = DOCUMENT_SEPARATOR.join(str(document) for document in documents if document is not None)
+    return hashlib.sha256(read.encode()).hexdigest()

@@ -9,12 +9,15 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 from sparseserve.errors import CalibrationError, first_line
 from sparseserve.paths import shown
 from sparseserve.text.documents import Document, conversation, require_characters
 
+# Rows of a Parquet file that are in memory at once; a row may be a book.
+_BATCH_ROWS = 1024
 TEXT_COLUMN = "text"
 CHAT_COLUMN = "messages"
 
@@ -110,12 +113,21 @@ def _csv(name: str, data: bytes) -> Rows:
 
 
 def _parquet(name: str, data: bytes) -> Rows:
+    return parquet_rows(name, io.BytesIO(data))
+
+
+def parquet_rows(name: str, source: Path | io.BytesIO) -> Rows:
+    """Yield the rows of a Parquet file, of which one batch is in memory at a time.
+
+    Raises:
+        CalibrationError: It is damaged, or two of its columns have one name.
+    """
     import pyarrow  # noqa: PLC0415  # a large library that most runs do not need
     from pyarrow import parquet  # noqa: PLC0415
 
     try:
-        file = parquet.ParquetFile(io.BytesIO(data))
-        yield from _numbered(name, file.schema_arrow.names, file.iter_batches())
+        file = parquet.ParquetFile(source)
+        yield from _numbered(name, file.schema_arrow.names, file.iter_batches(_BATCH_ROWS))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise CalibrationError(f"{name} cannot be read as Parquet: {first_line(error)}") from error
 

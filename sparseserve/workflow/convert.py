@@ -22,8 +22,9 @@ from sparseserve.exporters import EXPORTERS
 from sparseserve.exporters.model_card import finish_checkpoint
 from sparseserve.exporters.side_files import copy_side_files, model_config
 from sparseserve.foreign.source import ForeignCheckpoint
+from sparseserve.huggingface.asked_size import sketch_of
 from sparseserve.huggingface.names import stored_name
-from sparseserve.huggingface.opening import open_config, sketch_model
+from sparseserve.huggingface.opening import open_config
 from sparseserve.models.model_folder import find_model_folder, hub_name
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.workflow.run import finished
@@ -61,7 +62,7 @@ def convert(
             f"--format {export_format}"
         )
     foreign = ForeignCheckpoint.open(folder)
-    model = sketch_model(open_config(folder))
+    model = sketch_of(folder, open_config(folder), len(foreign.checkpoint.files))
     with RunFolder.claim(out) as run:
         require_space(run.path, 4 * foreign.checkpoint.weight_bytes)
         fingerprint = {"format": export_format, "dtype": str(dtype), "source": source}

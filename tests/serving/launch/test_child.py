@@ -86,6 +86,74 @@ def test_asked_to_leave_it_may_tidy_up_first(tmp_path: Path) -> None:
     assert mark.exists()
 
 
+@pytest.mark.parametrize("orphaned", ["SIGKILL", "SIGTERM"])
+def test_all_that_it_started_ends_with_a_parent_that_is_killed(
+    orphaned: str,
+) -> None:
+    # The grandchild has a session of its own and takes no heed of being asked to leave; the child
+    # is killed by the signal before it could end it.
+    grandchild = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
+    child = (
+        f"import subprocess, sys, time; it = subprocess.Popen([sys.executable, '-c', {grandchild!r}"
+        "], start_new_session=True); print(it.pid, flush=True); time.sleep(600)"
+    )
+    program = (
+        "import signal, sys; from sparseserve.serving.launch import child; "
+        "child._ORPHAN_SECONDS = 1; "
+        f"it = child.Child((sys.executable, '-c', {child!r}), answers=True, "
+        f"orphaned=signal.{orphaned}); print(it.pid, it.answer(), flush=True); it.wait()"
+    )
+    parent = subprocess.Popen(python(program), stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    tree = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(tree) == 2
+    assert all(is_running(pid) for pid in tree)
+    parent.kill()
+    parent.communicate()
+    for pid in tree:
+        wait_for_the_end(pid)
+
+
+def test_what_a_server_started_ends_with_it() -> None:
+    server = (
+        "import subprocess, sys, time; it = subprocess.Popen([sys.executable, '-c', "
+        "'import time; time.sleep(600)'], start_new_session=True); print(it.pid, flush=True); "
+        "time.sleep(600)"
+    )
+    program = (
+        "import sys; from sparseserve.serving.launch import command; "
+        "command._ENGINE_SECONDS = 1; "
+        f"command.become(command.ServerCommand((sys.executable, '-c', {server!r}), {{}}))"
+    )
+    process = subprocess.Popen(python(program), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    engine = int(process.stdout.readline())
+    assert is_running(engine)
+    process.kill()
+    process.wait()
+    wait_for_the_end(engine)
+    process.stdout.close()
+
+
+def test_a_watcher_leaves_with_the_child_that_it_watches_for() -> None:
+    with Child(python("import os; print(os.environ['SPARSESERVE_TREE'])"), answers=True) as it:
+        mark = it.answer()
+        watchers = [pid for pid in processes() if mark in arguments_of(pid)]
+        assert len(watchers) == 1
+    assert not any(is_running(pid) for pid in watchers)
+
+
+def processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def arguments_of(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return []
+
+
 def test_it_ends_with_a_parent_that_is_killed() -> None:
     program = (
         "import sys; from sparseserve.serving.launch.child import Child; "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,14 +229,6 @@ def test_compressed_files_of_a_folder_are_refused_and_others_told_of(
 def test_a_damaged_table_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     assert name in refusal(tmp_path / name)
-
-
-def test_what_would_never_end_is_not_opened(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.txt")
-    assert "is no plain file" in refusal(tmp_path / "a.txt")
-    with (tmp_path / "b.txt").open("wb") as file:
-        file.truncate(2**40)
-    assert "1,099,511,627,776 bytes" in refusal(tmp_path / "b.txt")
 
 
 @pytest.mark.parametrize("source", ["a" * 300, "x/" + "b" * 5000, "~nosuchuser/x.txt"])

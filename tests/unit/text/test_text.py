@@ -25,6 +25,7 @@ from sparseserve.text import (
     read_text,
     windows,
 )
+from sparseserve.text.files import ReadLimits
 
 
 def bos_tokenizer(*, end: bool = False) -> PreTrainedTokenizerFast:
@@ -110,14 +111,12 @@ def test_a_dataset_without_a_text_column_is_refused_with_its_columns(tmp_path: P
         read_text(f"{folder}:default")
 
 
-def test_a_dataset_is_cut_after_a_bounded_number_of_characters(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sparseserve.text.sources.DATASET_CHARACTERS", 25)
+def test_a_dataset_is_cut_after_a_bounded_number_of_characters(tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     Dataset.from_dict({"text": ["0123456789"] * 9}).to_parquet(folder / "train.parquet")
-    assert len(read_text(f"{folder}:default").documents) == 3
+    limits = ReadLimits(beginning=25)
+    assert len(read_text(f"{folder}:default", limits=limits).documents) == 3
 
 
 @pytest.mark.parametrize(
