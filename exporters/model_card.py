@@ -19,9 +19,8 @@ from sparseserve.checkpoint.artifact import CARD_FILE, Artifact, Manifest, write
 from sparseserve.checkpoint.summary import Summary, summarise
 from sparseserve.checkpoint.tensors import writing
 from sparseserve.checkpoint.uses import uses_of
-from sparseserve.errors import first_line
+from sparseserve.errors import first_line, printable
 from sparseserve.exporters.side_files import SOURCE_CARD_FILE
-from sparseserve.paths import printable
 
 _FOLDER = "FOLDER"
 _LARGEST_CARD = 2**20  # bytes; YAML of that size takes seconds

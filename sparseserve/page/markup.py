@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sparseserve.paths import printable
+from sparseserve.errors import printable
 
 # Elements of HTML that have no end.
 _VOID = frozenset({"meta"})

@@ -129,6 +129,7 @@ def test_distillation_trains_all_kept_weights_on_windows_that_pruning_does_not_s
     ]
     assert report["trained_parameters"] > sum(pruned)
     assert cli("verify", "out").returncode == 0
+    assert "1 pass over 4 windows that pruning did not see" in Path("out/README.md").read_text()
     refused = cli(*arguments, "-o", "other", "--distill", "1")
     assert refused.returncode == 1
     assert "fresh 1 must be 0, or at least 2" in refused.stderr

@@ -188,6 +188,7 @@ def test_a_killed_run_rotates_the_values_of_the_layers_that_are_left(
     report = PruneReport.from_json(whole.manifest.report)
     assert [len(layer.rotations) for layer in report.layers] == [1, 1]
     assert verify(whole.path).manifest.recipe["rotate"] == "heads"
+    assert "the values of attention in 2 layers" in (whole.path / "README.md").read_text()
 
 
 def test_the_time_of_layers_finished_before_the_kill_counts(prune: Any, tmp_path: Path) -> None:

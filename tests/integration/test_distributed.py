@@ -189,7 +189,10 @@ def test_the_command_gives_the_bytes_of_one_process_on_a_cluster(
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("engines", ["ray, then local", "local, then ray"])
+@pytest.mark.parametrize(
+    "engines",
+    ["ray, then local", pytest.param("local, then ray", marks=pytest.mark.further)],
+)
 def test_a_run_that_was_killed_goes_on_under_either_engine(
     local: Artifact, model: Path, recipe: PruneRecipe, tmp_path: Path, engines: str
 ) -> None:
