@@ -16,6 +16,8 @@ from benchmarks.quality.compare import default_variant
 from sparseserve.sparsity import SparsityPattern
 
 DENSE = "dense"
+# What is done before a layer's operators are pruned, not after.
+_BESIDE = {"scramble": "scrambled windows", "rotate": "rotated heads"}
 Run = dict[str, Any]
 Settings = dict[str, Any]
 
@@ -150,10 +152,16 @@ def _method(variant: str) -> tuple[str, str]:
     head, *steps = variant.split(",")
     method, _, correction = head.partition(":")
     method = re.sub(r"\[(.+)_(.+)=(.+)\]", r", \1 \2 \3", method)
-    then = [re.sub(r"@(.+)", r" (\1 epochs)", step) for step in steps if step != "scramble"]
-    beside = ["scrambled windows"] if "scramble" in steps else []
+    then = [_in_words(step) for step in steps if step not in _BESIDE]
+    beside = [words for step, words in _BESIDE.items() if step in steps]
     correction = re.sub(r"@(.+)", r", weight \1", correction)
     return ", ".join([method, *beside, *(f"then {step}" for step in then)]), correction
+
+
+def _in_words(step: str) -> str:
+    name, _, amount = step.partition("@")
+    counted = "windows" if name == "distill" else "epochs"
+    return f"{name} ({amount} {counted})" if amount else name
 
 
 def _spread(values: list[float]) -> str:

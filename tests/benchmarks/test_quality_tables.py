@@ -102,3 +102,10 @@ def test_steps_and_weights_are_written_out() -> None:
         "fista-paper, error correction intra+inter, weight 0.25, warm start admm, "
         "scrambled windows, then reconstruct (6 epochs)"
     )
+
+
+
+def test_rotations_come_before_and_distillation_after_with_its_windows() -> None:
+    assert label("admm:intra,distill@96,rotate") == (
+        "admm, error correction intra, rotated heads, then distill (96 windows)"
+    )
