@@ -104,8 +104,7 @@ def test_steps_and_weights_are_written_out() -> None:
     )
 
 
-
 def test_rotations_come_before_and_distillation_after_with_its_windows() -> None:
-    assert label("admm:intra,distill@96,rotate") == (
+    assert quality_tables.label("admm:intra,distill@96,rotate") == (
         "admm, error correction intra, rotated heads, then distill (96 windows)"
     )
