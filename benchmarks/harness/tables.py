@@ -25,6 +25,7 @@ from benchmarks.quality.retraining import retraining_table
 from benchmarks.quality.tables import QUALITY_TABLES
 from benchmarks.research.tables import RESEARCH_TABLES
 from benchmarks.serving.tables import SERVING_TABLES
+from benchmarks.stress.fuzzed_inputs import fuzzed_inputs_table
 from benchmarks.stress.interrupted_runs import interrupted_runs_table
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +43,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "calibration-memory": calibration_memory_table,
     "layer-memory": layer_memory_table,
     "interrupted-runs": interrupted_runs_table,
+    "fuzzed-inputs": fuzzed_inputs_table,
     "onnx-smollm2": onnx_table,
     "families": families_table,
     **PEER_TABLES,
