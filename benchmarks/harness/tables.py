@@ -20,6 +20,7 @@ from benchmarks.harness.results import RESEARCH, RESULTS, Result, read_result
 from benchmarks.peers.tables import PEER_TABLES
 from benchmarks.quality.budget import budget_table
 from benchmarks.quality.calibration_memory import calibration_memory_table
+from benchmarks.quality.larger_than_memory import larger_than_memory_table
 from benchmarks.quality.layer_memory import layer_memory_table
 from benchmarks.quality.retraining import retraining_table
 from benchmarks.quality.tables import QUALITY_TABLES
@@ -42,6 +43,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "budget-smollm2-2of4": budget_table,
     "calibration-memory": calibration_memory_table,
     "layer-memory": layer_memory_table,
+    "larger-than-memory": larger_than_memory_table,
     "interrupted-runs": interrupted_runs_table,
     "fuzzed-inputs": fuzzed_inputs_table,
     "onnx-smollm2": onnx_table,

@@ -127,7 +127,8 @@ def larger_than_memory_table(result: Result) -> str:
         lines.append(line(f"`{row['recipe']}`", str(row["layers"]), *sizes, minutes))
     lines.append(
         "\nThe limit is that of a control group, and counts pages of files too; the peak is what "
-        f"the process had of its own. {processor_and_software(result['machine'])}"
+        "the process had of its own. Other programs shared the processor, so the time is at most "
+        f"this. {processor_and_software(result['machine'])}"
     )
     return "\n".join(lines)
 

@@ -100,7 +100,7 @@ def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-    except Exception as error:  # likewise
+    except Exception as error:  # whatever the model's code raises
         own_code = "trust_remote_code" in str(error)
         reason = f"it needs {_REFUSED}" if own_code else first_line(error)
         raise _no_tokenizer(folder, reason) from error
@@ -138,7 +138,7 @@ def open_weights(folder: Path, dtype: torch.dtype | None = None) -> OpenedWeight
             )
     except SparseServeError:
         raise
-    except Exception as error:  # likewise
+    except Exception as error:  # whatever the model's code raises
         raise UnsupportedModelError(f"{folder} cannot be loaded: {first_line(error)}") from error
     found = _opened(folder, model, loading)
     if quantisation_of(config) in DEQUANTISED:
