@@ -89,7 +89,8 @@ def test_a_few_damaged_inputs_of_each_kind_are_refused_or_read_aright() -> None:
     for row in rows:
         assert row["failed"] == 0, row
         assert row["accepted"] + row["refused"] == row["inputs"] > 0
-        assert row["accepted"] > 0, row
+    # Of so few inputs of a kind, all may be refused.
+    assert sum(row["accepted"] for row in rows) > 0
 
 
 # In a process of its own, like the script: this one may have threads, and must not be forked.
