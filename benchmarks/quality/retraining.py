@@ -43,7 +43,8 @@ from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.toml import PRESETS, UNTRAINED
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, dense_predictions
-from sparseserve.retraining.retrain import Retraining, retrain
+from sparseserve.retraining.retrain import retrain
+from sparseserve.retraining.settings import Retraining
 from sparseserve.text import evaluation_windows, read_text
 from sparseserve.text.calibration import CalibrationSpec, load_calibration
 from sparseserve.workflow.job import Job

@@ -15,7 +15,7 @@ from sparseserve.pruners.admm import Admm
 from sparseserve.recipe.correction import ErrorCorrection
 from sparseserve.recipe.steps import Reconstruction
 from sparseserve.recipe.values import check_numbers
-from sparseserve.retraining.retrain import Retraining
+from sparseserve.retraining.settings import Retraining
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern
 from sparseserve.text.calibration import CalibrationSpec
 

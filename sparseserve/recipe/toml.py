@@ -57,7 +57,7 @@ from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.recipe.settings import RECIPE_VERSION, PruneRecipe
 from sparseserve.recipe.steps import Reconstruction
 from sparseserve.recipe.values import check_type
-from sparseserve.retraining.retrain import Retraining
+from sparseserve.retraining.settings import Retraining
 from sparseserve.sparsity import SparsityPattern
 from sparseserve.text.calibration import CalibrationSpec
 

@@ -26,7 +26,7 @@ from sparseserve.pruners.wanda import Wanda
 from sparseserve.recipe.steps import Reconstruction
 from sparseserve.recipe.toml import recipe_from_mapping
 from sparseserve.report import PruneReport
-from sparseserve.retraining.retrain import Retraining
+from sparseserve.retraining.settings import Retraining
 from sparseserve.sparsity import TWO_FOUR, UnstructuredPattern
 from sparseserve.testing import TINY_FAMILIES, save_tiny_model
 from sparseserve.text.calibration import load_calibration

@@ -20,7 +20,7 @@ from sparseserve.errors import ArtifactError, RecipeError
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.machine import this_machine
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.retraining.retrain import Retraining
+from sparseserve.retraining.settings import Retraining
 from sparseserve.testing import save_tiny_model, tiny_tokenizer
 from sparseserve.workflow.job import Job
 from sparseserve.workflow.run import plan

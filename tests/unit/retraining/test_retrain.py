@@ -25,7 +25,8 @@ from sparseserve.retraining.losses import (
     next_token_logits,
     prediction_loss,
 )
-from sparseserve.retraining.retrain import Retraining, retrain
+from sparseserve.retraining.retrain import retrain
+from sparseserve.retraining.settings import Retraining
 from sparseserve.retraining.updates import (
     KeptWeights,
     MaskedLowRank,
