@@ -42,8 +42,9 @@ from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.cli.console import pruning_progress, quiet_libraries
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.recipe.toml import PRESETS, distillation, recipe_from_mapping
+from sparseserve.recipe.toml import PRESETS, recipe_from_mapping
 from sparseserve.report import PruneReport
+from sparseserve.retraining.settings import Retraining
 from sparseserve.sparsity import SparsityPattern
 from sparseserve.text.calibration import CalibrationSpec
 from sparseserve.workflow.job import Job
@@ -137,7 +138,7 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     if "retrain" in arguments:
         data["retraining"] = {"epochs": 3}
     if "distill" in arguments:
-        data["retraining"] = distillation(int(arguments["distill"]))
+        data["retraining"] = asdict(Retraining().distilling(int(arguments["distill"])))
     return recipe_from_mapping(data)
 
 

@@ -122,10 +122,13 @@ class RecipeOptions:
         """
         from dataclasses import replace
 
-        from sparseserve.recipe.toml import distillation, named_recipe
+        from sparseserve.recipe.toml import named_recipe
         from sparseserve.sparsity import SparsityPattern
 
         recipe = named_recipe(self.recipe, self.method)
+        retraining = recipe.retraining
+        if self.distill is not None:
+            retraining = retraining.distilling(self.distill)
         calibration = _given(
             source=self.calibration,
             text_column=self.text_column,
@@ -137,11 +140,7 @@ class RecipeOptions:
         return replace(
             recipe,
             reconstruction=replace(recipe.reconstruction, **_given(epochs=self.reconstruct)),
-            retraining=replace(
-                recipe.retraining,
-                **({} if self.distill is None else distillation(self.distill)),
-                **_given(epochs=self.retrain),
-            ),
+            retraining=replace(retraining, **_given(epochs=self.retrain)),
             calibration=replace(recipe.calibration, **calibration),
             **_given(
                 pattern=None if self.pattern is None else SparsityPattern.parse(self.pattern),

@@ -23,7 +23,7 @@ from sparseserve.solvers.head_rotation import HeadWeights, LearnedRotations, lea
 from sparseserve.solvers.statistics import StatisticsSum
 from sparseserve.sparsity import SparsityPattern
 
-# Enough for second moments of attention: learning sees a few thousand tokens.
+# Learning adds a pass over so many windows at most, however many there are.
 _WINDOWS = 32
 
 

@@ -73,7 +73,7 @@ def prune_layer(
     started = time.perf_counter()
     planned = planned_operators(context.layer, recipe)
     with rotated_heads(context, heads, planned, recipe.pattern) as rotated:
-        layer = _prune_rotated(rotated.context, recipe, progress, output_error)
+        layer = _prune_planned(rotated.context, planned, recipe, progress, output_error)
     return PrunedLayer(
         _changed(context, layer.module, layer.planned, recipe),
         LayerReport(
@@ -98,13 +98,13 @@ class _Pruned:
     reconstruction: ReconstructionReport | None
 
 
-def _prune_rotated(
+def _prune_planned(
     context: LayerContext,
+    planned: Sequence[Operator],
     recipe: PruneRecipe,
     progress: PruneProgress,
     output_error: OutputError | None,
 ) -> _Pruned:
-    planned = planned_operators(context.layer, recipe)
     groups = [
         group
         for group in context.layer.groups

@@ -125,7 +125,7 @@ def prune_model(
             streams=streams,
             scrambled_layers=calibration.scrambled_layers,
             errors=errors,
-            heads=value_heads(model, structure, recipe, calibration.windows[0]),
+            heads=value_heads(model, structure, recipe, calibration.windows[0], progress),
             store=store,
             progress=progress,
             device=device,
@@ -245,12 +245,19 @@ class LocalEngine:
 
 
 def value_heads(
-    model: nn.Module, structure: ModelStructure, recipe: PruneRecipe, window: Tensor
+    model: nn.Module,
+    structure: ModelStructure,
+    recipe: PruneRecipe,
+    window: Tensor,
+    progress: PruneProgress,
 ) -> tuple[tuple[ValueHeads, ...], ...]:
     """Return where the values of each layer's attention are rotated before it is pruned."""
     if recipe.rotate == "none":
         return ((),) * len(structure.layers)
-    return find_value_heads(model, structure, window[:_TRIED_TOKENS])
+    found = find_value_heads(model, structure, window[:_TRIED_TOKENS])
+    if not any(found):
+        progress.stage("rotating no heads: nowhere in this model can values be rotated")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

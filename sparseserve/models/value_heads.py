@@ -97,8 +97,6 @@ def find_value_heads(
 ) -> tuple[tuple[ValueHeads, ...], ...]:
     """Return, for each decoder layer, where its values may be rotated.
 
-    One layer of each class and set of operators is tried.
-
     Args:
         model: A causal language model in evaluation mode, on the CPU; not changed.
         structure: Its layers.
@@ -106,16 +104,11 @@ def find_value_heads(
     """
     calls = capture_layer_calls(model, structure, [window])
     [hidden] = entering_states(model, structure, [window])
-    found: dict[object, tuple[ValueHeads, ...]] = {}
-    answers = []
-    for layer, call in zip(structure.layers, calls, strict=True):
-        module = model.get_submodule(layer.name)
-        kind = (type(module), layer.groups)
-        if kind not in found:
-            trial = _Trial(module, layer, hidden, call)
-            found[kind] = tuple(trial.found())
-        answers.append(found[kind])
-    return tuple(answers)
+    # Each layer is tried: two of one class may treat their values in different ways.
+    return tuple(
+        tuple(_Trial(model.get_submodule(layer.name), layer, hidden, call).found())
+        for layer, call in zip(structure.layers, calls, strict=True)
+    )
 
 
 class _Trial:
@@ -167,7 +160,8 @@ class _Trial:
         heads.rotate(self._layer, rotations)
         left = _distance(self._run(), self._output)
         self._put_back(heads.values, heads.outputs)
-        return left <= _TOLERANCE * moved
+        # Values that change nothing show nothing.
+        return moved > 0 and left <= _TOLERANCE * moved
 
     @torch.no_grad()
     def _run(self) -> Tensor:

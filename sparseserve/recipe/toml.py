@@ -47,7 +47,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, TypeVar, get_type_hints
+from typing import TypeVar, get_type_hints
 
 from sparseserve.errors import RecipeError, first_line, unknown_name
 from sparseserve.paths import local_path, shown_value
@@ -142,13 +142,6 @@ def named_recipe(recipe: str | None, method: str | None) -> PruneRecipe:
     loaded = load_recipe(recipe)
     # A recipe that has this solver already keeps the settings it gives it.
     return loaded if loaded.method == method else replace(loaded, pruner=pruner)
-
-
-def distillation(windows: int) -> dict[str, Any]:
-    """Return the settings of retraining that distil the dense model on so many fresh windows."""
-    if windows == 0:
-        return {"epochs": 0}
-    return {"every_weight": True, "distillation": 1.0, "fresh": windows, "epochs": 1}
 
 
 def recipe_from_mapping(data: Mapping[str, object]) -> PruneRecipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparseserve.errors import RecipeError
 
@@ -69,3 +69,12 @@ class Retraining:
             )
         if not (self.every_weight or self.rank or self.norms or self.biases):
             raise RecipeError("retraining: nothing to train: set rank, norms or biases")
+
+    def distilling(self, windows: int) -> Retraining:
+        """Return these settings, but for distilling the dense model on so many fresh ``windows``.
+
+        All kept weights are trained in one epoch; 0 trains nothing.
+        """
+        if not windows:
+            return replace(self, epochs=0)
+        return replace(self, every_weight=True, distillation=1.0, fresh=windows, epochs=1)

@@ -191,6 +191,22 @@ def test_a_killed_run_rotates_the_values_of_the_layers_that_are_left(
     assert "the values of attention in 2 layers" in (whole.path / "README.md").read_text()
 
 
+def test_a_model_without_heads_to_rotate_is_pruned_as_without_and_this_is_said(
+    prune: Any, with_pruner: Any
+) -> None:
+    class Said(PruneProgress):
+        def stage(self, text: str) -> None:
+            texts.append(text)
+
+    texts: list[str] = []
+    plain = prune("gpt_neox", "plain", recipe=with_pruner(Wanda()))
+    recipe = with_pruner(Wanda(), rotate="heads")
+    rotated = prune("gpt_neox", "rotated", recipe=recipe, progress=Said())
+    assert "rotating no heads: nowhere in this model can values be rotated" in texts
+    file = "model.safetensors"
+    assert (rotated.path / file).read_bytes() == (plain.path / file).read_bytes()
+
+
 def test_the_time_of_layers_finished_before_the_kill_counts(prune: Any, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         prune("llama", progress=KilledAfter(9))

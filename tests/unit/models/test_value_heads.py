@@ -82,6 +82,14 @@ def test_gains_between_values_and_what_reads_them_are_noticed() -> None:
     assert [len(places) for places in found] == [0, 1]
 
 
+def test_values_that_change_nothing_are_not_rotated() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.zero_()
+    found = find_value_heads(model, trace_structure(model, WINDOW), WINDOW)
+    assert [len(places) for places in found] == [1, 0]
+
+
 def test_looking_for_them_changes_no_weight() -> None:
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}

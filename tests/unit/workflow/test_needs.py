@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.models.loading import LoadedModel
 from sparseserve.models.structure import trace_structure
-from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.recipe.settings import ROTATIONS, PruneRecipe
 from sparseserve.recipe.toml import PRESETS, UNTRAINED
+from sparseserve.retraining.settings import Retraining
 from sparseserve.solvers.statistics import StatisticsSum, moment_bytes
 from sparseserve.testing import TINY_FAMILIES, tiny_model, tiny_tokenizer
 from sparseserve.text.calibration import CalibrationSet, CalibrationSpec, load_calibration
@@ -61,6 +62,28 @@ def test_pairs_of_inputs_and_training_take_more(calibration: CalibrationSet) -> 
     paired = needs(UNTRAINED, calibration)
     trained = needs(PRESETS["default"], calibration)
     assert alone.memory_bytes < paired.memory_bytes < trained.memory_bytes
+
+
+def test_rotated_heads_take_the_layer_once_more(calibration: CalibrationSet) -> None:
+    plain, rotated = (needs(replace(UNTRAINED, rotate=how), calibration) for how in ROTATIONS)
+    layer = sum(value.numel() for value in tiny_model("llama").model.layers[0].parameters())
+    assert rotated.memory_bytes - plain.memory_bytes == 4 * layer
+
+
+def test_distillation_takes_weight_gradient_and_moments_of_all_operators(
+    calibration: CalibrationSet,
+) -> None:
+    few, many = (
+        needs(
+            replace(UNTRAINED, retraining=Retraining().distilling(8)),
+            calibration,
+            num_hidden_layers=count,
+        )
+        for count in (16, 32)
+    )
+    layers = tiny_model("llama").model.layers
+    matrices = sum(value.numel() for value in layers[0].parameters() if value.ndim == 2)
+    assert many.memory_bytes - few.memory_bytes > 16 * (4 + 4 + 5 * 4) * matrices
 
 
 def test_the_statistics_of_all_experts_count_as_far_as_one_pass_holds_them(
