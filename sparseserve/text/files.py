@@ -6,6 +6,7 @@ whose writer is silent is given up.
 
 from __future__ import annotations
 
+import codecs
 import os
 import select
 import stat
@@ -70,10 +71,18 @@ def read_file(path: Path, limits: ReadLimits) -> FileBytes:
 def beginning_of_lines(data: bytes) -> bytes:
     """Return ``data``, which was cut anywhere, up to the end of its last whole line.
 
-    Where a line is longer than that, the last whole character is the end.
+    Where a line is longer than that, the last whole character is the end. Bytes that are no text
+    stay, for whoever decodes them to refuse.
     """
-    end = data.rfind(b"\n") + 1
-    return data[:end] if end else data.decode("utf-8", errors="ignore").encode()
+    if end := data.rfind(b"\n") + 1:
+        return data[:end]
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        decoder.decode(data)
+    except UnicodeDecodeError:
+        return data
+    cut_off, _ = decoder.getstate()
+    return data.removesuffix(cut_off)
 
 
 def beginning_of_rows(data: bytes) -> bytes:

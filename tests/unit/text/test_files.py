@@ -6,11 +6,12 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseserve.errors import CalibrationError
@@ -93,8 +94,29 @@ def test_a_pipe_that_never_ends_gives_its_first_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["zero", "urandom"])
 def test_an_endless_device_is_no_text(tmp_path: Path, device: str) -> None:
     (tmp_path / "a.txt").symlink_to(f"/dev/{device}")
+    # Of so many random bytes, some before the last line end are no text.
+    limits = replace(IMPATIENT, beginning=10_000)
     with pytest.raises(CalibrationError, match=r"a\.txt is not UTF-8 text"):
+        read_text(tmp_path / "a.txt", limits=limits)
+
+
+def test_a_long_line_of_bytes_that_are_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe" * 1000)
+    with pytest.raises(CalibrationError, match=r"a\.txt is not UTF-8 text: byte 0xff at offset 0"):
         read_text(tmp_path / "a.txt", limits=IMPATIENT)
+
+
+@settings(max_examples=200)
+@given(st.text(alphabet="aé€😀", max_size=12), st.integers(0, 3))
+def test_a_line_that_was_cut_loses_its_last_character_and_nothing_else(text: str, cut: int) -> None:
+    whole = text.encode()
+    data = whole[: max(0, len(whole) - cut)]
+    found = beginning_of_lines(data)
+    assert whole.startswith(found)
+    assert len(data) - len(found) < 4
+    assert found.decode() == data.decode(errors="ignore")
+    # A byte that begins no character is no cut one: it is not dropped in silence.
+    assert beginning_of_lines(b"\xff" + data) == b"\xff" + data
 
 
 def test_a_file_of_terabytes_without_text_is_refused_at_once(tmp_path: Path) -> None:
