@@ -5,21 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.artifact import Artifact, Manifest
-from sparseserve.checkpoint.formats import require_fit
+from sparseserve.checkpoint.formats import FORMATS, require_fit
+from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack, stacks_to_json
-from sparseserve.checkpoint.storage import WeightStorage, storage_of
+from sparseserve.checkpoint.storage import quantized_storage_of, storage_of
 from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES, Checkpoint, write_checkpoint
 from sparseserve.devices import dtype_name
 from sparseserve.errors import ArtifactError
 from sparseserve.exporters.model_card import finish_checkpoint
+from sparseserve.report import QuantizationReport
 from sparseserve.exporters.side_files import (
     copy_side_files,
     model_config,
@@ -38,6 +40,9 @@ class DenseSource:
         manifest: Which weights are pruned, how and from what; its format and files do not count.
         dtype: Of the pruned weights.
         tensors: All of the dense model by name, in the order in which they are to be written.
+        quantization: How pruned weights are to be rounded, where the format can.
+        scales: By module, of the weights that are rounded so already, ``[out, groups]``; others are
+            rounded to the nearest.
     """
 
     folder: Path
@@ -45,10 +50,18 @@ class DenseSource:
     manifest: Manifest
     dtype: torch.dtype
     tensors: Iterable[tuple[str, Tensor]]
+    quantization: Quantization = field(default_factory=Quantization)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def export_stored(
-    artifact: Artifact, folder: Path, name: str, dtype: torch.dtype | None, *, shard_bytes: int
+    artifact: Artifact,
+    folder: Path,
+    name: str,
+    dtype: torch.dtype | None,
+    *,
+    shard_bytes: int,
+    quantization: Quantization | None = None,
 ) -> Artifact:
     """Write ``artifact``, of any format, to the new ``folder`` in the format ``name``.
 
@@ -61,13 +74,17 @@ def export_stored(
         name: The format, a name of ``FORMATS``.
         dtype: To round all weights to; None keeps theirs, where the format can.
         shard_bytes: Largest size of a file.
+        quantization: How to round pruned weights; None keeps what was done to them, where the
+            format can hold it.
 
     Raises:
         ArtifactError: The format cannot hold the pattern, the artifact is damaged, a weight is too
             large for ``dtype``, or the disk is full.
+        RecipeError: The format holds no quantised weights.
     """
-    require_fit(name, artifact.manifest.pattern)
+    require_fit(name, artifact.manifest.pattern, quantization)
     artifact.check_hashes()
+    quantised, scales = _quantised(artifact)
     config = model_config(artifact.path)
     config.pop("quantization_config", None)
     source = DenseSource(
@@ -76,6 +93,8 @@ def export_stored(
         manifest=artifact.manifest,
         dtype=_pruned_dtype(artifact),
         tensors=dense_tensors(artifact),
+        quantization=quantised if quantization is None else quantization,
+        scales=scales if quantization in (None, quantised) else {},
     )
     return write_stored(source, folder, name, dtype, shard_bytes=shard_bytes)
 
@@ -100,14 +119,17 @@ def write_stored(
     Raises:
         ArtifactError: A weight is too large for ``dtype``, or the disk is full.
     """
-    storage = storage_of(name)
+    storage, quantized = storage_of(name), quantized_storage_of(name)
     kept = dtype or storage.kept_dtype(source.dtype)
     dtype = None if dtype is None and kept == source.dtype else kept
-    write_checkpoint(folder, _stored_tensors(source, storage, dtype), shard_bytes=shard_bytes)
+    write_checkpoint(folder, _stored_tensors(source, name, dtype), shard_bytes=shard_bytes)
     copy_side_files(source.folder, folder)
     config = source.config if dtype is None else with_dtype(source.config, dtype)
     manifest = source.manifest
-    if (said := storage.quantization_config(manifest.pruned, kept)) is not None:
+    said = storage.quantization_config(manifest.pruned, kept)
+    if quantized and source.quantization:
+        said = quantized.quantized_config(manifest.pruned, source.quantization)
+    if said is not None:
         stacks = stacks_to_json(manifest.stacks)
         said = {**said, STACKS_KEY: stacks} if stacks else said
         config = {**config, "quantization_config": said}
@@ -115,6 +137,9 @@ def write_stored(
     report = manifest.report
     if kept != source.dtype:
         report = {**report, "rounded": {"from": dtype_name(source.dtype), "to": dtype_name(kept)}}
+    if quantized and source.quantization and not source.scales:
+        to, size = source.quantization.to, source.quantization.group_size
+        report = {**report, "quantization": asdict(QuantizationReport(to, size))}
     return finish_checkpoint(folder, replace(manifest, format=name, report=report, files={}))
 
 
@@ -166,34 +191,53 @@ def _put_together(artifact: Artifact, checkpoint: Checkpoint, stack: ExpertStack
     )
 
 
+def _quantised(artifact: Artifact) -> tuple[Quantization, dict[str, Tensor]]:
+    """Return how the weights of ``artifact`` are rounded, and their scales by module."""
+    storage = quantized_storage_of(artifact.manifest.format)
+    if storage is None:
+        return Quantization(), {}
+    checkpoint = artifact.checkpoint
+    scales = storage.stored_scales(checkpoint, artifact.manifest.pruned)
+    return storage.stored_quantization(checkpoint), scales
+
+
 def _stored_tensors(
-    source: DenseSource, storage: WeightStorage, dtype: torch.dtype | None
+    source: DenseSource, name: str, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
+    storage = storage_of(name)
     pruned = set(source.manifest.pruned)
     stacks = {stack.tensor: stack for stack in source.manifest.stacks}
-    for name, exact in source.tensors:
-        tensor = exact if dtype is None else _rounded(source.folder, name, exact, dtype)
-        module, _, leaf = name.rpartition(".")
-        if name in stacks and not storage.keeps_stacks():
-            for module in stacks[name].modules:
-                weight = stacks[name].weight(tensor, *stacks[name].place(module))
+    for tensor_name, exact in source.tensors:
+        tensor = exact if dtype is None else _rounded(source.folder, tensor_name, exact, dtype)
+        module, _, leaf = tensor_name.rpartition(".")
+        # Codes are made of the weights as they were, whatever the dtype of the others becomes.
+        whole = exact if source.quantization and FORMATS[name].quantizes else tensor
+        if tensor_name in stacks and not storage.keeps_stacks():
+            stack = stacks[tensor_name]
+            for module in stack.modules:
+                place = stack.place(module)
                 if module in pruned:
-                    yield from _stored_parts(source, storage, module, weight)
+                    yield from _stored_parts(source, name, module, stack.weight(whole, *place))
                 else:
-                    yield f"{module}.weight", weight
+                    yield f"{module}.weight", stack.weight(tensor, *place)
         elif module in pruned and leaf == "weight":
             transposed = module in source.manifest.transposed
-            yield from _stored_parts(source, storage, module, tensor.T if transposed else tensor)
+            yield from _stored_parts(source, name, module, whole.T if transposed else whole)
         else:
-            yield name, tensor
+            yield tensor_name, tensor
 
 
 def _stored_parts(
-    source: DenseSource, storage: WeightStorage, module: str, weight: Tensor
+    source: DenseSource, name: str, module: str, weight: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
+    quantized = quantized_storage_of(name)
     transposed = module in source.manifest.transposed
     try:
-        parts = storage.stored(weight, transposed=transposed)
+        if quantized and source.quantization:
+            scale = source.scales.get(module)
+            parts = quantized.stored_quantized(weight, source.quantization, scale)
+        else:
+            parts = storage_of(name).stored(weight, transposed=transposed)
     except ArtifactError as error:
         raise ArtifactError(f"{source.folder}: {module}: {error}") from error
     for suffix, part in parts.items():

@@ -164,6 +164,24 @@ class RetrainReport:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizationReport:
+    """What rounding the kept weights to codes did.
+
+    Attributes:
+        to: ``int8``, ``fp8`` or ``int4``.
+        group_size: Inputs that share a scale; None for all of a row.
+        mean_relative_error: Of the outputs of the operators against those of the pruned weights,
+            unweighted mean; None where each weight was rounded to the nearest, without any text.
+        seconds: Wall time.
+    """
+
+    to: str
+    group_size: int | None
+    mean_relative_error: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Environment:
     """The software and machine a result came from."""
 
@@ -198,6 +216,7 @@ class PruneReport:
         environment: Where it ran.
         retraining: What training of the whole model did at the end, if there was any.
         dense_reasons: Why, by name, of those of ``dense_modules`` that the recipe did not exclude.
+        quantization: What rounding did at the very end, if there was any.
     """
 
     layers: tuple[LayerReport, ...]
@@ -207,6 +226,7 @@ class PruneReport:
     environment: Environment
     retraining: RetrainReport | None = None
     dense_reasons: Mapping[str, str] = field(default_factory=dict)
+    quantization: QuantizationReport | None = None
 
     @property
     def operators(self) -> tuple[OperatorReport, ...]:
@@ -226,7 +246,7 @@ class PruneReport:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PruneReport:
         """Read back what ``to_json`` wrote."""
-        retraining = data.get("retraining")
+        retraining, quantization = data.get("retraining"), data.get("quantization")
         return cls(
             layers=tuple(LayerReport.from_json(layer) for layer in data["layers"]),
             dense_modules=tuple(data["dense_modules"]),
@@ -235,6 +255,7 @@ class PruneReport:
             environment=Environment(**data["environment"]),
             retraining=RetrainReport.from_json(retraining) if retraining else None,
             dense_reasons=data.get("dense_reasons", {}),
+            quantization=QuantizationReport(**quantization) if quantization else None,
         )
 
 

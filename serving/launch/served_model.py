@@ -115,8 +115,10 @@ def _dense_parameters(checkpoint: Checkpoint) -> int:
     for file in sorted(set(checkpoint.files.values())):
         with safe_open(checkpoint.folder / file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118  # a shard is not iterable
-                shape = shard.get_slice(name).get_shape()
-                total += torch.Size(packed24.dense_shape(name, shape, checkpoint.files)).numel()
+                found = shard.get_slice(name)
+                shape, dtype = found.get_shape(), found.get_dtype()
+                dense = packed24.dense_shape(name, shape, dtype, checkpoint.files)
+                total += torch.Size(dense).numel()
     return total
 
 

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from sparseserve.checkpoint import packed24
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.formats import METHOD
+from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack, stacks_from_json
 from sparseserve.checkpoint.verification import check_before_reading
 from sparseserve.errors import ArtifactError, ServingError
@@ -42,6 +43,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         packed: Modules stored as ``packed24``, by the checkpoint's names, and vLLM's name of each,
             None where vLLM has no such module; empty for a dense checkpoint.
         transposed: Those whose dense weight is stored ``[in, out]``.
+        quantization: How the values of packed modules are rounded.
         stacks: Tensors of experts that vLLM loads whole, though the checkpoint packs each expert.
         dense: Modules of a dense checkpoint that must be 2:4; None is every linear.
         is_packed: Which of the two kinds the checkpoint is.
@@ -60,6 +62,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         super().__init__()
         self.is_packed = packed is not None
         self.packed: dict[str, str | None] = {name: name for name in packed or ()}
+        self.quantization = Quantization()
         self.transposed: frozenset[str] = frozenset()
         self.stacks: tuple[ExpertStack, ...] = ()
         self.dense: frozenset[str] | None = None
@@ -92,6 +95,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         """
         with _as_serving_error():
             made = cls(packed24.packed_modules(config))
+            made.quantization = Quantization.from_config(config)
             made.stacks = stacks_from_json("quantization_config", config.get(STACKS_KEY, {}))
         return made
 
@@ -168,8 +172,9 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         if _is_absorbed(prefix) or not any(module.sparse for module in modules):
             return UnquantizedLinearMethod()
         self._timed = self._timed or TimedLayers()
-        method = Packed24LinearMethod if self.is_packed else Dense24LinearMethod
-        return method(prefix, modules, self._timed)
+        if self.is_packed:
+            return Packed24LinearMethod(prefix, modules, self._timed, self.quantization)
+        return Dense24LinearMethod(prefix, modules, self._timed)
 
     def checkpoint_modules(self, prefix: str) -> tuple[CheckpointModule, ...]:
         """Return the modules of the checkpoint that vLLM merges into its layer ``prefix``."""

@@ -12,24 +12,21 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from sparseserve.checkpoint import packed24
+from sparseserve.checkpoint import packed24, quantized24
 from sparseserve.checkpoint.stacks import ExpertStack
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.serving.plugin.config import SparseServeConfig
-from sparseserve.serving.plugin.linear import INDICES, VALUES, Packed24LinearMethod
+from sparseserve.serving.plugin.linear import LEAVES, Packed24LinearMethod
 
 logger = init_logger("vllm.sparseserve")
 
 Weights = Iterable[tuple[str, Tensor]]
-_LEAVES = {
-    packed24.VALUES: VALUES,
-    packed24.VERSION_1_VALUES: VALUES,
-    packed24.INDICES: INDICES,
-}
+_LEAVES = {**LEAVES, packed24.VERSION_1_VALUES: LEAVES[packed24.VALUES]}
 _MADE_BY_VLLM = BaseModelLoader.create_model
 
 
@@ -49,12 +46,16 @@ def _create_model(
     model: nn.Module = _MADE_BY_VLLM(loader, vllm_config, *args, **kwargs)
     config = vllm_config.quant_config
     if isinstance(config, SparseServeConfig) and config.is_packed:
-        _take_over(model, config)
+        _take_over(model, config, vllm_config.model_config.dtype)
     return model
 
 
 def incoming(
-    weights: Weights, packed: Iterable[str], taken: frozenset[str], transposed: frozenset[str]
+    weights: Weights,
+    packed: Iterable[str],
+    taken: frozenset[str],
+    transposed: frozenset[str],
+    quantized_as: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield ``weights`` under the names of the parameters that they are loaded into.
 
@@ -63,12 +64,14 @@ def incoming(
         packed: Its packed modules.
         taken: Those that a layer of ours runs; the others are unpacked.
         transposed: Those whose dense weight is stored ``[in, out]``.
+        quantized_as: The dtype of weights that are quantised; None where they are not.
 
     Raises:
         ServingError: One of the tensors of a packed module is missing or damaged.
     """
     held: dict[str, dict[str, Tensor]] = {}
     packed = frozenset(packed)
+    needed = len(LEAVES) - (quantized_as is None)
     for name, tensor in weights:
         module, _, leaf = name.rpartition(".")
         if module not in packed or leaf not in _LEAVES:
@@ -78,9 +81,10 @@ def incoming(
         else:
             parts = held.setdefault(module, {})
             parts[_LEAVES[leaf]] = tensor
-            if len(parts) == len({VALUES, INDICES}):
+            if len(parts) == needed:
                 del held[module]
-                yield f"{module}.weight", _dense(module, parts, module in transposed)
+                dense = _dense(module, parts, quantized_as)
+                yield f"{module}.weight", dense.T.contiguous() if module in transposed else dense
     for module, parts in held.items():
         there = next(iter(parts))
         raise ServingError(
@@ -117,7 +121,7 @@ def put_together(weights: Weights, stacks: Iterable[ExpertStack]) -> Iterator[tu
         raise ServingError(f"{min(names)} is missing: check the folder with sparseserve verify")
 
 
-def _take_over(model: Any, config: SparseServeConfig) -> None:
+def _take_over(model: Any, config: SparseServeConfig, dtype: torch.dtype) -> None:
     vllm_names = _names_run_by_us(model)
     taken = frozenset(name for name, known in config.packed.items() if known in vllm_names)
     if left := sorted(config.packed.keys() - taken):
@@ -131,7 +135,8 @@ def _take_over(model: Any, config: SparseServeConfig) -> None:
 
     @wraps(load)
     def load_weights(weights: Weights, *args: Any, **kwargs: Any) -> Any:
-        found = incoming(weights, config.packed, taken, config.transposed)
+        quantized_as = dtype if config.quantization else None
+        found = incoming(weights, config.packed, taken, config.transposed, quantized_as)
         return load(put_together(found, config.stacks), *args, **kwargs)
 
     model.load_weights = load_weights
@@ -166,9 +171,12 @@ def _reordered(model: nn.Module) -> frozenset[str]:
     )
 
 
-def _dense(module: str, parts: dict[str, Tensor], transposed: bool) -> Tensor:
+def _dense(module: str, parts: dict[str, Tensor], dtype: torch.dtype | None) -> Tensor:
+    values, indices, *scale = (parts[leaf] for leaf in LEAVES.values() if leaf in parts)
     try:
-        weight = packed24.unpack24(packed24.Packed24(parts[VALUES], parts[INDICES]))
+        if dtype is None:
+            return packed24.unpack24(packed24.Packed24(values, indices))
+        quantized = quantized24.from_stored(values, indices, *scale, dtype=dtype)
+        return packed24.unpack24(quantized.dequantized())
     except ArtifactError as error:
         raise ServingError(f"{module}: {error}") from error
-    return weight.T.contiguous() if transposed else weight

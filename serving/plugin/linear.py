@@ -23,10 +23,11 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
-from sparseserve.checkpoint import packed24
-from sparseserve.errors import ServingError
+from sparseserve.checkpoint import packed24, quantized24
+from sparseserve.checkpoint.quantization import Quantization
+from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.serving.kernels import (
     LayerKernels,
     LinearSpec,
@@ -51,7 +52,11 @@ logger = init_logger("vllm.sparseserve")
 
 # Names of the parameters of a packed layer. The values are not called ``weight``, as in a
 # checkpoint: several modules may share a layer, and some models turn what they call a weight.
-VALUES, INDICES = "weight_values", "weight_indices"
+LEAVES = {
+    packed24.VALUES: "weight_values",
+    packed24.INDICES: "weight_indices",
+    packed24.SCALE: "weight_scale",
+}
 
 NOT_LOADED = "is missing, not whole or holds NaN: check the folder with sparseserve verify"
 
@@ -119,6 +124,16 @@ class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is c
 class Packed24LinearMethod(_TwoFourLinearMethod):
     """A layer of a ``packed24`` checkpoint, all or some of whose modules are packed."""
 
+    def __init__(
+        self,
+        prefix: str,
+        modules: tuple[CheckpointModule, ...],
+        timed: TimedLayers | None = None,
+        quantization: Quantization | None = None,
+    ) -> None:
+        super().__init__(prefix, modules, timed)
+        self._quantization = quantization or Quantization()
+
     def create_weights(  # noqa: PLR0917  # vLLM's signature
         self,
         layer: nn.Module,
@@ -132,20 +147,34 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
         """Register the parameters that the checkpoint's tensors are loaded into.
 
         Raises:
-            ServingError: Tensor parallelism would cut a byte of indices in two.
+            ServingError: Tensor parallelism would cut a byte of indices, or a group of inputs with
+                one scale, in two.
         """
         columns, rows = input_size_per_partition, sum(output_partition_sizes)
         require_whole_bytes(self.prefix, columns, input_size)
         loader = extra_weight_attrs["weight_loader"]
-        empty = packed24.not_loaded(rows, columns, params_dtype)
-        _register(layer, VALUES, empty.values, loader)
-        _register(layer, INDICES, empty.indices, loader)
-        self.settle(columns, output_partition_sizes, empty.values)
+        for name, tensor in self._empty(rows, columns, input_size, params_dtype).items():
+            _register(layer, LEAVES[name], tensor, loader)
+        example = torch.empty(0, dtype=params_dtype)
+        self.settle(columns, output_partition_sizes, example)
         # Where nothing is loaded into it, it only shows whether the model replaces its loader.
         device = "meta" if self._spec.two_four else None
         dense = torch.full((rows, columns), torch.nan, dtype=params_dtype, device=device)
         _register(layer, "weight", dense, loader)
         self._loader = _loader_of(layer)
+
+    def _empty(
+        self, rows: int, columns: int, input_size: int, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        if not self._quantization:
+            empty = packed24.not_loaded(rows, columns, dtype)
+            return {packed24.VALUES: empty.values, packed24.INDICES: empty.indices}
+        try:
+            return quantized24.not_loaded(rows, columns, input_size, self._quantization)
+        except ArtifactError as error:
+            raise ServingError(
+                f"{self.prefix}: {error}: use a smaller --tensor-parallel-size"
+            ) from error
 
     def is_loaded_by_the_model(self, layer: nn.Module) -> bool:
         """Whether the model cuts and places the rows of ``layer`` in a way of its own."""
@@ -154,8 +183,7 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
     def become_dense(self, layer: nn.Module) -> None:
         """Let vLLM load and run ``layer`` as it does without us; nothing is loaded yet."""
         empty, loader = layer.get_parameter("weight"), _loader_of(layer)
-        for name in (VALUES, INDICES, "weight"):
-            delattr(layer, name)
+        _forget(layer)
         dense = torch.full(empty.shape, torch.nan, dtype=empty.dtype)
         _register(layer, "weight", dense, loader)
         layer.quant_method = self._dense
@@ -166,9 +194,8 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
         Raises:
             ServingError: A tensor of the checkpoint is missing or damaged.
         """
-        weight = LoadedWeight(tuple(_loaded_block(layer, shard) for shard in self.shards))
-        for name in (VALUES, INDICES, "weight"):
-            delattr(layer, name)
+        weight = LoadedWeight(tuple(_loaded_block(layer, shard, self._spec.dtype) for shard in self.shards))
+        _forget(layer)
         self.give(layer, weight)
 
 
@@ -227,25 +254,43 @@ def chosen_kernels(model: nn.Module) -> dict[str, LayerKernels]:
 
 
 def _register(layer: nn.Module, name: str, data: Tensor, loader: object) -> None:
-    parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
+    if data.shape[1] == 1:  # the scales of whole rows, whatever share of the inputs this rank has
+        parameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
+    else:
+        parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
     layer.register_parameter(name, parameter)
+
+
+def _forget(layer: nn.Module) -> None:
+    """Remove the parameters that the checkpoint's tensors were, or would be, loaded into."""
+    for name in (*LEAVES.values(), "weight"):
+        if hasattr(layer, name):
+            delattr(layer, name)
 
 
 def _loader_of(layer: Any) -> object:
     return layer.weight.weight_loader
 
 
-def _loaded_block(layer: nn.Module, shard: Shard) -> RowBlock:
+def _loaded_block(layer: nn.Module, shard: Shard, dtype: torch.dtype) -> RowBlock:
     rows = slice(shard.start, shard.stop)
     if not shard.sparse:
         dense = layer.get_parameter("weight").data[rows]
         _require_loaded(f"{shard.name}.weight", dense)
         return RowBlock(shard.name, dense)
-    values, indices = (layer.get_parameter(name).data[rows] for name in (VALUES, INDICES))
-    packed = packed24.Packed24(values, indices)
-    if missing := packed24.missing_tensor(packed):
+    parts = [
+        layer.get_parameter(name).data[rows] for name in LEAVES.values() if hasattr(layer, name)
+    ]
+    if len(parts) == len(LEAVES):
+        missing = quantized24.missing_tensor(*parts)
+    else:
+        missing = packed24.missing_tensor(packed24.Packed24(*parts))
+    if missing:
         raise ServingError(f"{shard.name}.{missing} {NOT_LOADED}")
-    return RowBlock(shard.name, packed)
+    if len(parts) < len(LEAVES):
+        return RowBlock(shard.name, packed24.Packed24(*parts))
+    quantized = quantized24.from_stored(*parts, dtype=dtype)
+    return RowBlock(shard.name, quantized.dequantized())
 
 
 def _require_loaded(name: str, tensor: Tensor) -> None:

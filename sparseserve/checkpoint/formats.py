@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from sparseserve.errors import ArtifactError, MissingExtraError, RecipeError, unknown_name
+
+if TYPE_CHECKING:
+    from sparseserve.checkpoint.quantization import Quantization
 
 # How vLLM and config.json call checkpoints of ours, and the entry point of the plugin.
 METHOD = "sparseserve"
@@ -26,6 +30,7 @@ class Format:
             program's own form, which nothing is read from again.
         verifier: ``MODULE:FUNCTION`` that checks such a form, whose hashes are right already.
         pattern: The only pattern that it can hold; None for any.
+        quantizes: Whether it can hold weights in fewer bits; its storage then takes them.
         needs: Packages that must be installed, and ``extra`` is what brings them.
         extra: Of this project.
     """
@@ -34,6 +39,7 @@ class Format:
     storage: str | None = None
     verifier: str | None = None
     pattern: str | None = None
+    quantizes: bool = False
     needs: tuple[str, ...] = ()
     extra: str = ""
 
@@ -41,8 +47,9 @@ class Format:
 FORMATS: dict[str, Format] = {
     "packed24": Format(
         "sparseserve.exporters.packed24:export_packed24",
-        storage="sparseserve.checkpoint.packed24",
+        storage="sparseserve.checkpoint.packed24_storage",
         pattern="2:4",
+        quantizes=True,
     ),
     "semi_structured": Format(
         "sparseserve.exporters.semi_structured:export_semi_structured",
@@ -72,11 +79,11 @@ def default_format(pattern: str) -> str:
     return next(name for name, row in FORMATS.items() if row.pattern in (pattern, None))
 
 
-def require_fit(name: str, pattern: str) -> None:
+def require_fit(name: str, pattern: str, quantization: Quantization | None = None) -> None:
     """Refuse a format that there is not, that cannot hold ``pattern``, or that lacks a package.
 
     Raises:
-        RecipeError: No format has that name.
+        RecipeError: No format has that name, or it holds no quantised weights.
         ArtifactError: Names the pattern and the remedy.
         MissingExtraError: Names the package and the command that brings it.
     """
@@ -86,6 +93,12 @@ def require_fit(name: str, pattern: str) -> None:
         raise ArtifactError(
             f"{name} holds only {FORMATS[name].pattern} weights, not {pattern}: "
             f"use --format {default_format(pattern)}"
+        )
+    if quantization and not FORMATS[name].quantizes:
+        able = " or ".join(name for name, row in FORMATS.items() if row.quantizes)
+        raise RecipeError(
+            f"{name} holds no {quantization.to} weights: use --format {able} with 2:4, or "
+            "--quantize none"
         )
     for package in FORMATS[name].needs:
         if find_spec(package) is None:

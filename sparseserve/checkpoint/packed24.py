@@ -1,7 +1,7 @@
-"""The packed24 format: names, version, configuration, packing, unpacking and checking.
+"""The packed24 format: names, version, configuration, packing and unpacking.
 
-docs/format.md specifies it for other programs. Everything else in this project asks this module,
-so a change of the format is a change of this file.
+docs/format.md specifies it for other programs. ``quantized24`` adds codes and scales, and
+``packed24_storage`` reads, writes and checks the tensors of a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.formats import METHOD
+from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError
 from sparseserve.sparsity import TWO_FOUR
@@ -24,6 +25,8 @@ VERSION_1_VALUES = "weight_values"
 VERSION = 2
 VALUES = "weight"
 INDICES = "weight_indices"
+# Of quantised weights alone.
+SCALE = "weight_scale"
 # Sharding may cut the input features at multiples of it, so that no byte of indices is cut.
 COLUMNS_PER_BYTE = 8
 # Rows that are packed at once.
@@ -111,73 +114,19 @@ def kept_positions(packed: Packed24) -> Tensor:
     return torch.stack((first, second), dim=-1)
 
 
-def names(checkpoint: Checkpoint, module: str) -> tuple[str, str]:
-    """Return the names under which values and indices of ``module`` are stored, or should be."""
-    first = f"{module}.{VERSION_1_VALUES}"
-    return first if first in checkpoint else f"{module}.{VALUES}", f"{module}.{INDICES}"
-
-
-def stored(weight: Tensor, *, transposed: bool = False) -> dict[str, Tensor]:
-    """Return values and indices of a 2:4 ``weight``, which is ``[out, in]`` in every model.
-
-    Raises:
-        ArtifactError: ``weight`` is not 2:4; the message names the first group that is not.
-    """
-    packed = pack24(weight)
-    return {VALUES: packed.values, INDICES: packed.indices}
-
-
-def read_packed(checkpoint: Checkpoint, module: str) -> Packed24:
-    """Read the packed weight of ``module`` as it is stored.
-
-    Raises:
-        ArtifactError: A tensor is missing, or the two do not belong together.
-    """
-    values, indices = names(checkpoint, module)
-    return Packed24(checkpoint.tensor(values), checkpoint.tensor(indices))
-
-
-def read_weight(checkpoint: Checkpoint, module: str, *, transposed: bool = False) -> Tensor:
-    """Read the dense ``[out, in]`` weight of ``module``.
-
-    Raises:
-        ArtifactError: A tensor is missing or damaged.
-    """
-    return unpack24(read_packed(checkpoint, module))
-
-
-def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
-    """Make sure that ``module`` is stored in the one encoding of its dense ``weight``.
-
-    Raises:
-        ArtifactError: It is not, to the bit.
-    """
-    found, canonical = read_packed(checkpoint, module), pack24(weight)
-    same_values = _bits(found.values).equal(_bits(canonical.values))
-    if not same_values or not found.indices.equal(canonical.indices):
-        raise ArtifactError("encoding is not the canonical one")
-
-
-def keeps_stacks() -> bool:
-    """Say no: each expert has tensors of its own."""
-    return False
-
-
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what weights of ``dtype`` are rounded to if nothing else is asked: nothing."""
-    return dtype
-
-
-def quantization_config(modules: Sequence[str], dtype: torch.dtype) -> dict[str, object]:
-    """Return what config.json says under ``quantization_config``; ``dtype`` is that of values."""
+def quantization_config(
+    modules: Sequence[str], dtype: torch.dtype, quantization: Quantization | None = None
+) -> dict[str, object]:
+    """Return what config.json says under ``quantization_config``; ``dtype`` is that of weights."""
+    floating = {"type": "float", "bits": 8 * dtype.itemsize, "group_size": None}
     return {
         "quant_method": METHOD,
         "version": VERSION,
         "format": FORMAT,
         "pattern": str(TWO_FOUR),
         "modules": list(modules),
-        "weights": {"type": "float", "bits": 8 * dtype.itemsize, "group_size": None},
-        "activations": None,
+        "weights": quantization.weights_config() if quantization else floating,
+        "activations": quantization.activations_config() if quantization else None,
     }
 
 
@@ -199,13 +148,8 @@ def packed_modules(
         # True equals 1.
         if type(config.get(key)) is not type(values[0]) or config.get(key) not in values:
             raise _unreadable(key, config.get(key), " or ".join(map(repr, values)))
-    if version != 1:
-        weights = config.get("weights")
-        kind = weights.get("type") if isinstance(weights, dict) else weights
-        if kind != "float":
-            raise _unreadable("the type of weights", kind, "'float'")
-        if config.get("activations") is not None:
-            raise _unreadable("activations", config.get("activations"), "null")
+    if Quantization.from_config(config) and config.get("format") != FORMAT:
+        raise _unreadable("weights", config.get("weights"), "floating-point weights")
     return module_names(config.get("modules"), "quantization_config: modules")
 
 
@@ -227,22 +171,27 @@ def is_packed(checkpoint: Checkpoint) -> bool:
     return any(name.endswith(f".{INDICES}") for name in checkpoint.files)
 
 
-def dense_shape(name: str, shape: Sequence[int], stored: Container[str]) -> tuple[int, ...]:
+def dense_shape(
+    name: str, shape: Sequence[int], dtype: str, stored: Container[str]
+) -> tuple[int, ...]:
     """Return the shape that the stored tensor ``name`` of ``shape`` has after unpacking.
 
     Args:
         name: Full name of the tensor, packed or not.
         shape: As it is stored.
+        dtype: As safetensors calls it.
         stored: The names of all tensors of the checkpoint.
 
     Returns:
-        ``shape`` of what is not packed, and nothing, ``(0,)``, for indices.
+        ``shape`` of what is not packed, and nothing, ``(0,)``, for indices and scales.
     """
     module, _, leaf = name.rpartition(".")
-    if leaf == INDICES:
+    packed = f"{module}.{INDICES}" in stored
+    if packed and leaf in {INDICES, SCALE}:
         return (0,)
-    if leaf in {VALUES, VERSION_1_VALUES} and f"{module}.{INDICES}" in stored:
-        return (*shape[:-1], 2 * shape[-1])
+    if packed and leaf in {VALUES, VERSION_1_VALUES}:
+        # Codes of four bits lie in bytes, two in each.
+        return (*shape[:-1], (4 if dtype == "U8" else 2) * shape[-1])
     return tuple(shape)
 
 
@@ -267,7 +216,3 @@ def _unreadable(key: str, found: object, readable: str) -> ArtifactError:
         f"quantization_config: {key} is {found!r}, what is read here is {readable}: "
         f"export it with --format {FORMAT}, or install the release that wrote it"
     )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)

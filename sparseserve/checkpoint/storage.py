@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.formats import FORMATS
+from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError
 
@@ -51,6 +52,30 @@ class WeightStorage(Protocol):
         ...
 
 
+class QuantizedStorage(WeightStorage, Protocol):
+    """What the module of a format knows besides that holds weights in fewer bits, too."""
+
+    def stored_quantized(
+        self, weight: Tensor, quantization: Quantization, scale: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        """Return what is stored of ``weight``, rounded; ``scale`` says that it is rounded so."""
+        ...
+
+    def quantized_config(
+        self, modules: tuple[str, ...], quantization: Quantization
+    ) -> Mapping[str, object]:
+        """Return what config.json says of the pruned ``modules``."""
+        ...
+
+    def stored_quantization(self, checkpoint: Checkpoint) -> Quantization:
+        """Return how the weights of a checkpoint are rounded."""
+        ...
+
+    def stored_scales(self, checkpoint: Checkpoint, modules: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return the scales of those of ``modules`` that are rounded, float32, by module."""
+        ...
+
+
 def storage_of(name: str) -> WeightStorage:
     """Return the module of the format ``name``.
 
@@ -64,3 +89,8 @@ def storage_of(name: str) -> WeightStorage:
             "that it was made from"
         )
     return cast(WeightStorage, import_module(module))
+
+
+def quantized_storage_of(name: str) -> QuantizedStorage | None:
+    """Return the module of the format ``name``, if it holds weights in fewer bits, too."""
+    return cast(QuantizedStorage, storage_of(name)) if FORMATS[name].quantizes else None

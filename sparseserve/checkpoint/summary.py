@@ -15,7 +15,7 @@ from typing import Any
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Manifest
 from sparseserve.errors import ArtifactError, first_line
 from sparseserve.paths import shown_value
-from sparseserve.report import PruneReport
+from sparseserve.report import PruneReport, QuantizationReport
 
 #: Key of ``Manifest.report``: the name on the hub of the model that was pruned, if it has one.
 BASE_MODEL = "base_model"
@@ -137,6 +137,8 @@ def _steps(manifest: Manifest, report: PruneReport | None) -> Iterator[Fact]:
         yield Fact("calibration text", _calibration(manifest.calibration, manifest.recipe))
     if rounded := manifest.report.get("rounded"):
         yield Fact("rounded", f"pruned weights from {rounded['from']} to {rounded['to']}")
+    if quantised := manifest.report.get("quantization"):
+        yield Fact("quantised", _quantised(QuantizationReport(**quantised)))
     if onnx := manifest.report.get("onnx"):
         yield Fact("dtype of the graph", str(onnx["dtype"]))
     if report and report.layers:
@@ -198,6 +200,16 @@ def _retraining(knobs: Mapping[str, Any], report: PruneReport | None) -> str:
     losses = f"{found.before.loss:.4f} before, {found.after.loss:.4f} after"
     kept = f"pass {found.kept_epoch} was kept" if found.kept_epoch else "none made it better"
     return f"{text}; {kept}, loss on held-out windows {losses}"
+
+
+def _quantised(found: QuantizationReport) -> str:
+    size = found.group_size
+    text = f"kept weights to {found.to}, one scale for "
+    text += f"each {size} inputs of a row" if size else "each row"
+    if found.mean_relative_error is None:
+        return f"{text}; each to the nearest"
+    error = found.mean_relative_error
+    return f"{text}; errors repaired on the calibration text, {error:.4f} of the outputs is left"
 
 
 def _calibration(calibration: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:

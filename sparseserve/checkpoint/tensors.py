@@ -241,4 +241,8 @@ def _readable(path: Path) -> Iterator[None]:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; integers always pass."""
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    if not tensor.is_floating_point():
+        return True
+    # torch tells of no float8 what is finite.
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return bool(torch.isfinite(wide).all())

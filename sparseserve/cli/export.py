@@ -82,6 +82,14 @@ def engine_options(command: Command) -> Command:
 @click.option("-o", "--output", type=LOCAL_PATH, required=True, help="New folder.")
 @format_option("How to store it.", required=True)
 @dtype_option("Round all weights to it; auto keeps theirs, where the format can.")
+@click.option(
+    "--quantize",
+    help="Round kept weights to int8, fp8 or int4, each to the nearest; none takes it back. "
+    "Default: as they are. prune-and-export --quantize loses less.",
+)
+@click.option(
+    "--group-size", type=int, help="int4: inputs that share a scale: 128, 64 or 32; default 64."
+)
 @engine_options
 @json_option
 def export_command(
@@ -90,16 +98,28 @@ def export_command(
     output: Path,
     export_format: str,
     dtype: str,
+    quantize: str | None,
+    group_size: int | None,
     as_json: bool,
     engine: EngineOptions,
 ) -> None:
     """Write a pruned CHECKPOINT again in another format."""
+    from sparseserve.checkpoint.quantization import Quantization
     from sparseserve.cli.console import tell_of_engine
     from sparseserve.devices import DTYPES
     from sparseserve.workflow.run import export
 
     settings = engine.settings(export_format)
-    artifact = export(checkpoint, output, export_format, DTYPES.get(dtype), tensorrt=settings)
+    if group_size is not None and quantize is None:
+        raise RecipeError("--group-size is for --quantize int4: give that, too")
+    artifact = export(
+        checkpoint,
+        output,
+        export_format,
+        DTYPES.get(dtype),
+        tensorrt=settings,
+        quantization=Quantization(to=quantize, group_size=group_size) if quantize else None,
+    )
     size = artifact.weight_bytes
     if as_json:
         facts = {"output": str(output), "format": export_format, "weight_bytes": size}

@@ -84,6 +84,13 @@ _SOLVER = (
         "lost; none does not.",
     ),
     click.option(
+        "--quantize",
+        help="Bits of the kept weights, rounded last: int8, fp8, int4 or none. Needs packed24.",
+    ),
+    click.option(
+        "--group-size", type=int, help="int4: inputs that share a scale: 128, 64 or 32; default 64."
+    ),
+    click.option(
         "--scrambled",
         type=int,
         help="Copies of each window with random tokens, for the first layers; 0 for none.",
@@ -113,6 +120,8 @@ class RecipeOptions:
     ignore: tuple[str, ...] = ()
     experts: str | None = None
     rotate: str | None = None
+    quantize: str | None = None
+    group_size: int | None = None
 
     def chosen(self) -> PruneRecipe:
         """Return the recipe that was named, changed by the other options.
@@ -122,6 +131,7 @@ class RecipeOptions:
         """
         from dataclasses import replace
 
+        from sparseserve.checkpoint.quantization import Quantization
         from sparseserve.recipe.toml import named_recipe
         from sparseserve.sparsity import SparsityPattern
 
@@ -129,6 +139,11 @@ class RecipeOptions:
         retraining = recipe.retraining
         if self.distill is not None:
             retraining = retraining.distilling(self.distill)
+        quantization = recipe.quantization
+        if self.quantize is not None:
+            quantization = Quantization(to=self.quantize, group_size=self.group_size)
+        elif self.group_size is not None:
+            quantization = replace(quantization, group_size=self.group_size)
         calibration = _given(
             source=self.calibration,
             text_column=self.text_column,
@@ -142,6 +157,7 @@ class RecipeOptions:
             reconstruction=replace(recipe.reconstruction, **_given(epochs=self.reconstruct)),
             retraining=replace(retraining, **_given(epochs=self.retrain)),
             calibration=replace(recipe.calibration, **calibration),
+            quantization=quantization,
             **_given(
                 pattern=None if self.pattern is None else SparsityPattern.parse(self.pattern),
                 error_correction=self.error_correction,

@@ -31,12 +31,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def dense_shapes(shards: Iterable[Path]) -> Shapes:
     """Return the shapes of all tensors in safetensors files, by name; of packed ones, unpacked."""
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in shards:
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118  # the file is no mapping
-                found[name] = tuple(shard.get_slice(name).get_shape())
-    return {name: packed24.dense_shape(name, shape, found) for name, shape in found.items()}
+                part = shard.get_slice(name)
+                found[name] = tuple(part.get_shape()), part.get_dtype()
+    return {name: packed24.dense_shape(name, *facts, found) for name, facts in found.items()}
 
 
 def sketch_of(folder: Path, config: PretrainedConfig, tensors: int) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparseserve.checkpoint import packed24, semi_structured
 from sparseserve.checkpoint.formats import METHOD
 from sparseserve.checkpoint.packed24 import Packed24
+from sparseserve.checkpoint.quantized24 import from_stored
 from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack
 from sparseserve.errors import ArtifactError
 from sparseserve.huggingface.names import StackPlace, stacks_on_disk
@@ -35,6 +37,8 @@ _POSITIONS: dict[str, Callable[[Tensor, Tensor], Packed24]] = {
     f"{packed24.INDICES}$": Packed24,
     f"{semi_structured.META}$": semi_structured.from_meta,
 }
+_SCALE = f"{packed24.SCALE}$"
+_PARTS = (*_POSITIONS, _SCALE, *_VALUES)
 _LAYER_NUMBER = re.compile(r".*\.\d+\.(?=\D)")
 _FORMATS = (packed24.FORMAT, semi_structured.FORMAT)
 
@@ -91,7 +95,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
         Some models keep in one tensor what their files hold in many, such as experts; each of the
         many may be packed.
         """
-        unpacking = WeightConverter([*_POSITIONS, *_VALUES], [packed24.VALUES], [_UnpackOne()])
+        unpacking = WeightConverter([*_PARTS], [packed24.VALUES], [_UnpackOne()])
         added = [*map(_stacking, self._stacks), unpacking]
         self._replaced |= {id(conversion): (conversion, None) for conversion in added}
         return [*map(self._unpacking_first, conversions), *added]
@@ -108,7 +112,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
                 sources[source] = source
             else:
                 first = f"{stem}.{_VALUES[0]}"
-                sources |= {f"{stem}.{name}": first for name in (*_VALUES, *_POSITIONS)}
+                sources |= {f"{stem}.{name}": first for name in (*_VALUES, *_POSITIONS, _SCALE)}
         if list(sources) == list(conversion._original_source_patterns):
             return conversion
         ours = WeightConverter(
@@ -165,7 +169,7 @@ def _stacking(place: StackPlace) -> WeightConverter:
     # All layers have the same names after their number, and transformers takes care of the rest.
     start = _LAYER_NUMBER.sub("", first.rsplit(".", 2)[0])
     stems = [f"{start}.*.{projection}" for projection in place.projections]
-    sources = {f"{stem}.{name}": stem for stem in stems for name in (*_VALUES, *_POSITIONS)}
+    sources = {f"{stem}.{name}": stem for stem in stems for name in (*_VALUES, *_POSITIONS, _SCALE)}
     target = _LAYER_NUMBER.sub("", place.stack.tensor)
     return WeightConverter(
         list(sources), [target], [_UnpackMany(sources), _PutTogether(place.stack, stems)]
@@ -184,13 +188,14 @@ class _UnpackOne(ConversionOps):  # type: ignore[misc]  # likewise
         **_: Any,
     ) -> dict[str, Tensor]:
         """Return the weight ``full_layer_name`` in the orientation and dtype of ``model``."""
-        (weight,) = _unpacked(full_layer_name, input_dict)
+        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+        (weight,) = _unpacked(full_layer_name, input_dict, dtype)
         if _POSITIONS.keys() & input_dict.keys():
             module = model.get_submodule(full_layer_name.rpartition(".")[0])
             weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
         if f"{packed24.VERSION_1_VALUES}$" in input_dict:
             # transformers leaves the dtype of renamed tensors alone.
-            weight = weight.to(model.get_parameter_or_buffer(full_layer_name).dtype)
+            weight = weight.to(dtype)
         return {full_layer_name: weight}
 
 
@@ -204,19 +209,25 @@ class _UnpackMany(ConversionOps):  # type: ignore[misc]  # likewise
         self._sources = sources
 
     def convert(
-        self, input_dict: dict[str, list[Tensor]], *, full_layer_name: str, **_: Any
+        self,
+        input_dict: dict[str, list[Tensor]],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        **_: Any,
     ) -> dict[str, list[Tensor]]:
         """Return the dense weights under the names that the next operation knows."""
         together: dict[str, dict[str, list[Tensor]]] = {}
         dense: dict[str, list[Tensor]] = {}
         for name, tensors in input_dict.items():
             leaf = name.rpartition(".")[2]
-            if leaf in {*_POSITIONS, *_VALUES}:
+            if leaf in _PARTS:
                 together.setdefault(self._sources[name], {})[leaf] = tensors
             else:  # such as biases
                 dense[name] = tensors
+        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
         for source, parts in together.items():
-            dense[source] = _unpacked(full_layer_name, parts)
+            dense[source] = _unpacked(full_layer_name, parts, dtype)
         return dense
 
 
@@ -242,11 +253,12 @@ class _PutTogether(ConversionOps):  # type: ignore[misc]  # likewise
         return {full_layer_name: stack.put_together(weights)}
 
 
-def _unpacked(name: str, parts: dict[str, list[Tensor]]) -> list[Tensor]:
-    """Return the dense weights of the parameter ``name``.
+def _unpacked(name: str, parts: dict[str, list[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """Return the dense weights of the parameter ``name``, in ``dtype`` what is quantised.
 
     ``parts`` are lists in the order of the modules. All positions have values, but the values of
-    some modules, such as an expert that stayed dense, may have no positions.
+    some modules, such as an expert that stayed dense, may have no positions. Where the packed ones
+    are quantised, each has a scale.
     """
     values = [tensor for key in _VALUES for tensor in parts.get(key, ())]
     for key in _POSITIONS.keys() & parts.keys():
@@ -258,8 +270,24 @@ def _unpacked(name: str, parts: dict[str, list[Tensor]]) -> list[Tensor]:
                 f"{name}: {sum(packed)} packed weights for {len(positions)} tensors of positions: "
                 "copy or export the checkpoint again"
             )
+        scales = parts.get(_SCALE, [])
+        if len(scales) not in {0, len(positions)}:
+            raise ArtifactError(
+                f"{name}: {len(scales)} scales for {len(positions)} packed weights: "
+                "copy or export the checkpoint again"
+            )
+        places = iter(zip(positions, scales or [None] * len(positions), strict=True))
         return [
-            packed24.unpack24(_POSITIONS[key](tensor, positions.pop(0))) if is_packed else tensor
+            _dense(key, tensor, *next(places), dtype) if is_packed else tensor
             for tensor, is_packed in zip(values, packed, strict=True)
         ]
     return values
+
+
+def _dense(
+    key: str, values: Tensor, positions: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the dense weight of one module; ``key`` says what its ``positions`` are."""
+    if scale is not None:
+        return packed24.unpack24(from_stored(values, positions, scale, dtype).dequantized())
+    return packed24.unpack24(_POSITIONS[key](values, positions))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +30,13 @@ class PrunedLayer:
     """The parameters of one decoder layer that changed, and its report.
 
     ``parameters`` maps names in the layer, such as ``mlp.up_proj.weight``, to tensors in the
-    orientation and dtype that the model stores.
+    orientation and dtype that the model stores. ``scales`` maps those of operators that were
+    rounded to codes, such as ``mlp.up_proj``, to their scales ``[out, groups]``.
     """
 
     parameters: dict[str, Tensor]
     report: LayerReport
+    scales: dict[str, Tensor] = field(default_factory=dict)
 
     def write_to(self, module: nn.Module) -> None:
         """Put the parameters into the decoder layer ``module``.
@@ -84,6 +86,7 @@ def prune_layer(
             tuple(context.layer.full_name(operator) for operator in layer.unseen),
             rotated.reports,
         ),
+        layer.scales,
     )
 
 
@@ -96,6 +99,7 @@ class _Pruned:
     operators: tuple[OperatorReport, ...]
     unseen: Sequence[Operator]
     reconstruction: ReconstructionReport | None
+    scales: dict[str, Tensor]
 
 
 def _prune_planned(
@@ -114,6 +118,7 @@ def _prune_planned(
     statistics = GroupStatistics(context, pruned, groups, recipe.correction)
     reports: list[OperatorReport] = []
     unseen: list[Operator] = []
+    scales: dict[str, Tensor] = {}
     for group in groups:
         operators = [operator for operator in group.operators if operator in planned]
         found = statistics.of(group)
@@ -121,8 +126,10 @@ def _prune_planned(
             unseen += operators
             continue
         for stack in _stacks(operators, recipe):
-            for operator, weight, report in _prune_together(context, stack, found, recipe):
+            for operator, weight, scale, report in _prune_together(context, stack, found, recipe):
                 set_layer_weight(pruned, operator, weight)
+                if scale is not None:
+                    scales[operator.name] = scale.cpu()
                 reports.append(
                     replace(report, tokens=found.tokens) if group.experts is not None else report
                 )
@@ -134,7 +141,7 @@ def _prune_planned(
         pruned, reconstruction = reconstruct(
             context, pruned, masked, recipe.reconstruction, output_error
         )
-    return _Pruned(pruned, planned, tuple(reports), unseen, reconstruction)
+    return _Pruned(pruned, planned, tuple(reports), unseen, reconstruction, scales)
 
 
 def _stacks(operators: Sequence[Operator], recipe: PruneRecipe) -> list[list[Operator]]:
@@ -153,8 +160,8 @@ def _prune_together(
     operators: Sequence[Operator],
     statistics: InputStatistics,
     recipe: PruneRecipe,
-) -> list[tuple[Operator, Tensor, OperatorReport]]:
-    """Prune ``operators``, stacked, and return each with its weight and report."""
+) -> list[tuple[Operator, Tensor, Tensor | None, OperatorReport]]:
+    """Prune ``operators``, stacked, and return each with its weight, scales and report."""
     started = time.perf_counter()
     names = [context.layer.full_name(operator) for operator in operators]
     dense = [layer_weight(context.module, operator) for operator in operators]
@@ -168,10 +175,14 @@ def _prune_together(
         _stored(context, operator.name, weight)
         for operator, weight in zip(operators, torch.split(result.weight, rows), strict=True)
     ]
+    scales: Sequence[Tensor | None] = [None] * len(rows)
+    if result.scales is not None:
+        scales = torch.split(result.scales, rows)
     return [
         (
             operator,
             weight,
+            scale,
             OperatorReport(
                 name=name,
                 shape=(weight.shape[0], weight.shape[1]),
@@ -184,8 +195,8 @@ def _prune_together(
                 residual=result.status.residual if result.status else None,
             ),
         )
-        for operator, name, dense_weight, weight in zip(
-            operators, names, dense, weights, strict=True
+        for operator, name, dense_weight, weight, scale in zip(
+            operators, names, dense, weights, scales, strict=True
         )
     ]
 

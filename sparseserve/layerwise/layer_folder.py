@@ -15,6 +15,7 @@ from sparseserve.report import LayerReport
 
 _WEIGHTS = "model.safetensors"
 _REPORT = "report.json"
+_SCALE = ".weight_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,13 @@ class LayerFolder:
                 self.progress.stage(f"{folder}: damaged since it was stored: pruning {layer} again")
             return None
         assert isinstance(stored, dict)
-        return PrunedLayer(
-            dict(Checkpoint.open(folder).tensors()), LayerReport.from_json(stored["report"])
-        )
+        parameters, scales = {}, {}
+        for name, tensor in Checkpoint.open(folder).tensors():
+            if name.endswith(_SCALE):
+                scales[name.removesuffix(_SCALE)] = tensor
+            else:
+                parameters[name] = tensor
+        return PrunedLayer(parameters, LayerReport.from_json(stored["report"]), scales)
 
     def save(self, layer: str, pruned: PrunedLayer) -> None:
         """Keep a finished layer; the report is written last and marks it whole.
@@ -62,7 +67,8 @@ class LayerFolder:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / _REPORT).unlink(missing_ok=True)
-        save_tensors(folder / _WEIGHTS, pruned.parameters)
+        scales = {f"{name}{_SCALE}": scale for name, scale in pruned.scales.items()}
+        save_tensors(folder / _WEIGHTS, {**pruned.parameters, **scales})
         sealed = {"weights": file_sha256(folder / _WEIGHTS), "report": asdict(pruned.report)}
         write_sealed(folder / _REPORT, sealed)
 

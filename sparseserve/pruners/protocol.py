@@ -33,11 +33,13 @@ class PrunedWeight:
         gram_products: Products of an ``[out, in]`` matrix with the ``[in, in]`` Gram matrix that
             were spent: the unit of cost that does not depend on the machine.
         status: How the iteration ended; None where the method has none.
+        scales: ``[out, groups]`` of a weight that was rounded to codes; None of others.
     """
 
     weight: Tensor
     gram_products: int
     status: SolverStatus | None = None
+    scales: Tensor | None = None
 
 
 class Pruner(Protocol):

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sparseserve.errors import RecipeError
@@ -17,9 +16,8 @@ from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.solvers.linalg import upper_inverse_factor
 from sparseserve.solvers.problem import damped_gram, finite_weight, pull_of
 from sparseserve.solvers.statistics import InputStatistics
+from sparseserve.solvers.sweep import near_columns, sweep_block
 from sparseserve.sparsity import SparsityPattern
-
-_NEAR_COLUMNS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,34 +60,31 @@ class SparseGPT:
         block = max(self.block_size // chosen, 1) * chosen
         for start in range(0, columns, block):
             stop = min(start + block, columns)
-            errors = self._prune_block(
-                weight[:, start:stop], factor[start:stop, start:stop], pattern
+            group = pattern.selection_columns or stop - start
+            errors = sweep_block(
+                weight[:, start:stop],
+                factor[start:stop, start:stop],
+                _Pruned(pattern, group),
+                near_columns(group, stop - start),
             )
             weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
         return PrunedWeight(weight, 1)
 
-    @staticmethod
-    def _prune_block(weight: Tensor, factor: Tensor, pattern: SparsityPattern) -> Tensor:
-        """Prune the columns of one block in place; return their scaled errors ``[out, block]``."""
-        columns = weight.T.contiguous()  # column after column in memory, as they are gone through
-        width = len(columns)
-        chosen = pattern.selection_columns or width
-        # Errors spread at once to the few columns that come next, and to the others together.
-        near = min(max(_NEAR_COLUMNS // chosen, 1) * chosen, width)
-        pivots = factor.diagonal()[:, None]
-        errors = torch.empty_like(columns)
-        for first in range(0, width, near):
-            stop = min(first + near, width)
-            for column in range(first, stop):
-                if column % chosen == 0:
-                    span = slice(column, column + chosen)
-                    mask = pattern.best_mask((columns[span] / pivots[span]).square().T).T
-                kept = columns[column].where(mask[column % chosen], 0)
-                errors[column] = (columns[column] - kept) / pivots[column]
-                columns[column] = kept
-                columns[column + 1 : stop].addr_(
-                    factor[column, column + 1 : stop], errors[column], alpha=-1
-                )
-            columns[stop:].addmm_(factor[first:stop, stop:].T, errors[first:stop], alpha=-1)
-        weight.copy_(columns.T)
-        return errors.T
+
+@dataclass(slots=True)
+class _Pruned:
+    """What a column becomes: zero where the mask of its group says so, which is made at its first.
+
+    ``group`` columns share a mask.
+    """
+
+    pattern: SparsityPattern
+    group: int
+    mask: Tensor | None = None
+
+    def __call__(self, columns: Tensor, pivots: Tensor, column: int) -> Tensor:
+        """Return the column, pruned."""
+        if self.mask is None or column % self.group == 0:
+            span = slice(column, column + self.group)
+            self.mask = self.pattern.best_mask((columns[span] / pivots[span]).square().T).T
+        return columns[column].where(self.mask[column % self.group], 0)

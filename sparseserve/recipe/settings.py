@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 import regex
 import torch
 
+from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.devices import DTYPES
 from sparseserve.errors import RecipeError, first_line, unknown_name
 from sparseserve.paths import shown
@@ -38,6 +39,7 @@ class PruneRecipe:
         inter_weight: Share of the errors that ``intra+inter`` repairs, 0 to 1.
         reconstruction: How each layer is trained towards its dense outputs afterwards.
         retraining: How the whole model is trained on the calibration text at the end.
+        quantization: To how few bits the kept weights are rounded, last of all.
         calibration: Which text.
         ignore: Regular expressions searched in full module names; matches stay dense.
         experts: Whether the experts of a mixture are pruned like everything else, or stay dense:
@@ -54,6 +56,7 @@ class PruneRecipe:
     inter_weight: float = 0.5
     reconstruction: Reconstruction = field(default_factory=Reconstruction)
     retraining: Retraining = field(default_factory=Retraining)
+    quantization: Quantization = field(default_factory=Quantization)
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     ignore: tuple[str, ...] = ()
     experts: str = "prune"
@@ -134,5 +137,6 @@ class PruneRecipe:
             "method": {"name": self.method, **asdict(self.pruner)},  # type: ignore[call-overload]  # every entry of PRUNERS is a dataclass
             "reconstruction": asdict(self.reconstruction),
             "retraining": asdict(self.retraining),
+            "quantization": asdict(self.quantization),
             "calibration": asdict(self.calibration),
         }

@@ -32,6 +32,10 @@ A TOML file states the same keys. A key that it leaves out has the value of ``de
     distillation = 0.0            # 1: towards the dense model's predictions; 0: towards the text
     fresh = 0                     # windows for this alone, which pruning does not see
 
+    [quantization]
+    to = "none"                   # or int8, fp8, int4: bits of the kept weights
+    group_size = 64               # int4 alone: inputs that share a scale
+
     [calibration]
     source = "text.txt"           # file, folder or dataset name; left out: the packaged text
     text_column = "text"          # of a table or dataset; left out: text, or messages for chats
@@ -49,6 +53,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import TypeVar, get_type_hints
 
+from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.errors import RecipeError, first_line, unknown_name
 from sparseserve.paths import local_path, shown_value
 from sparseserve.pruners import PRUNERS, Pruner
@@ -158,6 +163,7 @@ def recipe_from_mapping(data: Mapping[str, object]) -> PruneRecipe:
     calibration = _table(rest, "calibration")
     reconstruction = _table(rest, "reconstruction")
     retraining = _table(rest, "retraining")
+    quantization = _table(rest, "quantization")
     if "pattern" in rest:
         rest["pattern"] = SparsityPattern.parse(str(rest["pattern"]))
     return _build(
@@ -167,6 +173,7 @@ def recipe_from_mapping(data: Mapping[str, object]) -> PruneRecipe:
             "pruner": pruner_from_mapping(method) if method else PruneRecipe().pruner,
             "reconstruction": _build(Reconstruction, reconstruction),
             "retraining": _build(Retraining, retraining),
+            "quantization": _build(Quantization, quantization),
             "calibration": _build(CalibrationSpec, calibration),
         },
     )

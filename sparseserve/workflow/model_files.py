@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 import torch
@@ -24,7 +24,11 @@ from sparseserve.text.calibration import CalibrationSet
 
 
 def pruned_source(
-    loaded: LoadedModel, recipe: PruneRecipe, calibration: CalibrationSet, report: PruneReport
+    loaded: LoadedModel,
+    recipe: PruneRecipe,
+    calibration: CalibrationSet,
+    report: PruneReport,
+    scales: Mapping[str, Tensor],
 ) -> DenseSource:
     """Return the pruned model as what its checkpoint is made of.
 
@@ -33,6 +37,7 @@ def pruned_source(
         recipe: By which.
         calibration: With what.
         report: What happened.
+        scales: Of operators that were rounded to codes, by full name.
     """
     places = stored_modules(loaded.model, [operator.name for operator in report.operators])
     stacks = {place.stack.tensor: place.stack for place in places.values() if place.stack}
@@ -56,6 +61,8 @@ def pruned_source(
         manifest=manifest,
         dtype=_pruned_dtype(loaded, report),
         tensors=_all_tensors(loaded),
+        quantization=recipe.quantization,
+        scales={places[name].name: scale for name, scale in scales.items()},
     )
 
 

@@ -172,5 +172,7 @@ def _disk_bytes(
         predictions = 12 * (recipe.retraining.likeliest + 1) * predicted
     # The layers, and the result; what is not stored as a checkpoint is made from a dense one.
     copies = 3 if FORMATS[job.stored_as].storage is None else 2
+    # Layers that are rounded are kept beside the pruned ones until the end.
+    copies += bool(recipe.quantization)
     needed: int = copies * weights + tokens * width * item + predictions
     return needed

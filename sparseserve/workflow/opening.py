@@ -63,7 +63,7 @@ def open_run(job: Job, place: OutputPlace | None) -> Opening:
     """
     recipe, device, progress = job.recipe, job.runs_on, job.progress
     job.engine.check(recipe, device)
-    require_fit(job.stored_as, str(recipe.pattern))
+    require_fit(job.stored_as, str(recipe.pattern), recipe.quantization)
     progress.stage(f"loading {job.source}")
     scratch = existing_parent(place.partial) if place else Path(tempfile.gettempdir())
     loaded = load_model(job.source, dtype=recipe.torch_dtype, scratch=scratch)

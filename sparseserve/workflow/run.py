@@ -13,6 +13,7 @@ import torch
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.formats import FORMATS, require_fit
 from sparseserve.checkpoint.output_place import not_empty
+from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.checkpoint.run_folder import (
     Fingerprint,
     RunFolder,
@@ -21,7 +22,7 @@ from sparseserve.checkpoint.run_folder import (
 )
 from sparseserve.checkpoint.tensors import require_space
 from sparseserve.checkpoint.verification import verify
-from sparseserve.exporters import EXPORTERS, TensorRTSettings, export_tensorrt
+from sparseserve.exporters import EXPORTERS, TensorRTSettings, export_packed24, export_tensorrt
 from sparseserve.exporters.stored import write_stored
 from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.layerwise.layer_folder import LayerFolder
@@ -34,6 +35,7 @@ from sparseserve.workflow.job import Job
 from sparseserve.workflow.model_files import left_out, pruned_source
 from sparseserve.workflow.needs import Needs
 from sparseserve.workflow.opening import Opening, open_run
+from sparseserve.workflow.quantizing import Rounded, round_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +109,9 @@ def prune_and_export(job: Job, out: Path, *, store: LayerStore | None = None) ->
             return finished(out, job.stored_as)
         layers = store or LayerFolder(run.path / "layers", run.path, job.progress)
         report = _prune(opening, run, layers)
+        rounded = round_weights(opening, report, run)
         job.progress.stage("writing the checkpoint")
-        artifact = _write(opening, report, run)
+        artifact = _write(opening, rounded, run)
         run.publish(artifact.path)
     return replace(artifact, path=out)
 
@@ -125,11 +128,13 @@ def finished(out: Path, export_format: str) -> Artifact:
     return artifact
 
 
-def _write(opening: Opening, report: PruneReport, run: RunFolder) -> Artifact:
+def _write(opening: Opening, rounded: Rounded, run: RunFolder) -> Artifact:
     job = opening.job
     if names := left_out(opening.loaded):
         job.progress.stage(f"leaving out {len(names)} quantised tensors, such as {names[0]}")
-    source = pruned_source(opening.loaded, job.recipe, opening.calibration, report)
+    source = pruned_source(
+        opening.loaded, job.recipe, opening.calibration, rounded.report, rounded.scales
+    )
     if FORMATS[job.stored_as].storage is not None:
         return write_stored(source, run.fresh(job.stored_as), job.stored_as)
     # Other programs' forms are made from a checkpoint.
@@ -199,6 +204,7 @@ def export(
     dtype: torch.dtype | None = None,
     *,
     tensorrt: TensorRTSettings | None = None,
+    quantization: Quantization | None = None,
 ) -> Artifact:
     """Write a pruned ``checkpoint`` again, as ``export_format``, to the new folder ``out``.
 
@@ -208,13 +214,16 @@ def export(
         export_format: How to store it.
         dtype: To round all weights to; None keeps theirs.
         tensorrt: What an engine is built for; None for any other format.
+        quantization: How to round pruned weights, each to the nearest; None keeps what was done to
+            them, where the format can hold it.
 
     Raises:
+        RecipeError: ``export_format`` holds no quantised weights.
         ArtifactError: ``checkpoint`` is damaged, a weight is too large for ``dtype``, ``out`` is
             not empty, or the disk is full.
     """
     source = Artifact.open(checkpoint)
-    require_fit(export_format, source.manifest.pattern)
+    require_fit(export_format, source.manifest.pattern, quantization)
     manifest = json.dumps(source.manifest.to_json(), sort_keys=True)
     fingerprint = Fingerprint(
         {
@@ -222,11 +231,14 @@ def export(
             "dtype": str(dtype),
             "checkpoint": manifest,
             "tensorrt": str(tensorrt),
+            "quantization": str(quantization),
         }
     )
     exporter = EXPORTERS[export_format]
     if tensorrt is not None:
         exporter = partial(export_tensorrt, settings=tensorrt)
+    if quantization is not None and FORMATS[export_format].quantizes:
+        exporter = partial(export_packed24, quantization=quantization)
     with RunFolder.claim(out) as run:
         require_space(run.path, source.checkpoint.weight_bytes)
         if run.begin(fingerprint):
