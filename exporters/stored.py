@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.artifact import Artifact, Manifest
+from sparseserve.checkpoint.config_dtype import config_dtype
 from sparseserve.checkpoint.formats import FORMATS, require_fit
 from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack, stacks_to_json
@@ -21,13 +22,13 @@ from sparseserve.checkpoint.tensors import DEFAULT_SHARD_BYTES, Checkpoint, writ
 from sparseserve.devices import dtype_name
 from sparseserve.errors import ArtifactError
 from sparseserve.exporters.model_card import finish_checkpoint
-from sparseserve.report import QuantizationReport
 from sparseserve.exporters.side_files import (
     copy_side_files,
     model_config,
     with_dtype,
     write_config,
 )
+from sparseserve.report import QuantizationReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +152,7 @@ def dense_tensors(artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
     """
     checkpoint = artifact.checkpoint
     parts = artifact.parts(checkpoint)
+    rounded_to = _quantised_dtype(artifact)
     taken_apart = [stack for stack in artifact.manifest.stacks if stack.tensor not in checkpoint]
     stack_of = {module: stack for stack in taken_apart for module in stack.modules}
     for name in sorted(checkpoint.files):
@@ -158,12 +160,12 @@ def dense_tensors(artifact: Artifact) -> Iterator[tuple[str, Tensor]]:
         if module in stack_of:
             stack = stack_of[module]
             if module == stack.modules[0] and leaf == "weight":
-                yield stack.tensor, _put_together(artifact, checkpoint, stack)
+                yield stack.tensor, _put_together(artifact, checkpoint, stack, rounded_to)
         elif name not in parts:
             yield name, checkpoint.tensor(name)
         elif parts[name].stands_for_all:
             module = parts[name].module
-            weight = artifact.pruned_weight(checkpoint, module)
+            weight = artifact.pruned_weight(checkpoint, module).to(rounded_to)
             transposed = module in artifact.manifest.transposed
             yield f"{module}.weight", weight.T if transposed else weight
 
@@ -177,13 +179,15 @@ def load_dense_state(folder: Path) -> dict[str, Tensor]:
     return dict(dense_tensors(Artifact.open(folder)))
 
 
-def _put_together(artifact: Artifact, checkpoint: Checkpoint, stack: ExpertStack) -> Tensor:
+def _put_together(
+    artifact: Artifact, checkpoint: Checkpoint, stack: ExpertStack, dtype: torch.dtype | None
+) -> Tensor:
     """Return the tensor of all experts from those of each."""
     pruned = set(artifact.manifest.pruned)
     return stack.put_together(
         (
             module,
-            artifact.pruned_weight(checkpoint, module)
+            artifact.pruned_weight(checkpoint, module).to(dtype)
             if module in pruned
             else checkpoint.tensor(f"{module}.weight"),
         )
@@ -245,9 +249,18 @@ def _stored_parts(
 
 
 def _pruned_dtype(artifact: Artifact) -> torch.dtype:
+    if (dtype := _quantised_dtype(artifact)) is not None:
+        return dtype
     first = artifact.manifest.pruned[:1]
     kinds = [artifact.pruned_weight(artifact.checkpoint, module).dtype for module in first]
     return kinds[0] if kinds else torch.get_default_dtype()
+
+
+def _quantised_dtype(artifact: Artifact) -> torch.dtype | None:
+    """Return what quantised weights are rounded to when they are read; None if there are none."""
+    storage = quantized_storage_of(artifact.manifest.format)
+    quantised = storage is not None and storage.stored_quantization(artifact.checkpoint)
+    return config_dtype(artifact.path) if quantised else None
 
 
 def _rounded(folder: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -176,7 +176,7 @@ def _dense(module: str, parts: dict[str, Tensor], dtype: torch.dtype | None) -> 
     try:
         if dtype is None:
             return packed24.unpack24(packed24.Packed24(values, indices))
-        quantized = quantized24.from_stored(values, indices, *scale, dtype=dtype)
+        quantized = quantized24.from_stored(values, indices, scale[0], dtype)
         return packed24.unpack24(quantized.dequantized())
     except ArtifactError as error:
         raise ServingError(f"{module}: {error}") from error

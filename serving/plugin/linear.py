@@ -194,7 +194,9 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
         Raises:
             ServingError: A tensor of the checkpoint is missing or damaged.
         """
-        weight = LoadedWeight(tuple(_loaded_block(layer, shard, self._spec.dtype) for shard in self.shards))
+        weight = LoadedWeight(
+            tuple(_loaded_block(layer, shard, self._spec.dtype) for shard in self.shards)
+        )
         _forget(layer)
         self.give(layer, weight)
 
@@ -281,15 +283,16 @@ def _loaded_block(layer: nn.Module, shard: Shard, dtype: torch.dtype) -> RowBloc
     parts = [
         layer.get_parameter(name).data[rows] for name in LEAVES.values() if hasattr(layer, name)
     ]
-    if len(parts) == len(LEAVES):
-        missing = quantized24.missing_tensor(*parts)
+    values, indices, *scale = parts
+    if scale:
+        missing = quantized24.missing_tensor(values, indices, scale[0])
     else:
-        missing = packed24.missing_tensor(packed24.Packed24(*parts))
+        missing = packed24.missing_tensor(packed24.Packed24(values, indices))
     if missing:
         raise ServingError(f"{shard.name}.{missing} {NOT_LOADED}")
-    if len(parts) < len(LEAVES):
-        return RowBlock(shard.name, packed24.Packed24(*parts))
-    quantized = quantized24.from_stored(*parts, dtype=dtype)
+    if not scale:
+        return RowBlock(shard.name, packed24.Packed24(values, indices))
+    quantized = quantized24.from_stored(values, indices, scale[0], dtype)
     return RowBlock(shard.name, quantized.dequantized())
 
 

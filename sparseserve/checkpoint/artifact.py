@@ -201,6 +201,8 @@ class Artifact:
     def pruned_weight(self, checkpoint: Checkpoint, module: str) -> Tensor:
         """Read the dense ``[out, in]`` weight of a pruned module, whatever the format.
 
+        A quantised one is float32: code times scale.
+
         Raises:
             ArtifactError: Names the module, and what is missing or damaged.
         """

@@ -11,7 +11,7 @@ from sparseserve.errors import ArtifactError
 
 
 def config_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype of the weights that the config.json of a model names; float32 if it does not.
+    """Return the dtype that the config.json in ``folder`` names; float32 if it names none.
 
     Raises:
         ArtifactError: There is no such file, or what it names is no floating type.

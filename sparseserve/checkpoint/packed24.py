@@ -142,7 +142,6 @@ def packed_modules(
     Raises:
         ArtifactError: A key is missing or has a value that this release does not read.
     """
-    version = config.get("version")
     readable = {"version": (1, VERSION), "format": formats, "pattern": (str(TWO_FOUR),)}
     for key, values in readable.items():
         # True equals 1.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparseserve.checkpoint.config_dtype import config_dtype
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.packed24 import (
     FORMAT,
@@ -30,6 +29,9 @@ from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError
 
 __all__ = ["FORMAT", "quantization_config"]
+
+# By the dtype of the stored codes, as safetensors calls it.
+_KINDS = {"I8": "int8", "U8": "int4", "F8_E4M3": "fp8"}
 
 
 def names(checkpoint: Checkpoint, module: str) -> tuple[str, ...]:
@@ -69,14 +71,14 @@ def read_packed(checkpoint: Checkpoint, module: str) -> Packed24 | Quantized24:
     """
     values, indices, *scale = (checkpoint.tensor(name) for name in names(checkpoint, module))
     if scale:
-        return from_stored(values, indices, scale[0], config_dtype(checkpoint.folder))
+        return from_stored(values, indices, scale[0], torch.float32)
     if not values.is_floating_point() or values.dtype.itemsize == 1:
         raise ArtifactError(f"{module}.{VALUES} is {values.dtype}, but has no {SCALE}")
     return Packed24(values, indices)
 
 
 def read_weight(checkpoint: Checkpoint, module: str, *, transposed: bool = False) -> Tensor:
-    """Read the dense ``[out, in]`` weight of ``module``.
+    """Read the dense ``[out, in]`` weight of ``module``; a quantised one in float32.
 
     Raises:
         ArtifactError: A tensor is missing or damaged.
@@ -92,11 +94,8 @@ def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
         ArtifactError: It is not, to the bit.
     """
     found = read_packed(checkpoint, module)
-    quantization = stored_quantization(checkpoint)
-    if isinstance(found, Quantized24) != bool(quantization):
-        raise ArtifactError("config.json and the tensors disagree about whether it is quantised")
     if isinstance(found, Quantized24):
-        check_canonical(found, quantization)
+        check_canonical(found, _KINDS[checkpoint.dtype(f"{module}.{VALUES}")])
         return
     canonical = pack24(weight)
     same_values = _bits(found.values).equal(_bits(canonical.values))
@@ -119,6 +118,31 @@ def stored_quantization(checkpoint: Checkpoint) -> Quantization:
     if not isinstance(config, dict):
         raise ArtifactError(f"{checkpoint.folder}/config.json: has no quantization_config")
     return Quantization.from_config(config)
+
+
+def check_quantization(checkpoint: Checkpoint, modules: tuple[str, ...]) -> None:
+    """Make sure that ``modules`` are rounded as config.json says; headers are read, no tensors.
+
+    Raises:
+        ArtifactError: One is not; names it.
+    """
+    asked = stored_quantization(checkpoint)
+    for module in modules:
+        values, _, *scale = names(checkpoint, module)
+        kind = _KINDS.get(checkpoint.dtype(values)) if scale else None
+        if (kind or "none") != asked.to:
+            raise ArtifactError(
+                f"{module} is stored as {checkpoint.dtype(values)}, but config.json says "
+                f"{asked.to}: copy or export the checkpoint again"
+            )
+        if kind:
+            columns = checkpoint.shape(values)[1] * (4 if kind == "int4" else 2)
+            groups, expected = checkpoint.shape(scale[0])[1], columns // asked.group_of(columns)
+            if groups != expected:
+                raise ArtifactError(
+                    f"{module} has {groups} scales for the {columns} inputs of a row, not "
+                    f"{expected}: copy or export the checkpoint again"
+                )
 
 
 def stored_scales(checkpoint: Checkpoint, modules: tuple[str, ...]) -> dict[str, Tensor]:

@@ -22,7 +22,11 @@ LARGEST_CODE: Mapping[str, int] = {"int8": 127, "fp8": 448, "int4": 7}
 KINDS = (NONE, *LARGEST_CODE)
 GROUP_SIZES = (128, 64, 32)
 _DEFAULT_GROUP = 64
-_WEIGHTS: Mapping[str, tuple[str, int]] = {"int8": ("int", 8), "fp8": ("fp8", 8), "int4": ("int", 4)}
+_WEIGHTS: Mapping[str, tuple[str, int]] = {
+    "int8": ("int", 8),
+    "fp8": ("fp8", 8),
+    "int4": ("int", 4),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +62,11 @@ class Quantization:
     def __bool__(self) -> bool:
         """Whether anything is rounded."""
         return self.to != NONE
+
+    @property
+    def largest(self) -> int:
+        """The largest code."""
+        return LARGEST_CODE[self.to]
 
     def group_of(self, columns: int) -> int:
         """Return how many of the ``columns`` of a matrix share a scale."""
@@ -120,7 +129,7 @@ def scales_of(weight: Tensor, quantization: Quantization) -> Tensor:
     rows, columns = weight.shape
     group = quantization.group_of(columns)
     largest = weight.float().view(rows, columns // group, group).abs().amax(dim=-1)
-    return stored_scales(largest / LARGEST_CODE[quantization.to], quantization)
+    return stored_scales(largest / quantization.largest, quantization)
 
 
 def stored_scales(scales: Tensor, quantization: Quantization) -> Tensor:
@@ -147,7 +156,7 @@ def codes_of(weight: Tensor, scales: Tensor, quantization: Quantization) -> Tens
         scales: ``[out, groups]``.
         quantization: Not ``none``.
     """
-    largest = LARGEST_CODE[quantization.to]
+    largest = quantization.largest
     exact = (weight.float() / spread(scales, weight.shape[1])).clamp(-largest, largest)
     if quantization.to == "fp8":
         return exact.to(torch.float8_e4m3fn).float() + 0.0

@@ -17,7 +17,6 @@ from sparseserve.checkpoint.packed24 import (
     unpack24,
 )
 from sparseserve.checkpoint.quantization import (
-    LARGEST_CODE,
     Quantization,
     code_dtype,
     codes_of,
@@ -168,17 +167,21 @@ def missing_tensor(values: Tensor, indices: Tensor, scale: Tensor) -> str | None
     return INDICES if bool((indices == 0).any()) else None
 
 
-def check_canonical(found: Quantized24, quantization: Quantization) -> None:
+def check_canonical(found: Quantized24, kind: str) -> None:
     """Make sure that codes and scales are what ``quantized24`` could have made.
+
+    Args:
+        found: The weight.
+        kind: ``int8``, ``fp8`` or ``int4``.
 
     Raises:
         ArtifactError: A code is out of range or not where the format has it, or a scale is not a
             positive number.
     """
     codes = Packed24(found.codes.values.float(), found.codes.indices)
-    largest = LARGEST_CODE[quantization.to]
-    if not bool((codes.values.abs() <= largest).all()):  # NaN is no code either
-        raise ArtifactError(f"a code is NaN or beyond {largest}")
+    quantization = Quantization(to=kind)
+    if not bool((codes.values.abs() <= quantization.largest).all()):  # NaN is no code either
+        raise ArtifactError(f"a code is NaN or beyond {quantization.largest}")
     dense = unpack24(codes)
     canonical = pack24(dense)
     same_bits = canonical.values.view(torch.int32).equal(codes.values.view(torch.int32))
@@ -189,11 +192,6 @@ def check_canonical(found: Quantized24, quantization: Quantization) -> None:
         raise ArtifactError("a scale is not positive and finite, or not 1 where all codes are zero")
     if not found.scale.equal(stored_scales(found.scale, quantization)):
         raise ArtifactError(f"a scale is not a {scale_dtype(quantization)} number")
-    if quantization.group_of(dense.shape[1]) * found.scale.shape[1] != dense.shape[1]:
-        raise ArtifactError(
-            f"there are {found.scale.shape[1]} scales a row of {dense.shape[1]} inputs, and "
-            f"{quantization.group_of(dense.shape[1])} inputs should share one"
-        )
 
 
 def _without_unused(scales: Tensor, codes: Tensor) -> Tensor:

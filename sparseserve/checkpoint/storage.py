@@ -71,6 +71,10 @@ class QuantizedStorage(WeightStorage, Protocol):
         """Return how the weights of a checkpoint are rounded."""
         ...
 
+    def check_quantization(self, checkpoint: Checkpoint, modules: tuple[str, ...]) -> None:
+        """Refuse a module that is not rounded as the checkpoint says."""
+        ...
+
     def stored_scales(self, checkpoint: Checkpoint, modules: tuple[str, ...]) -> dict[str, Tensor]:
         """Return the scales of those of ``modules`` that are rounded, float32, by module."""
         ...

@@ -83,6 +83,17 @@ class Checkpoint:
         with _readable(path), safe_open(path, framework="pt") as shard:
             return tuple(shard.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Return the dtype of a tensor, as safetensors calls it, without reading the tensor.
+
+        Raises:
+            ArtifactError: Its file cannot be read.
+        """
+        path = self.folder / self.files[name]
+        with _readable(path), safe_open(path, framework="pt") as shard:
+            found: str = shard.get_slice(name).get_dtype()
+            return found
+
     def tensor(self, name: str) -> Tensor:
         """Read one tensor.
 

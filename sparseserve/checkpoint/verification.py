@@ -8,7 +8,7 @@ from pkgutil import resolve_name
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
 from sparseserve.checkpoint.formats import FORMATS
-from sparseserve.checkpoint.storage import storage_of
+from sparseserve.checkpoint.storage import quantized_storage_of, storage_of
 from sparseserve.checkpoint.tensors import Checkpoint, all_finite
 from sparseserve.errors import ArtifactError, RecipeError
 from sparseserve.sparsity import SparsityPattern
@@ -40,6 +40,11 @@ def verify(path: Path, on_file: Callable[[str], None] = lambda name: None) -> Ar
         pattern = SparsityPattern.parse(artifact.manifest.pattern)
     except RecipeError as error:
         raise ArtifactError(f"{path / MANIFEST_FILE}: {error}") from error
+    if (quantized := quantized_storage_of(artifact.manifest.format)) is not None:
+        try:
+            quantized.check_quantization(checkpoint, artifact.manifest.pruned)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}") from error
     for module in artifact.manifest.pruned:
         on_file(module)
         _verify_module(artifact, checkpoint, module, pattern)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from sparseserve.checkpoint import packed24
 from sparseserve.checkpoint.artifact import Artifact, FileEntry, Manifest, write_manifest
 from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.checkpoint.tensors import write_checkpoint
@@ -35,6 +36,8 @@ def folder(tmp_path: Path) -> Path:
     tensors[f"{PRUNED}.weight_values"] = packed.values
     tensors[f"{PRUNED}.weight_indices"] = packed.indices
     write_checkpoint(place, tensors.items())
+    config = packed24.quantization_config([PRUNED], torch.float32)
+    (place / "config.json").write_text(json.dumps({"quantization_config": config}))
     write_manifest(place, Manifest("packed24", "2:4", (PRUNED,), (), "tiny", {}, {}, {}, {}))
     return place
 

@@ -105,8 +105,11 @@ def test_the_dense_shape_is_told_from_names_and_shapes_alone(
 ) -> None:
     packed = pack24(weight)
     stored = {f"layer.{values}", "layer.weight_indices", "layer.bias", "norm.weight"}
-    shape = tuple(packed.values.shape)
-    assert packed24.dense_shape(f"layer.{values}", shape, stored) == tuple(weight.shape)
-    assert packed24.dense_shape("layer.weight_indices", packed.indices.shape, stored) == (0,)
-    assert packed24.dense_shape("layer.bias", (7,), stored) == (7,)
-    assert packed24.dense_shape("norm.weight", (8,), stored) == (8,)
+    rows, kept = packed.values.shape
+    for shape, dtype in (((rows, kept), "F32"), ((rows, kept), "I8"), ((rows, kept // 2), "U8")):
+        dense = packed24.dense_shape(f"layer.{values}", shape, dtype, stored)
+        assert dense == tuple(weight.shape)
+    for leaf, shape in (("weight_indices", packed.indices.shape), ("weight_scale", (rows, 1))):
+        assert packed24.dense_shape(f"layer.{leaf}", shape, "U8", stored) == (0,)
+    assert packed24.dense_shape("layer.bias", (7,), "F32", stored) == (7,)
+    assert packed24.dense_shape("norm.weight", (8,), "F32", stored) == (8,)
