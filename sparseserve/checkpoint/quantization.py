@@ -22,6 +22,7 @@ LARGEST_CODE: Mapping[str, int] = {"int8": 127, "fp8": 448, "int4": 7}
 KINDS = (NONE, *LARGEST_CODE)
 GROUP_SIZES = (128, 64, 32)
 _DEFAULT_GROUP = 64
+# Type and bits, as config.json calls them.
 _WEIGHTS: Mapping[str, tuple[str, int]] = {
     "int8": ("int", 8),
     "fp8": ("fp8", 8),

@@ -7,7 +7,7 @@ reading: afterwards the model is an ordinary dense one, which can be trained, sa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -270,13 +270,14 @@ def _unpacked(name: str, parts: dict[str, list[Tensor]], dtype: torch.dtype) -> 
                 f"{name}: {sum(packed)} packed weights for {len(positions)} tensors of positions: "
                 "copy or export the checkpoint again"
             )
-        scales = parts.get(_SCALE, [])
+        scales: Sequence[Tensor | None] = parts.get(_SCALE, [])
         if len(scales) not in {0, len(positions)}:
             raise ArtifactError(
                 f"{name}: {len(scales)} scales for {len(positions)} packed weights: "
                 "copy or export the checkpoint again"
             )
-        places = iter(zip(positions, scales or [None] * len(positions), strict=True))
+        own = scales if scales else [None] * len(positions)
+        places = iter(zip(positions, own, strict=True))
         return [
             _dense(key, tensor, *next(places), dtype) if is_packed else tensor
             for tensor, is_packed in zip(values, packed, strict=True)

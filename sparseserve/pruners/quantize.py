@@ -62,7 +62,7 @@ class QuantizeKept:
         mask = weight != 0
         if (pull := pull_of(dense_weight, statistics)) is not None:
             weight += pull @ factor.T @ factor
-        rows, columns = weight.shape
+        columns = weight.shape[1]
         group = self.quantization.group_of(columns)
         # Groups that fit into a block get the scale that suits them when the sweep arrives.
         late = _BLOCK % group == 0

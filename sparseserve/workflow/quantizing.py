@@ -57,7 +57,7 @@ def round_weights(opening: Opening, report: PruneReport, run: RunFolder) -> Roun
         engine=job.engine,
         structure=opening.structure,
     )
-    scales = {}
+    scales: dict[str, Tensor] = {}
     for layer in found.layers:
         stored = store.load(layer.name)
         assert stored is not None, f"{layer.name}: was stored just now"

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparseserve.checkpoint.packed24 import pack24, unpack24
 from sparseserve.checkpoint.quantization import Quantization, rounded, scales_of
 from sparseserve.checkpoint.quantized24 import (
+    Quantized24,
     check_canonical,
     from_stored,
     missing_tensor,
@@ -42,8 +43,12 @@ def weight() -> Tensor:
     return made
 
 
+def loaded(parts: Parts, dtype: torch.dtype = torch.float32) -> Quantized24:
+    return from_stored(parts["weight"], parts["weight_indices"], parts["weight_scale"], dtype)
+
+
 def read(parts: Parts, dtype: torch.dtype = torch.float32) -> Tensor:
-    return unpack24(from_stored(*parts.values(), dtype=dtype).dequantized())
+    return unpack24(loaded(parts, dtype).dequantized())
 
 
 @pytest.mark.parametrize("kind", ROUNDING)
@@ -59,7 +64,7 @@ def test_what_is_stored_is_each_weight_rounded_to_its_nearest_code(
     assert found.dtype == dtype
     assert torch.equal(found, expected)
     assert not found[found == 0].signbit().any()
-    check_canonical(from_stored(*parts.values(), dtype=dtype), kind)
+    check_canonical(loaded(parts, dtype), kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,7 +111,7 @@ def test_bits_a_weight_are_what_the_documents_say() -> None:
         assert sum(part.nbytes for part in parts.values()) * 8 == weight.numel() * bits
 
 
-Change = Callable[[Parts], None]
+Change = Callable[[Parts], object]
 
 
 def _wrong_position(parts: Parts) -> None:
@@ -132,7 +137,7 @@ def test_what_no_weight_gives_is_damage(weight: Tensor, name: str) -> None:
     parts = {key: part.clone() for key, part in stored_parts(quantized24(weight, how), how).items()}
     change(parts)
     with pytest.raises(ArtifactError, match=message):
-        check_canonical(from_stored(*parts.values(), dtype=torch.float32), kind)
+        check_canonical(loaded(parts), kind)
 
 
 def test_scales_that_do_not_fit_the_codes_are_refused(how: Quantization, weight: Tensor) -> None:
@@ -143,13 +148,13 @@ def test_scales_that_do_not_fit_the_codes_are_refused(how: Quantization, weight:
 
 
 def test_what_was_not_loaded_is_told_from_what_was(how: Quantization, weight: Tensor) -> None:
-    loaded = stored_parts(quantized24(weight, how), how)
-    empty = not_loaded(*weight.shape, weight.shape[1], how)
-    assert missing_tensor(*loaded.values()) is None
-    for name, tensor in empty.items():
-        assert tensor.shape == loaded[name].shape
-        assert tensor.dtype == loaded[name].dtype
-        assert missing_tensor(*{**loaded, name: tensor}.values()) == name
+    parts = stored_parts(quantized24(weight, how), how)
+    rows, columns = weight.shape
+    assert missing_tensor(*parts.values()) is None
+    for name, tensor in not_loaded(rows, columns, columns, how).items():
+        assert tensor.shape == parts[name].shape
+        assert tensor.dtype == parts[name].dtype
+        assert missing_tensor(*{**parts, name: tensor}.values()) == name
 
 
 def test_a_share_of_the_inputs_has_its_share_of_the_scales() -> None:
