@@ -136,13 +136,21 @@ def check_quantization(checkpoint: Checkpoint, modules: tuple[str, ...]) -> None
                 f"{asked.to}: copy or export the checkpoint again"
             )
         if kind:
-            columns = checkpoint.shape(values)[1] * (4 if kind == "int4" else 2)
-            groups, expected = checkpoint.shape(scale[0])[1], columns // asked.group_of(columns)
-            if groups != expected:
-                raise ArtifactError(
-                    f"{module} has {groups} scales for the {columns} inputs of a row, not "
-                    f"{expected}: copy or export the checkpoint again"
-                )
+            _check_scales(checkpoint, module, asked)
+
+
+def _check_scales(checkpoint: Checkpoint, module: str, asked: Quantization) -> None:
+    values, _, scale = names(checkpoint, module)
+    rows, *width = checkpoint.shape(values) or (0,)
+    if len(width) != 1:
+        raise ArtifactError(f"{values} {checkpoint.shape(values)} is no matrix")
+    columns = width[0] * (4 if asked.to == "int4" else 2)
+    expected = (rows, columns // asked.group_of(columns))
+    if checkpoint.shape(scale) != expected:
+        raise ArtifactError(
+            f"{scale} is {checkpoint.shape(scale)}, but {asked.to} codes of {columns} inputs need "
+            f"{expected}: copy or export the checkpoint again"
+        )
 
 
 def stored_scales(checkpoint: Checkpoint, modules: tuple[str, ...]) -> dict[str, Tensor]:

@@ -92,7 +92,8 @@ def test_a_file_that_can_be_none_of_the_folder_is_refused(folder: Path, name: st
     "entry", [5, [], {}, {"sha256": 1, "bytes": 1}, {"sha256": "0"}, {"sha256": "0", "bytes": "1"}]
 )
 def test_a_file_has_a_hash_and_a_size(folder: Path, entry: object) -> None:
-    reseal(folder, files={"model.safetensors": entry})
+    files = json.loads((folder / "sparseserve.json").read_text())["files"]
+    reseal(folder, files={**files, "model.safetensors": entry})
     assert "files model.safetensors is " in refusal(folder)
 
 
@@ -131,7 +132,8 @@ def test_packed_values_that_are_no_matrix_are_refused(folder: Path, shape: tuple
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "bytes": file.stat().st_size,
     }
-    reseal(folder, files={"model.safetensors": entry})
+    files = json.loads((folder / "sparseserve.json").read_text())["files"]
+    reseal(folder, files={**files, "model.safetensors": entry})
     assert "no matrix" in refusal(folder)
     with pytest.raises(ArtifactError, match="no matrix"):
         inspect_checkpoint(folder)
