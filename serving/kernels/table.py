@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from sparseserve.serving.kernels.cpu.int8_kernels import CpuInt8
 from sparseserve.serving.kernels.cpu.kernels import (
     CpuDense,
     CpuDirect,
@@ -22,6 +23,7 @@ KERNELS: Mapping[str, LinearKernel] = MappingProxyType(
         "cpu_unpacked": CpuUnpacked(),
         "cpu_unpacked_matmul": CpuUnpackedMatmul(),
         "cpu_dense": CpuDense(),
+        "cpu_int8": CpuInt8(),
         **CUDA_KERNELS,
         DENSE: DenseKernel(),
     }
