@@ -44,7 +44,7 @@ class LinearSpec:
 
         It would compute another function than the kernels for other batches of the layer do.
         """
-        return "the layer computes in int8" if self.quantized == INT8 else None
+        return f"the layer computes in {self.quantized}" if self.quantized else None
 
 
 @dataclass(frozen=True, slots=True)

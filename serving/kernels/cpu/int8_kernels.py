@@ -1,8 +1,8 @@
 """The product of quantized activations with a 2:4 weight of int8 codes, on a processor.
 
 Every token is quantized by its largest value, sums are integers, and the result is rounded once
-(``int8_layout.int8_product`` says it in torch). All vector units, numbers of threads and batch sizes
-give the same bits. A token with NaN or infinity becomes NaN, and no other does.
+(``int8_layout.int8_product`` says it in torch). All vector units, numbers of threads and batch
+sizes give the same bits. A token with NaN or infinity becomes NaN, and no other does.
 """
 
 from __future__ import annotations
