@@ -28,10 +28,13 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+// See kernels.h. Where all tiles are inlined in one function, GCC keeps their sums in memory.
 #if defined(__GNUC__)
 #define SPARSESERVE_UNROLL _Pragma("GCC unroll 8")
+#define SPARSESERVE_NOINLINE __attribute__((noinline))
 #else
 #define SPARSESERVE_UNROLL
+#define SPARSESERVE_NOINLINE
 #endif
 
 namespace sparseserve {
@@ -46,6 +49,7 @@ constexpr std::int64_t kHeld = 256;
 template <class V>
 struct Stored8 {
   const std::uint8_t* blocks;
+  const std::uint8_t* next;
   typename V::Codes codes(std::int64_t block, int strip) const {
     return V::codes(blocks + block * kBlockBytes, strip);
   }
@@ -55,6 +59,7 @@ struct Stored8 {
 template <class V>
 struct Unpacked8 {
   const std::uint8_t* blocks;
+  const std::uint8_t* next;
   typename V::Codes codes(std::int64_t block, int strip) const {
     return V::load_codes(blocks + (strip * kChunk + block) * 2 * V::bytes);
   }
@@ -62,21 +67,25 @@ struct Unpacked8 {
 
 // Adds T tokens times R strips of a panel, from `strip` on, to sums[T][32].
 template <class V, int T, int R, class Source>
-void tile8(const Source& source, std::int64_t count, const std::int8_t* tokens, int strip,
+SPARSESERVE_NOINLINE void tile8(Source source, std::int64_t count, const std::int8_t* tokens, int strip,
            std::int32_t* sums) {
   typename V::sums own[R][T];
   SPARSESERVE_UNROLL
   for (int r = 0; r < R; ++r)
     SPARSESERVE_UNROLL
     for (int t = 0; t < T; ++t) own[r][t] = V::load(sums + t * kPanel8 + (strip + r) * V::rows);
-  for (std::int64_t block = 0; block < count; ++block, tokens += T * kTokenBytes)
+  for (std::int64_t block = 0; block < count; ++block, tokens += T * kTokenBytes) {
     SPARSESERVE_UNROLL
     for (int r = 0; r < R; ++r) {
+      // The next chunk comes from memory meanwhile, each strip asks for its share of it.
+      for (int line = 0; line < 5 * V::rows; line += 40)
+        __builtin_prefetch(source.next + block * kBlockBytes + (strip + r) * 5 * V::rows + line);
       const typename V::Codes codes = source.codes(block, strip + r);
       SPARSESERVE_UNROLL
       for (int t = 0; t < T; ++t)
         own[r][t] = V::add_products(own[r][t], codes, tokens + t * kTokenBytes);
     }
+  }
   SPARSESERVE_UNROLL
   for (int r = 0; r < R; ++r)
     SPARSESERVE_UNROLL
@@ -115,11 +124,14 @@ void group8(const Source& source, std::int64_t count, const Tokens& tokens, std:
 template <class V>
 void panel8(const std::uint8_t* panel, const Tokens& tokens, std::int32_t* sums) {
   alignas(64) std::uint8_t unpacked[kChunk * kPanel8 * 8];
-  for (std::int64_t block = 0; block < tokens.blocks; block += kChunk) {
-    const std::int64_t count = std::min(kChunk, tokens.blocks - block);
+  const std::int64_t chunks = (tokens.blocks + kChunk - 1) / kChunk;
+  for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const std::int64_t block = chunk * tokens.blocks / chunks;
+    const std::int64_t count = (chunk + 1) * tokens.blocks / chunks - block;
     const std::uint8_t* at = panel + block * kBlockBytes;
+    const std::uint8_t* next = at + count * kBlockBytes;
     if (tokens.groups() == 1) {
-      group8<V>(Stored8<V>{at}, count, tokens, 0, block, sums);
+      group8<V>(Stored8<V>{at, next}, count, tokens, 0, block, sums);
       continue;
     }
     for (int strip = 0; strip < kPanel8 / V::rows; ++strip)
@@ -127,7 +139,7 @@ void panel8(const std::uint8_t* panel, const Tokens& tokens, std::int32_t* sums)
         V::store_codes(unpacked + (strip * kChunk + i) * 2 * V::bytes,
                        V::codes(at + i * kBlockBytes, strip));
     for (std::int64_t group = 0; group < tokens.groups(); ++group)
-      group8<V>(Unpacked8<V>{unpacked}, count, tokens, group, block, sums);
+      group8<V>(Unpacked8<V>{unpacked, next}, count, tokens, group, block, sums);
   }
 }
 
