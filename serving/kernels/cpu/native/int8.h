@@ -43,7 +43,7 @@ namespace {  // see kernels.h
 // Blocks that are multiplied, and unpacked, at once: 10 KiB of a panel, 16 KiB unpacked.
 constexpr std::int64_t kChunk = 64;
 // Tokens whose quantized values are held at once: at most so many times two bytes a column.
-constexpr std::int64_t kHeld = 256;
+constexpr std::int64_t kHeld = 128;
 
 // Codes as they are stored: their places and signs are taken apart for each group of tokens.
 template <class V>
@@ -65,22 +65,23 @@ struct Unpacked8 {
   }
 };
 
-// Adds T tokens times R strips of a panel, from `strip` on, to sums[T][32].
-template <class V, int T, int R, class Source>
-SPARSESERVE_NOINLINE void tile8(Source source, std::int64_t count, const std::int8_t* tokens, int strip,
-           std::int32_t* sums) {
+// Adds T tokens times R strips of a panel, from strip S on, to sums[T][32].
+template <class V, int T, int R, int S, class Source>
+SPARSESERVE_NOINLINE void tile8(Source source, std::int64_t count, const std::int8_t* tokens,
+                                std::int32_t* sums) {
   typename V::sums own[R][T];
+  sums += S * V::rows;
   SPARSESERVE_UNROLL
   for (int r = 0; r < R; ++r)
     SPARSESERVE_UNROLL
-    for (int t = 0; t < T; ++t) own[r][t] = V::load(sums + t * kPanel8 + (strip + r) * V::rows);
+    for (int t = 0; t < T; ++t) own[r][t] = V::load(sums + t * kPanel8 + r * V::rows);
   for (std::int64_t block = 0; block < count; ++block, tokens += T * kTokenBytes) {
     SPARSESERVE_UNROLL
     for (int r = 0; r < R; ++r) {
       // The next chunk comes from memory meanwhile, each strip asks for its share of it.
       for (int line = 0; line < 5 * V::rows; line += 40)
-        __builtin_prefetch(source.next + block * kBlockBytes + (strip + r) * 5 * V::rows + line);
-      const typename V::Codes codes = source.codes(block, strip + r);
+        __builtin_prefetch(source.next + block * kBlockBytes + (S + r) * 5 * V::rows + line);
+      const typename V::Codes codes = source.codes(block, S + r);
       SPARSESERVE_UNROLL
       for (int t = 0; t < T; ++t)
         own[r][t] = V::add_products(own[r][t], codes, tokens + t * kTokenBytes);
@@ -89,17 +90,17 @@ SPARSESERVE_NOINLINE void tile8(Source source, std::int64_t count, const std::in
   SPARSESERVE_UNROLL
   for (int r = 0; r < R; ++r)
     SPARSESERVE_UNROLL
-    for (int t = 0; t < T; ++t) V::store(sums + t * kPanel8 + (strip + r) * V::rows, own[r][t]);
+    for (int t = 0; t < T; ++t) V::store(sums + t * kPanel8 + r * V::rows, own[r][t]);
 }
 
-// The same for all strips. The sums of few tokens are kept for several strips at once.
-template <class V, int T, class Source>
+// The same for all strips, from strip S on. The sums of few tokens are kept for several at once.
+template <class V, int T, int S = 0, class Source>
 void strips8(const Source& source, std::int64_t count, const std::int8_t* tokens,
              std::int32_t* sums) {
   constexpr int all = kPanel8 / V::rows;
-  constexpr int at_once = T <= 2 ? all : T <= 4 && all > 1 ? 2 : 1;
-  for (int strip = 0; strip < all; strip += at_once)
-    tile8<V, T, at_once>(source, count, tokens, strip, sums);
+  constexpr int at_once = T <= 2 ? all : T <= 4 ? 2 : 1;
+  tile8<V, T, at_once, S>(source, count, tokens, sums);
+  if constexpr (S + at_once < all) strips8<V, T, S + at_once>(source, count, tokens, sums);
 }
 
 template <class V, class Source>
