@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,11 +14,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparseserve.checkpoint.packed24 import pack24
+from sparseserve.serving.kernels.cpu import int8_kernels
 from sparseserve.serving.kernels.cpu.int8_kernels import CpuInt8
 from sparseserve.serving.kernels.cpu.int8_layout import int8_panels, int8_product
-from sparseserve.serving.kernels.cpu.library import Int8Unit, missing_library, native_library
+from sparseserve.serving.kernels.cpu.library import (
+    Int8Unit,
+    NativeLibrary,
+    Unit,
+    missing_library,
+    native_library,
+)
 from sparseserve.sparsity import TWO_FOUR
 
+NATIVE = Path(__file__).parents[3] / "serving" / "kernels" / "cpu" / "native"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.skipif(missing_library() is not None, reason=str(missing_library()))
@@ -225,3 +238,39 @@ def test_plain_torch_gives_the_same_bits(unit: Int8Unit, dtype: torch.dtype) -> 
     inputs[2], inputs[5, 1] = 0, torch.nan
     plain = int8_product(pack24(weight), scale, inputs, bias)
     assert_same(product(unit, weight, scale, inputs, bias), plain)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> NativeLibrary:
+    """Return a library in which AVX2 does what AVX-VNNI and AVX-512 would."""
+    if shutil.which("g++") is None or Int8Unit.AVX2 not in own_units():
+        pytest.skip("no g++ or no AVX2")
+    folder = tmp_path_factory.mktemp("emulated")
+    sources = [NATIVE / "library.cpp", NATIVE / "portable.cpp", NATIVE / "avx2.cpp"]
+    sources += [NATIVE / "avx512.cpp", NATIVE / "int8_portable.cpp", NATIVE / "int8_avx2.cpp"]
+    for name in ("int8_avx_vnni.cpp", "int8_avx512_vnni.cpp"):
+        text = (NATIVE / name).read_text()
+        for unit in ("avx2,avxvnni", "avx512f,avx512bw,avx512vnni"):
+            text = text.replace(f'#pragma GCC target("{unit}")', '#pragma GCC target("avx2")')
+        header = Path(__file__).with_name("emulated_vnni.h")
+        (folder / name).write_text(f'#include "{header}"\n{text}')
+        sources.append(folder / name)
+    built = folder / "emulated.so"
+    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-psabi", f"-I{NATIVE}"]
+    subprocess.run(["g++", *options, "-o", built, *sources], check=True, capture_output=True)
+    handle = ctypes.CDLL(str(built))
+    handle.sparseserve_int8.argtypes = [ctypes.c_char_p]
+    return NativeLibrary(handle, Unit.PORTABLE, None, tuple(Int8Unit))
+
+
+@pytest.mark.parametrize("unit", [Int8Unit.AVX_VNNI, Int8Unit.AVX512_VNNI], ids=lambda u: u.name)
+def test_units_that_this_processor_lacks_are_exact_when_emulated(
+    unit: Int8Unit, emulated: NativeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_kernels, "native_library", lambda: emulated)
+    for rows, columns in ((1, 4), (40, 156), (72, 516)):
+        weight, scale = codes(rows, columns), row_scales(rows)
+        for batch in (1, 2, 3, 4, 5, 6, 7, 8, 9, 23):
+            for dtype in (torch.float32, torch.bfloat16):
+                inputs = activations(batch, columns).to(dtype)
+                assert_same(product(unit, weight, scale, inputs), expected(weight, scale, inputs))

@@ -1,5 +1,7 @@
 // The int8 kernels for AVX2 and AVX-VNNI.
-#if defined(__x86_64__)
+#include "int8_call.h"
+
+#if defined(SPARSESERVE_AVX_VNNI)
 #include <algorithm>
 #include <atomic>
 #include <cmath>

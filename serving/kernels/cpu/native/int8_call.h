@@ -5,6 +5,12 @@
 
 #include "call.h"
 
+// GCC 10 and clang 11 do not know AVX-VNNI.
+#if defined(__x86_64__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define SPARSESERVE_AVX_VNNI
+#endif
+
 namespace sparseserve {
 
 constexpr int kPanel8 = 32;       // rows of a panel

@@ -36,8 +36,8 @@ struct Int8Request {
   std::int64_t threads, parallel;
 };
 
-#if defined(__x86_64__)
-// Compilers name this feature differently, or not at all.
+#if defined(SPARSESERVE_AVX_VNNI)
+// Not every compiler that knows the unit has a name to ask for it.
 bool has_avx_vnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
@@ -99,7 +99,9 @@ EXPORT int sparseserve_int8_units() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2")) {
     units |= 1 << kInt8Avx2;
+#if defined(SPARSESERVE_AVX_VNNI)
     if (has_avx_vnni()) units |= 1 << kInt8AvxVnni;
+#endif
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vnni"))
@@ -129,8 +131,10 @@ EXPORT int sparseserve_int8(const char* bytes) {
     case kInt8Portable: return run_int8_portable(call) ? 0 : 1;
 #if defined(__x86_64__)
     case kInt8Avx2: return run_int8_avx2(call) ? 0 : 1;
-    case kInt8AvxVnni: return run_int8_avx_vnni(call) ? 0 : 1;
     case kInt8Avx512Vnni: return run_int8_avx512_vnni(call) ? 0 : 1;
+#endif
+#if defined(SPARSESERVE_AVX_VNNI)
+    case kInt8AvxVnni: return run_int8_avx_vnni(call) ? 0 : 1;
 #endif
     default: return 1;
   }
