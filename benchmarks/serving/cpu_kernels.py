@@ -42,9 +42,14 @@ SHAPES = (
     (192, 576),
 )
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256)
-OWN = {name: kernel for name, kernel in KERNELS.items() if name.startswith("cpu_")}
-_REPEATS = 5
-_PROCESSES = 3
+# cpu_int8_kernels.py compares the kernel for int8 codes.
+OWN = {
+    name: kernel
+    for name, kernel in KERNELS.items()
+    if name.startswith("cpu_") and name != "cpu_int8"
+}
+REPEATS = 5
+PROCESSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +63,7 @@ class Row:
     milliseconds: dict[str, float]
 
 
-Product = Callable[[Tensor], object]
+Product = Callable[[Tensor], Tensor]
 
 
 def products(rows: int, columns: int, copies: int) -> dict[str, list[Product]]:
@@ -92,13 +97,13 @@ def measure(rows: int, columns: int, batch: int, turns: dict[str, list[Product]]
     able = {
         name: runs
         for name, runs in turns.items()
-        if name not in OWN or batch in batches_of(OWN[name])
+        if name not in KERNELS or batch in batches_of(KERNELS[name])
     }
     taken: dict[str, list[float]] = {name: [] for name in able}
     # Long batches spend their time in arithmetic: fewer copies show the same.
-    copies = max(1, len(turns["cpu_dense"]) // batch)
+    copies = max(1, len(next(iter(turns.values()))) // batch)
     shuffled = random.Random(0)
-    for _ in range(_REPEATS):
+    for _ in range(REPEATS):
         for name in shuffled.sample(list(able), len(able)):
             x = narrow if name == "torch_bfloat16" else inputs
             # What the product before left behind, freed memory above all, is not this one's cost.
@@ -119,12 +124,15 @@ def measure_shape(rows: int, columns: int, batches: Sequence[int], cold_bytes: i
     return [measure(rows, columns, batch, turns) for batch in batches]
 
 
+MeasureShape = Callable[[int, int, Sequence[int], int], list[Row]]
+
+
 def measure_in_processes(
-    rows: int, columns: int, batches: Sequence[int], cold_bytes: int
+    measure_shape: MeasureShape, rows: int, columns: int, batches: Sequence[int], cold_bytes: int
 ) -> list[Row]:
     """Time one shape in fresh processes, one after the other; medians over them."""
     runs = []
-    for _ in range(_PROCESSES):
+    for _ in range(PROCESSES):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
             runs.append(fresh.submit(measure_shape, rows, columns, batches, cold_bytes).result())
     return [median_row(list(same)) for same in zip(*runs, strict=True)]
@@ -150,9 +158,9 @@ def main(result: str, cold_mib: int, smoke: bool) -> None:
         return
     found = []
     for rows, columns in SHAPES:
-        found += measure_in_processes(rows, columns, BATCHES, cold_mib * 2**20)
+        found += measure_in_processes(measure_shape, rows, columns, BATCHES, cold_mib * 2**20)
         click.echo(f"{rows} x {columns}", err=True)
-    setting = {"cold_bytes": cold_mib * 2**20, "repeats": _REPEATS, "processes": _PROCESSES}
+    setting = {"cold_bytes": cold_mib * 2**20, "repeats": REPEATS, "processes": PROCESSES}
     write_result(RESULTS / result, setting, rows=found)
 
 

@@ -20,8 +20,8 @@ class DenseKernel:
     largest_batch: ClassVar[int | None] = None
 
     def unsupported(self, spec: LinearSpec) -> str | None:
-        """Run everything."""
-        return None
+        """Run everything but layers that compute in int8."""
+        return spec.float_refusal()
 
     def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
         """Return the weight ``[rows, columns]``."""

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.packed24 import INDICES, Packed24, kept_positions, pack24, unpack24
+from sparseserve.checkpoint.quantized24 import Quantized24
 from sparseserve.errors import ArtifactError, ServingError
+
+#: The one value of :attr:`LinearSpec.quantized`.
+INT8 = "int8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,8 @@ class LinearSpec:
         dtype: Of weight, input and output.
         device: Where the layer runs.
         two_four: Whether every row is 2:4; a merged layer may hold dense modules too.
+        quantized: ``"int8"`` for a layer that multiplies int8 codes by activations quantized to
+            int8, whatever its batch; None for one that multiplies numbers of its dtype.
     """
 
     rows: int
@@ -31,14 +37,25 @@ class LinearSpec:
     dtype: torch.dtype
     device: torch.device
     two_four: bool
+    quantized: str | None = None
+
+    def float_refusal(self) -> str | None:
+        """Return why a kernel of floating point cannot run the layer, or None if it may.
+
+        It would compute another function than the kernels for other batches of the layer do.
+        """
+        return f"the layer computes in {self.quantized}" if self.quantized else None
 
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
-    """Consecutive rows of a layer, from the module ``name``: packed, or dense ``[rows, in]``."""
+    """Consecutive rows of a layer, from the module ``name``.
+
+    Packed, packed in int8 codes, or dense ``[rows, in]``.
+    """
 
     name: str
-    weight: Packed24 | Tensor
+    weight: Packed24 | Quantized24 | Tensor
 
     def dense(self) -> Tensor:
         """Return the rows as ``[rows, in]``.
@@ -49,7 +66,7 @@ class RowBlock:
         if isinstance(self.weight, Tensor):
             return self.weight
         with self._naming_damage():
-            return unpack24(self.weight)
+            return unpack24(_dequantized(self.weight))
 
     def packed(self) -> Packed24:
         """Return the rows packed, checked.
@@ -57,14 +74,33 @@ class RowBlock:
         Raises:
             ServingError: The packed form is damaged, or dense rows are not 2:4.
         """
-        if isinstance(self.weight, Packed24):
+        if not isinstance(self.weight, Tensor):
+            packed = _dequantized(self.weight)
             with self._naming_damage():
-                kept_positions(self.weight)
-            return self.weight
+                kept_positions(packed)
+            return packed
         try:
             return pack24(self.weight)
         except ArtifactError as error:
             raise ServingError(f"{self.name}.weight: {error}") from error
+
+    def codes(self) -> Quantized24:
+        """Return the rows in int8 codes, checked.
+
+        Raises:
+            ServingError: The rows are not in codes, or are damaged.
+        """
+        if not isinstance(self.weight, Quantized24) or not self.weight.is_int8:
+            raise ServingError(f"{self.name}: the weight is not int8")
+        with self._naming_damage():
+            kept_positions(self.weight.codes)
+        return self.weight
+
+    def values(self) -> Tensor:
+        """Return the values that are stored, in the dtype that products of floats take."""
+        if isinstance(self.weight, Tensor):
+            return self.weight
+        return _dequantized(self.weight).values
 
     @contextmanager
     def _naming_damage(self) -> Iterator[None]:
@@ -89,18 +125,33 @@ class LoadedWeight:
 
     def packed(self) -> Packed24:
         """Return the layer packed as one."""
-        parts = [block.packed() for block in self.blocks]
-        if len(parts) == 1:
-            return parts[0]
-        return Packed24(
-            torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
-        )
+        return _joined([block.packed() for block in self.blocks])
+
+    def codes(self) -> tuple[Packed24, Tensor]:
+        """Return the layer's int8 codes packed as one, and the scale of every row, ``[rows]``.
+
+        Raises:
+            ServingError: A module is not in codes, or is damaged.
+        """
+        parts = [block.codes() for block in self.blocks]
+        codes = _joined([part.codes for part in parts])
+        return codes, torch.cat([part.scale[:, 0] for part in parts])
 
     def storage_dtype(self) -> torch.dtype:
         """Return the narrowest dtype that holds every value exactly; float32 may hold bfloat16s."""
-        return _narrowest(
-            [b.weight if isinstance(b.weight, Tensor) else b.weight.values for b in self.blocks]
-        )
+        return _narrowest([block.values() for block in self.blocks])
+
+
+def _dequantized(weight: Packed24 | Quantized24) -> Packed24:
+    return weight.dequantized() if isinstance(weight, Quantized24) else weight
+
+
+def _joined(parts: Sequence[Packed24]) -> Packed24:
+    if len(parts) == 1:
+        return parts[0]
+    return Packed24(
+        torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    )
 
 
 def _narrowest(tensors: Sequence[Tensor]) -> torch.dtype:

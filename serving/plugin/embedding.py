@@ -20,7 +20,7 @@ from sparseserve.serving.kernels import LinearSpec, LoadedWeight, RowBlock, two_
 from sparseserve.serving.kernels.choice.choose import allowed_kernels
 from sparseserve.serving.kernels.choice.plan import KernelPlan, PlanStep
 from sparseserve.serving.kernels.cpu.layout import dense_panel_rows
-from sparseserve.serving.plugin.linear import NOT_LOADED
+from sparseserve.serving.plugin.parameters import NOT_LOADED
 
 logger = init_logger("vllm.sparseserve")
 

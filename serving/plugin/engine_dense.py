@@ -28,8 +28,8 @@ class EngineDense:
         self._layer = nn.Module()
 
     def unsupported(self, spec: LinearSpec) -> str | None:
-        """Run everything."""
-        return None
+        """Run everything but layers that compute in int8."""
+        return spec.float_refusal()
 
     def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
         """Make a layer of it; return the weight, whose size is the size of any order of it."""

@@ -21,7 +21,8 @@ from sparseserve.checkpoint import packed24, quantized24
 from sparseserve.checkpoint.stacks import ExpertStack
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.serving.plugin.config import SparseServeConfig
-from sparseserve.serving.plugin.linear import LEAVES, Packed24LinearMethod
+from sparseserve.serving.plugin.linear import Packed24LinearMethod
+from sparseserve.serving.plugin.parameters import LEAVES
 
 logger = init_logger("vllm.sparseserve")
 

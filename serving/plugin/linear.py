@@ -3,10 +3,6 @@
 A vLLM layer may merge several modules of the checkpoint (q, k and v; gate and up), and holds only
 this rank's share of them. vLLM's own parameter classes do the cutting: the packed tensors keep
 rows first and inputs second, like the dense weight.
-
-vLLM does not check that every weight of a quantized checkpoint was there to load. So parameters
-start as what no checkpoint can hold (NaN values, indices that do not ascend), and a layer that
-still has any of it after loading is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +19,6 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
 from sparseserve.checkpoint import packed24, quantized24
 from sparseserve.checkpoint.quantization import Quantization
@@ -37,8 +32,22 @@ from sparseserve.serving.kernels import (
     two_four_linear,
     with_dense,
 )
-from sparseserve.serving.kernels.choice.choose import TimedLayers
+from sparseserve.serving.kernels.choice.choose import (
+    KERNELS_VARIABLE,
+    TimedLayers,
+    allowed_kernels,
+)
+from sparseserve.serving.kernels.cpu.int8_kernels import int8_unsupported
+from sparseserve.serving.kernels.protocol import INT8
+from sparseserve.serving.kernels.table import CPU_INT8
 from sparseserve.serving.plugin.engine_dense import EngineDense
+from sparseserve.serving.plugin.parameters import (
+    LEAVES,
+    forget,
+    loaded_block,
+    register,
+    require_loaded,
+)
 from sparseserve.serving.plugin.shards import (
     CheckpointModule,
     Shard,
@@ -49,16 +58,6 @@ from sparseserve.serving.plugin.shards import (
 from sparseserve.sparsity import TWO_FOUR
 
 logger = init_logger("vllm.sparseserve")
-
-# Names of the parameters of a packed layer. The values are not called ``weight``, as in a
-# checkpoint: several modules may share a layer, and some models turn what they call a weight.
-LEAVES = {
-    packed24.VALUES: "weight_values",
-    packed24.INDICES: "weight_indices",
-    packed24.SCALE: "weight_scale",
-}
-
-NOT_LOADED = "is missing, not whole or holds NaN: check the folder with sparseserve verify"
 
 
 class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is checked as Any
@@ -153,15 +152,31 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
         columns, rows = input_size_per_partition, sum(output_partition_sizes)
         require_whole_bytes(self.prefix, columns, input_size)
         loader = extra_weight_attrs["weight_loader"]
+        whole_rows = self._quantization.group_of(input_size) == input_size
         for name, tensor in self._empty(rows, columns, input_size, params_dtype).items():
-            _register(layer, LEAVES[name], tensor, loader)
+            of_rows = name == packed24.SCALE and whole_rows
+            register(layer, LEAVES[name], tensor, loader, whole_rows=of_rows)
         example = torch.empty(0, dtype=params_dtype)
         self.settle(columns, output_partition_sizes, example)
+        if self._computes_in_int8():
+            self._spec = replace(self._spec, quantized=INT8)
         # Where nothing is loaded into it, it only shows whether the model replaces its loader.
         device = "meta" if self._spec.two_four else None
         dense = torch.full((rows, columns), torch.nan, dtype=params_dtype, device=device)
-        _register(layer, "weight", dense, loader)
+        register(layer, "weight", dense, loader)
         self._loader = _loader_of(layer)
+
+    def _computes_in_int8(self) -> bool:
+        """Whether the layer multiplies codes; if not, they become a weight while it is loaded."""
+        spec = self._spec
+        if self._quantization.to != INT8 or not spec.two_four:
+            return False
+        reason = int8_unsupported(spec.device, spec.rows, spec.columns, spec.dtype)
+        if reason is None and CPU_INT8 not in allowed_kernels():
+            reason = f"{KERNELS_VARIABLE} leaves it out"
+        if reason is not None:
+            logger.info_once("int8 layers compute in %s: int8: %s", spec.dtype, reason)
+        return reason is None
 
     def _empty(
         self, rows: int, columns: int, input_size: int, dtype: torch.dtype
@@ -183,9 +198,9 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
     def become_dense(self, layer: nn.Module) -> None:
         """Let vLLM load and run ``layer`` as it does without us; nothing is loaded yet."""
         empty, loader = layer.get_parameter("weight"), _loader_of(layer)
-        _forget(layer)
+        forget(layer)
         dense = torch.full(empty.shape, torch.nan, dtype=empty.dtype)
-        _register(layer, "weight", dense, loader)
+        register(layer, "weight", dense, loader)
         layer.quant_method = self._dense
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -195,9 +210,9 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
             ServingError: A tensor of the checkpoint is missing or damaged.
         """
         weight = LoadedWeight(
-            tuple(_loaded_block(layer, shard, self._spec.dtype) for shard in self.shards)
+            tuple(loaded_block(layer, shard, self._spec) for shard in self.shards)
         )
-        _forget(layer)
+        forget(layer)
         self.give(layer, weight)
 
 
@@ -223,7 +238,7 @@ class Dense24LinearMethod(_TwoFourLinearMethod):
         columns, rows = input_size_per_partition, sum(output_partition_sizes)
         require_whole_groups(self.prefix, columns, input_size)
         dense = torch.full((rows, columns), torch.nan, dtype=params_dtype)
-        _register(layer, "weight", dense, extra_weight_attrs["weight_loader"])
+        register(layer, "weight", dense, extra_weight_attrs["weight_loader"])
         self.settle(columns, output_partition_sizes, dense)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -235,7 +250,7 @@ class Dense24LinearMethod(_TwoFourLinearMethod):
         weight = layer.get_parameter("weight").data
         for shard in self.shards:
             rows = weight[shard.start : shard.stop]
-            _require_loaded(f"{shard.name}.weight", rows)
+            require_loaded(f"{shard.name}.weight", rows)
             if shard.sparse and (violation := TWO_FOUR.first_violation(rows)):
                 raise ServingError(
                     f"{shard.name}.weight is not {TWO_FOUR}: {violation}{_rank(layer)}: "
@@ -255,50 +270,8 @@ def chosen_kernels(model: nn.Module) -> dict[str, LayerKernels]:
     return {name: method.kernels for name, method in methods.items() if method.kernels}
 
 
-def _register(layer: nn.Module, name: str, data: Tensor, loader: object) -> None:
-    if data.shape[1] == 1:  # the scales of whole rows, whatever share of the inputs this rank has
-        parameter = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=loader)
-    else:
-        parameter = ModelWeightParameter(data=data, input_dim=1, output_dim=0, weight_loader=loader)
-    layer.register_parameter(name, parameter)
-
-
-def _forget(layer: nn.Module) -> None:
-    """Remove the parameters that the checkpoint's tensors were, or would be, loaded into."""
-    for name in (*LEAVES.values(), "weight"):
-        if hasattr(layer, name):
-            delattr(layer, name)
-
-
 def _loader_of(layer: Any) -> object:
     return layer.weight.weight_loader
-
-
-def _loaded_block(layer: nn.Module, shard: Shard, dtype: torch.dtype) -> RowBlock:
-    rows = slice(shard.start, shard.stop)
-    if not shard.sparse:
-        dense = layer.get_parameter("weight").data[rows]
-        _require_loaded(f"{shard.name}.weight", dense)
-        return RowBlock(shard.name, dense)
-    parts = [
-        layer.get_parameter(name).data[rows] for name in LEAVES.values() if hasattr(layer, name)
-    ]
-    values, indices, *scale = parts
-    if scale:
-        missing = quantized24.missing_tensor(values, indices, scale[0])
-    else:
-        missing = packed24.missing_tensor(packed24.Packed24(values, indices))
-    if missing:
-        raise ServingError(f"{shard.name}.{missing} {NOT_LOADED}")
-    if not scale:
-        return RowBlock(shard.name, packed24.Packed24(values, indices))
-    quantized = quantized24.from_stored(values, indices, scale[0], dtype)
-    return RowBlock(shard.name, quantized.dequantized())
-
-
-def _require_loaded(name: str, tensor: Tensor) -> None:
-    if bool(tensor.isnan().any()):
-        raise ServingError(f"{name} {NOT_LOADED}")
 
 
 def _rank(layer: nn.Module) -> str:

@@ -56,6 +56,11 @@ class Quantized24:
                 f"{tuple(self.codes.values.shape)}"
             )
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether codes are int8 and each row has one scale, as int8 kernels need them."""
+        return self.codes.values.dtype == torch.int8 and self.scale.shape[1] == 1
+
     def dequantized(self) -> Packed24:
         """Return the weight packed, its values in ``dtype``."""
         values = self.codes.values.float()

@@ -15,7 +15,7 @@ from benchmarks.quality import compare as quality
 from benchmarks.quality.calibration_memory import calibration_memory_table
 from benchmarks.quality.larger_than_memory import larger_than_memory_table
 from benchmarks.quality.layer_memory import layer_memory_table
-from benchmarks.serving import cpu_kernels
+from benchmarks.serving import cpu_int8_kernels, cpu_kernels
 from benchmarks.serving.tables import cpu_kernels_table
 from sparseserve.testing import save_tiny_model
 from tests.benchmarks.script_runs import smoke_run, table_cells
@@ -67,6 +67,16 @@ def test_a_smoke_run_times_every_product() -> None:
         }
     ).splitlines()
     assert lines[2].startswith("| 64 x 64 | 1 | `cpu_")
+
+
+def test_a_smoke_run_times_every_product_of_int8_codes() -> None:
+    run = CliRunner().invoke(cpu_int8_kernels.main, ["--smoke"], catch_exceptions=False)
+    lines = [line for line in run.output.splitlines() if line.startswith("{")]
+    single, many = (json.loads(line) for line in lines)
+    assert set(single["milliseconds"]) == set(cpu_int8_kernels.PRODUCTS)
+    assert set(single["milliseconds"]) - set(many["milliseconds"]) == {"cpu_direct"}
+    # Activations of 8 bits are wrong by up to half a step of 1/127 of the largest.
+    assert single["errors"]["cpu_int8"] < 0.02
 
 
 def test_processes_are_combined_by_medians_of_each_product() -> None:

@@ -30,7 +30,7 @@ MakeFolder = Callable[..., Path]
 def kernels_without_timing() -> None:
     """Run 2:4 layers on our own kernels whatever is fastest; layers that are 2:4 in part, too."""
     if missing_library() is None:
-        os.environ["SPARSESERVE_KERNELS"] = "cpu_unpacked,cpu_dense"
+        os.environ["SPARSESERVE_KERNELS"] = "cpu_unpacked,cpu_dense,cpu_int8"
 
 
 @pytest.fixture(params=["dense", "cpu_unpacked,cpu_dense"])

@@ -107,7 +107,7 @@ def layer_kernels(
         if (reason := kernel.unsupported(spec)) is not None
     }
     able = {name: kernel for name, kernel in kernels.items() if name not in refusals}
-    stored = dtype_name(weight.storage_dtype())
+    stored = spec.quantized or dtype_name(weight.storage_dtype())
     layer = f"{spec.rows} x {spec.columns} {dtype_name(spec.dtype)} in {stored}"
     if not able:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())

@@ -129,7 +129,7 @@ class CpuDense:
 
     def unsupported(self, spec: LinearSpec) -> str | None:
         """Refuse wholly 2:4 layers, which take less in the packed form, and other devices."""
-        if spec.two_four:
+        if spec.two_four and not spec.quantized:
             return "every module of the layer is 2:4"
         return _unsupported(spec)
 
@@ -145,6 +145,8 @@ class CpuDense:
 
 
 def _unsupported(spec: LinearSpec) -> str | None:
+    if refusal := spec.float_refusal():
+        return refusal
     if spec.device.type != "cpu":
         return f"runs on a CPU, not on {spec.device.type}"
     if spec.dtype not in STORED_DTYPES:

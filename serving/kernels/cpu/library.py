@@ -19,7 +19,7 @@ from torch import Tensor
 from sparseserve.errors import ServingError
 
 _MODULE = "sparseserve.serving.kernels.cpu.native._kernels"
-_VERSION = 3
+_VERSION = 4
 
 
 class Unit(IntEnum):
@@ -28,6 +28,15 @@ class Unit(IntEnum):
     PORTABLE = 0
     AVX2 = 1
     AVX512 = 2
+
+
+class Int8Unit(IntEnum):
+    """Vector units that int8 products are compiled for, the best last."""
+
+    PORTABLE = 0
+    AVX2 = 1
+    AVX_VNNI = 2
+    AVX512_VNNI = 3
 
 
 class Operation(IntEnum):
@@ -43,6 +52,9 @@ class Operation(IntEnum):
 # product notices eleven of them.
 _REQUEST = struct.Struct("=11q")
 
+# Those of Int8Request.
+_INT8_REQUEST = struct.Struct("=12q")
+
 _STORED = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 STORED_DTYPES = tuple(_STORED)
 
@@ -56,11 +68,13 @@ class NativeLibrary:
         best: The best vector unit of this processor.
         parallel: Address of ``GOMP_parallel`` in the OpenMP library that torch runs on; None if
             there is none, and then one thread does all.
+        int8_units: The vector units of this processor that int8 products know, the best last.
     """
 
     handle: ctypes.CDLL
     best: Unit
     parallel: int | None
+    int8_units: tuple[Int8Unit, ...]
 
     def run(
         self,
@@ -100,6 +114,44 @@ class NativeLibrary:
         if self.handle.sparseserve_run(request):
             raise ValueError(f"the library knows no {operation!r} of {panels.dtype} on {unit!r}")
 
+    def run_int8(
+        self,
+        panels: Tensor,
+        scale: Tensor,
+        inputs: Tensor,
+        bias: Tensor | None,
+        outputs: Tensor,
+        *,
+        unit: Int8Unit | None,
+    ) -> None:
+        """Quantize and multiply on as many threads as torch has. Nothing is checked here.
+
+        Args:
+            panels: Of ``int8_layout``.
+            scale: float32 ``[rows]``.
+            inputs: ``[batch, columns]``, bfloat16 or float32; columns are a multiple of 4.
+            bias: ``[rows]`` in the dtype of the inputs, or None.
+            outputs: ``[batch, rows]`` in the dtype of the inputs.
+            unit: Which vector unit, which the processor must have; None is the best.
+        """
+        batch, rows = outputs.shape
+        request = _INT8_REQUEST.pack(
+            self.int8_units[-1] if unit is None else unit,
+            _STORED[inputs.dtype],
+            panels.data_ptr(),
+            scale.data_ptr(),
+            inputs.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            outputs.data_ptr(),
+            batch,
+            rows,
+            inputs.shape[1],
+            torch.get_num_threads(),
+            self.parallel or 0,
+        )
+        if self.handle.sparseserve_int8(request):
+            raise ValueError(f"the library knows no int8 product of {inputs.dtype} on {unit!r}")
+
 
 @cache
 def native_library() -> NativeLibrary:
@@ -127,7 +179,11 @@ def native_library() -> NativeLibrary:
             f"{found.origin} has version {version}, this release needs {_VERSION}: install it again"
         )
     handle.sparseserve_run.argtypes = [ctypes.c_char_p]
-    return NativeLibrary(handle, Unit(handle.sparseserve_unit()), _parallel_of_torch())
+    handle.sparseserve_int8.argtypes = [ctypes.c_char_p]
+    bits = handle.sparseserve_int8_units()
+    int8_units = tuple(unit for unit in Int8Unit if bits >> unit & 1)
+    best = Unit(handle.sparseserve_unit())
+    return NativeLibrary(handle, best, _parallel_of_torch(), int8_units)
 
 
 def missing_library() -> str | None:

@@ -60,8 +60,8 @@ def refusal(
     spec: LinearSpec, device: CudaDevice | None, *, row_multiple: int, column_multiple: int
 ) -> str | None:
     """Return why no 2:4 kernel of these shape limits can run ``spec`` on ``device``, or None."""
-    if device is None:
-        return f"needs an NVIDIA GPU, the layer is on {spec.device}"
+    if device is None or spec.quantized:
+        return spec.float_refusal() or f"needs an NVIDIA GPU, the layer is on {spec.device}"
     if device.capability < FIRST_CAPABILITY:
         return f"needs compute capability 8.0 or more, not {device}"
     if not spec.two_four:

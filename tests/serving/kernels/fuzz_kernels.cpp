@@ -7,11 +7,40 @@
 
 extern "C" int sparseserve_unit();
 extern "C" int sparseserve_run(const char* bytes);
+extern "C" int sparseserve_int8_units();
+extern "C" int sparseserve_int8(const char* bytes);
 
 namespace {
 
 std::int64_t address(const void* data) {
   return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(data));
+}
+
+// Random bytes hold every code and place, also those that no weight has.
+int int8_calls(std::mt19937& random) {
+  int calls = 0;
+  for (int unit = 0; unit < 4; ++unit)
+    for (int number = 0; number < 90 && sparseserve_int8_units() >> unit & 1; ++number) {
+      const bool wide = number % 2;
+      const std::int64_t rows = 1 + random() % 100;
+      const std::int64_t columns = 4 * (1 + random() % 160);
+      const std::int64_t batch = number % 30 ? random() % 20 : 250 + random() % 20;
+      std::vector<std::uint8_t> weight((rows + 31) / 32 * ((columns + 7) / 8) * 160);
+      for (auto& byte : weight) byte = static_cast<std::uint8_t>(random());
+      std::vector<float> scales(rows, 0.5f);
+      const int size = wide ? 4 : 2;
+      std::vector<std::uint8_t> inputs(batch * columns * size), bias(rows * size);
+      for (auto& byte : inputs) byte = static_cast<std::uint8_t>(random() % 127);
+      std::vector<std::uint8_t> outputs(batch * rows * size);
+      // Int8Request of library.cpp.
+      const std::int64_t request[] = {
+          unit, wide ? 2 : 0, address(weight.data()), address(scales.data()),
+          address(inputs.data()), number % 3 ? address(bias.data()) : 0, address(outputs.data()),
+          batch, rows, columns, 1, 0};
+      if (sparseserve_int8(reinterpret_cast<const char*>(request))) return -1;
+      ++calls;
+    }
+  return calls;
 }
 
 }  // namespace
@@ -44,5 +73,5 @@ int main() {
             return 1;
           ++calls;
         }
-  std::printf("%d calls\n", calls);
+  std::printf("%d calls, %d in int8\n", calls, int8_calls(random));
 }

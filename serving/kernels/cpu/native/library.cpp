@@ -1,7 +1,11 @@
 // The C interface, for ctypes. It links neither to Python nor to torch, so that one binary serves
 // every version of both. Arguments are checked by the caller, serving/kernels/cpu/library.py.
 #include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
+#include "int8_call.h"
 #include "units.h"
 
 #if defined(_WIN32)
@@ -22,6 +26,24 @@ struct Request {
   std::int64_t threads, parallel;
 };
 
+enum Int8Unit : int { kInt8Portable = 0, kInt8Avx2 = 1, kInt8AvxVnni = 2, kInt8Avx512Vnni = 3 };
+
+// What sparseserve_int8 is given.
+struct Int8Request {
+  std::int64_t unit, type;
+  std::int64_t weight, scales, inputs, bias, outputs;
+  std::int64_t batch, rows, columns;
+  std::int64_t threads, parallel;
+};
+
+#if defined(SPARSESERVE_AVX_VNNI)
+// Not every compiler that knows the unit has a name to ask for it.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
 template <class T>
 T* address(std::int64_t value) {
   return reinterpret_cast<T*>(static_cast<std::uintptr_t>(value));
@@ -30,7 +52,7 @@ T* address(std::int64_t value) {
 }  // namespace
 
 // Raised whenever the arguments, what they may be, or the layouts change.
-EXPORT int sparseserve_version() { return 3; }
+EXPORT int sparseserve_version() { return 4; }
 
 // The best vector unit of this processor.
 EXPORT int sparseserve_unit() {
@@ -65,6 +87,54 @@ EXPORT int sparseserve_run(const char* bytes) {
 #if defined(__x86_64__)
     case kAvx2: return run_avx2(wanted, type, call) ? 0 : 1;
     case kAvx512: return run_avx512(wanted, type, call) ? 0 : 1;
+#endif
+    default: return 1;
+  }
+}
+
+// The vector units of this processor that int8 products know, one bit each.
+EXPORT int sparseserve_int8_units() {
+  int units = 1 << kInt8Portable;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2")) {
+    units |= 1 << kInt8Avx2;
+#if defined(SPARSESERVE_AVX_VNNI)
+    if (has_avx_vnni()) units |= 1 << kInt8AvxVnni;
+#endif
+  }
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vnni"))
+    units |= 1 << kInt8Avx512Vnni;
+#endif
+  return units;
+}
+
+// Carries out the Int8Request at `bytes`, which need not be aligned. Returns 0, or 1 for a type or
+// unit that there is not.
+EXPORT int sparseserve_int8(const char* bytes) {
+  using namespace sparseserve;
+  Int8Request request;
+  std::memcpy(&request, bytes, sizeof request);
+  const Int8Call call{address<const std::uint8_t>(request.weight),
+                      address<const float>(request.scales),
+                      address<const void>(request.inputs),
+                      address<const void>(request.bias),
+                      address<void>(request.outputs),
+                      static_cast<Stored>(request.type),
+                      request.batch,
+                      request.rows,
+                      request.columns,
+                      static_cast<int>(request.threads),
+                      reinterpret_cast<Parallel>(static_cast<std::uintptr_t>(request.parallel))};
+  switch (request.unit) {
+    case kInt8Portable: return run_int8_portable(call) ? 0 : 1;
+#if defined(__x86_64__)
+    case kInt8Avx2: return run_int8_avx2(call) ? 0 : 1;
+    case kInt8Avx512Vnni: return run_int8_avx512_vnni(call) ? 0 : 1;
+#endif
+#if defined(SPARSESERVE_AVX_VNNI)
+    case kInt8AvxVnni: return run_int8_avx_vnni(call) ? 0 : 1;
 #endif
     default: return 1;
   }
