@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.artifact import Artifact, Manifest
-from sparseserve.checkpoint.config_dtype import config_dtype
 from sparseserve.checkpoint.formats import FORMATS, require_fit
 from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack, stacks_to_json
@@ -129,7 +128,7 @@ def write_stored(
     manifest = source.manifest
     said = storage.quantization_config(manifest.pruned, kept)
     if quantized and source.quantization:
-        said = quantized.quantized_config(manifest.pruned, source.quantization)
+        said = quantized.quantized_config(manifest.pruned, kept, source.quantization)
     if said is not None:
         stacks = stacks_to_json(manifest.stacks)
         said = {**said, STACKS_KEY: stacks} if stacks else said
@@ -259,8 +258,7 @@ def _pruned_dtype(artifact: Artifact) -> torch.dtype:
 def _quantised_dtype(artifact: Artifact) -> torch.dtype | None:
     """Return what quantised weights are rounded to when they are read; None if there are none."""
     storage = quantized_storage_of(artifact.manifest.format)
-    quantised = storage is not None and storage.stored_quantization(artifact.checkpoint)
-    return config_dtype(artifact.path) if quantised else None
+    return storage.quantized_dtype(artifact.checkpoint) if storage else None
 
 
 def _rounded(folder: Path, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

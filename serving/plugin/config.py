@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from sparseserve.checkpoint import packed24
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.formats import METHOD
-from sparseserve.checkpoint.quantization import Quantization
+from sparseserve.checkpoint.quantization import Quantization, read_dtype
 from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack, stacks_from_json
 from sparseserve.checkpoint.verification import check_before_reading
 from sparseserve.errors import ArtifactError, ServingError
@@ -44,6 +44,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
             None where vLLM has no such module; empty for a dense checkpoint.
         transposed: Those whose dense weight is stored ``[in, out]``.
         quantization: How the values of packed modules are rounded.
+        read_dtype: What code times scale is rounded to; None where values are no codes.
         stacks: Tensors of experts that vLLM loads whole, though the checkpoint packs each expert.
         dense: Modules of a dense checkpoint that must be 2:4; None is every linear.
         is_packed: Which of the two kinds the checkpoint is.
@@ -63,6 +64,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         self.is_packed = packed is not None
         self.packed: dict[str, str | None] = {name: name for name in packed or ()}
         self.quantization = Quantization()
+        self.read_dtype: torch.dtype | None = None
         self.transposed: frozenset[str] = frozenset()
         self.stacks: tuple[ExpertStack, ...] = ()
         self.dense: frozenset[str] | None = None
@@ -96,6 +98,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         with _as_serving_error():
             made = cls(packed24.packed_modules(config))
             made.quantization = Quantization.from_config(config)
+            made.read_dtype = read_dtype(config)
             made.stacks = stacks_from_json("quantization_config", config.get(STACKS_KEY, {}))
         return made
 
@@ -173,7 +176,9 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
             return UnquantizedLinearMethod()
         self._timed = self._timed or TimedLayers()
         if self.is_packed:
-            return Packed24LinearMethod(prefix, modules, self._timed, self.quantization)
+            return Packed24LinearMethod(
+                prefix, modules, self._timed, self.quantization, self.read_dtype
+            )
         return Dense24LinearMethod(prefix, modules, self._timed)
 
     def checkpoint_modules(self, prefix: str) -> tuple[CheckpointModule, ...]:

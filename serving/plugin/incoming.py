@@ -47,7 +47,7 @@ def _create_model(
     model: nn.Module = _MADE_BY_VLLM(loader, vllm_config, *args, **kwargs)
     config = vllm_config.quant_config
     if isinstance(config, SparseServeConfig) and config.is_packed:
-        _take_over(model, config, vllm_config.model_config.dtype)
+        _take_over(model, config)
     return model
 
 
@@ -122,7 +122,7 @@ def put_together(weights: Weights, stacks: Iterable[ExpertStack]) -> Iterator[tu
         raise ServingError(f"{min(names)} is missing: check the folder with sparseserve verify")
 
 
-def _take_over(model: Any, config: SparseServeConfig, dtype: torch.dtype) -> None:
+def _take_over(model: Any, config: SparseServeConfig) -> None:
     vllm_names = _names_run_by_us(model)
     taken = frozenset(name for name, known in config.packed.items() if known in vllm_names)
     if left := sorted(config.packed.keys() - taken):
@@ -136,8 +136,7 @@ def _take_over(model: Any, config: SparseServeConfig, dtype: torch.dtype) -> Non
 
     @wraps(load)
     def load_weights(weights: Weights, *args: Any, **kwargs: Any) -> Any:
-        quantized_as = dtype if config.quantization else None
-        found = incoming(weights, config.packed, taken, config.transposed, quantized_as)
+        found = incoming(weights, config.packed, taken, config.transposed, config.read_dtype)
         return load(put_together(found, config.stacks), *args, **kwargs)
 
     model.load_weights = load_weights

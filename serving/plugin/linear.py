@@ -129,9 +129,11 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
         modules: tuple[CheckpointModule, ...],
         timed: TimedLayers | None = None,
         quantization: Quantization | None = None,
+        read_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(prefix, modules, timed)
         self._quantization = quantization or Quantization()
+        self._read_dtype = read_dtype
 
     def create_weights(  # noqa: PLR0917  # vLLM's signature
         self,
@@ -210,7 +212,7 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
             ServingError: A tensor of the checkpoint is missing or damaged.
         """
         weight = LoadedWeight(
-            tuple(loaded_block(layer, shard, self._spec) for shard in self.shards)
+            tuple(loaded_block(layer, shard, self._spec, self._read_dtype) for shard in self.shards)
         )
         forget(layer)
         self.give(layer, weight)

@@ -7,6 +7,7 @@ and a layer that still has any of it after loading is refused.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 
@@ -48,8 +49,16 @@ def forget(layer: nn.Module) -> None:
             delattr(layer, name)
 
 
-def loaded_block(layer: nn.Module, shard: Shard, spec: LinearSpec) -> RowBlock:
+def loaded_block(
+    layer: nn.Module, shard: Shard, spec: LinearSpec, read_dtype: torch.dtype | None
+) -> RowBlock:
     """Return the rows of ``shard`` as they were loaded.
+
+    Args:
+        layer: Holds the parameters.
+        shard: Which rows.
+        spec: What the kernels are told of the layer.
+        read_dtype: What code times scale is rounded to; None where values are no codes.
 
     Raises:
         ServingError: They were not; names the tensor.
@@ -69,8 +78,11 @@ def loaded_block(layer: nn.Module, shard: Shard, spec: LinearSpec) -> RowBlock:
         raise ServingError(f"{shard.name}.{missing} {NOT_LOADED}")
     if not scale:
         return RowBlock(shard.name, packed24.Packed24(values, indices))
-    quantized = quantized24.from_stored(values, indices, scale[0], spec.dtype)
-    return RowBlock(shard.name, quantized if spec.quantized else quantized.dequantized())
+    quantized = quantized24.from_stored(values, indices, scale[0], read_dtype or spec.dtype)
+    if spec.quantized:
+        return RowBlock(shard.name, quantized)
+    packed = quantized.dequantized()
+    return RowBlock(shard.name, packed24.Packed24(packed.values.to(spec.dtype), packed.indices))
 
 
 def require_loaded(name: str, tensor: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.formats import METHOD
-from sparseserve.checkpoint.quantization import Quantization
+from sparseserve.checkpoint.quantization import Quantization, read_dtype
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError
 from sparseserve.sparsity import TWO_FOUR
@@ -125,7 +125,7 @@ def quantization_config(
         "format": FORMAT,
         "pattern": str(TWO_FOUR),
         "modules": list(modules),
-        "weights": quantization.weights_config() if quantization else floating,
+        "weights": quantization.weights_config(dtype) if quantization else floating,
         "activations": quantization.activations_config() if quantization else None,
     }
 
@@ -147,7 +147,7 @@ def packed_modules(
         # True equals 1.
         if type(config.get(key)) is not type(values[0]) or config.get(key) not in values:
             raise _unreadable(key, config.get(key), " or ".join(map(repr, values)))
-    if Quantization.from_config(config) and config.get("format") != FORMAT:
+    if read_dtype(config) is not None and config.get("format") != FORMAT:
         raise _unreadable("weights", config.get("weights"), "floating-point weights")
     return module_names(config.get("modules"), "quantization_config: modules")
 

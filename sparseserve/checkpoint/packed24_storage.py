@@ -17,7 +17,7 @@ from sparseserve.checkpoint.packed24 import (
     quantization_config,
     unpack24,
 )
-from sparseserve.checkpoint.quantization import Quantization
+from sparseserve.checkpoint.quantization import Quantization, read_dtype
 from sparseserve.checkpoint.quantized24 import (
     Quantized24,
     check_canonical,
@@ -103,9 +103,11 @@ def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
         raise ArtifactError("encoding is not the canonical one")
 
 
-def quantized_config(modules: tuple[str, ...], quantization: Quantization) -> dict[str, object]:
+def quantized_config(
+    modules: tuple[str, ...], dtype: torch.dtype, quantization: Quantization
+) -> dict[str, object]:
     """Return what config.json says under ``quantization_config`` of quantised ``modules``."""
-    return quantization_config(modules, torch.float32, quantization)
+    return quantization_config(modules, dtype, quantization)
 
 
 def stored_quantization(checkpoint: Checkpoint) -> Quantization:
@@ -114,10 +116,16 @@ def stored_quantization(checkpoint: Checkpoint) -> Quantization:
     Raises:
         ArtifactError: It says nothing, or what this release does not read.
     """
-    config = read_json(checkpoint.folder / "config.json").get("quantization_config")
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{checkpoint.folder}/config.json: has no quantization_config")
-    return Quantization.from_config(config)
+    return Quantization.from_config(_config(checkpoint))
+
+
+def quantized_dtype(checkpoint: Checkpoint) -> torch.dtype | None:
+    """Return what rounded weights are in when they are read; None where none are rounded.
+
+    Raises:
+        ArtifactError: config.json says nothing, or what this release does not read.
+    """
+    return read_dtype(_config(checkpoint))
 
 
 def check_quantization(checkpoint: Checkpoint, modules: tuple[str, ...]) -> None:
@@ -161,6 +169,13 @@ def stored_scales(checkpoint: Checkpoint, modules: tuple[str, ...]) -> dict[str,
         for module, name in names_of.items()
         if name in checkpoint
     }
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, object]:
+    config = read_json(checkpoint.folder / "config.json").get("quantization_config")
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{checkpoint.folder}/config.json: has no quantization_config")
+    return config
 
 
 def keeps_stacks() -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparseserve.devices import DTYPES, dtype_name
 from sparseserve.errors import ArtifactError, RecipeError, unknown_name
 
 NONE = "none"
@@ -74,10 +75,11 @@ class Quantization:
         sizes = [size for size in GROUP_SIZES if size <= (self.group_size or 0)]
         return next((size for size in sizes if columns % size == 0), columns)
 
-    def weights_config(self) -> dict[str, object]:
-        """Return what config.json says of quantised weights under ``weights``."""
+    def weights_config(self, dtype: torch.dtype) -> dict[str, object]:
+        """Return what config.json says under ``weights``; they are read in ``dtype``."""
         kind, bits = _WEIGHTS[self.to]
-        return {"type": kind, "bits": bits, "group_size": self.group_size}
+        described = {"type": kind, "bits": bits, "group_size": self.group_size}
+        return {**described, "dtype": dtype_name(dtype)}
 
     def activations_config(self) -> dict[str, object] | None:
         """Return what it says under ``activations``: what a server rounds the inputs to."""
@@ -114,6 +116,25 @@ class Quantization:
         if config.get("activations") != expected:
             raise _unreadable("activations", config.get("activations"))
         return found
+
+
+def read_dtype(config: Mapping[str, object]) -> torch.dtype | None:
+    """Return what code times scale is rounded to, as a ``quantization_config`` says.
+
+    Returns:
+        None where weights are not quantised.
+
+    Raises:
+        ArtifactError: It holds what this release does not read.
+    """
+    if not Quantization.from_config(config):
+        return None
+    weights = config["weights"]
+    assert isinstance(weights, dict), "from_config saw that"
+    name = weights.get("dtype")
+    if not isinstance(name, str) or name not in DTYPES:
+        raise _unreadable("weights", weights)
+    return DTYPES[name]
 
 
 def scales_of(weight: Tensor, quantization: Quantization) -> Tensor:

@@ -62,13 +62,17 @@ class QuantizedStorage(WeightStorage, Protocol):
         ...
 
     def quantized_config(
-        self, modules: tuple[str, ...], quantization: Quantization
+        self, modules: tuple[str, ...], dtype: torch.dtype, quantization: Quantization
     ) -> Mapping[str, object]:
-        """Return what config.json says of the pruned ``modules``."""
+        """Return what config.json says of the pruned ``modules``, in ``dtype`` when read."""
         ...
 
     def stored_quantization(self, checkpoint: Checkpoint) -> Quantization:
         """Return how the weights of a checkpoint are rounded."""
+        ...
+
+    def quantized_dtype(self, checkpoint: Checkpoint) -> torch.dtype | None:
+        """Return what rounded weights are in when they are read; None where none are."""
         ...
 
     def check_quantization(self, checkpoint: Checkpoint, modules: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparseserve.checkpoint.config_dtype import config_dtype
+from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError
 from sparseserve.foreign import bitmask24, marlin24
@@ -109,7 +109,7 @@ class ForeignCheckpoint:
                     f"{folder}: {module}.{unknown[0]} is of a format that is not read here; dense "
                     f"weights, {' and '.join(row.name for row in FORMATS)} are"
                 )
-        return cls(folder, checkpoint, modules, config_dtype(folder))
+        return cls(folder, checkpoint, modules, _dtype(folder))
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -188,3 +188,14 @@ def _spread(scale: Tensor, values: Tensor, name: str) -> Tensor:
     if len(scale) not in {1, rows} or columns % scale.shape[1]:
         raise ArtifactError(f"{name} {tuple(scale.shape)} does not fit a weight {rows} x {columns}")
     return scale.repeat_interleave(columns // scale.shape[1], dim=1)
+
+
+def _dtype(folder: Path) -> torch.dtype:
+    config = read_json(folder / "config.json")
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    named = [part.get("dtype", part.get("torch_dtype")) for part in parts]
+    name = next((text for text in named if isinstance(text, str)), "float32")
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ArtifactError(f"{folder}/config.json: dtype {name!r} is no floating type")
+    return found

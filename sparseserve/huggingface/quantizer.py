@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparseserve.checkpoint import packed24, semi_structured
 from sparseserve.checkpoint.formats import METHOD
 from sparseserve.checkpoint.packed24 import Packed24
+from sparseserve.checkpoint.quantization import read_dtype
 from sparseserve.checkpoint.quantized24 import from_stored
 from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack
 from sparseserve.errors import ArtifactError
@@ -77,6 +78,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
         self._replaced: dict[int, tuple[WeightConverter, WeightTransform | None]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._stacks: tuple[StackPlace, ...] = ()
+        self._dtype = read_dtype(vars(quantization_config))
 
     @property
     def is_trainable(self) -> bool:
@@ -95,8 +97,8 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
         Some models keep in one tensor what their files hold in many, such as experts; each of the
         many may be packed.
         """
-        unpacking = WeightConverter([*_PARTS], [packed24.VALUES], [_UnpackOne()])
-        added = [*map(_stacking, self._stacks), unpacking]
+        unpacking = WeightConverter([*_PARTS], [packed24.VALUES], [_UnpackOne(self._dtype)])
+        added = [*(_stacking(place, self._dtype) for place in self._stacks), unpacking]
         self._replaced |= {id(conversion): (conversion, None) for conversion in added}
         return [*map(self._unpacking_first, conversions), *added]
 
@@ -118,7 +120,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
         ours = WeightConverter(
             list(sources),
             list(conversion._original_target_patterns),
-            [_UnpackMany(sources), *conversion.operations],
+            [_UnpackMany(sources, self._dtype), *conversion.operations],
             force_cpu=conversion.force_cpu,
         )
         ours.scope_prefix, ours.base_model_prefix = (
@@ -163,7 +165,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
         return model
 
 
-def _stacking(place: StackPlace) -> WeightConverter:
+def _stacking(place: StackPlace, dtype: torch.dtype | None) -> WeightConverter:
     """Return what puts experts with tensors of their own into the one tensor of the model."""
     first, *_ = place.modules
     # All layers have the same names after their number, and transformers takes care of the rest.
@@ -172,12 +174,18 @@ def _stacking(place: StackPlace) -> WeightConverter:
     sources = {f"{stem}.{name}": stem for stem in stems for name in (*_VALUES, *_POSITIONS, _SCALE)}
     target = _LAYER_NUMBER.sub("", place.stack.tensor)
     return WeightConverter(
-        list(sources), [target], [_UnpackMany(sources), _PutTogether(place.stack, stems)]
+        list(sources), [target], [_UnpackMany(sources, dtype), _PutTogether(place.stack, stems)]
     )
 
 
 class _UnpackOne(ConversionOps):  # type: ignore[misc]  # likewise
-    """The weight of one module from its packed tensors; every other weight as it is."""
+    """The weight of one module from its packed tensors; every other weight as it is.
+
+    ``dtype`` is what quantised weights are rounded to.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
 
     def convert(
         self,
@@ -188,25 +196,25 @@ class _UnpackOne(ConversionOps):  # type: ignore[misc]  # likewise
         **_: Any,
     ) -> dict[str, Tensor]:
         """Return the weight ``full_layer_name`` in the orientation and dtype of ``model``."""
-        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
-        (weight,) = _unpacked(full_layer_name, input_dict, dtype)
+        (weight,) = _unpacked(full_layer_name, input_dict, self._dtype)
         if _POSITIONS.keys() & input_dict.keys():
             module = model.get_submodule(full_layer_name.rpartition(".")[0])
             weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
-        if f"{packed24.VERSION_1_VALUES}$" in input_dict:
-            # transformers leaves the dtype of renamed tensors alone.
-            weight = weight.to(dtype)
+        if f"{packed24.VERSION_1_VALUES}$" in input_dict or _SCALE in input_dict:
+            # transformers leaves the dtype of renamed tensors alone, and of integers.
+            weight = weight.to(model.get_parameter_or_buffer(full_layer_name).dtype)
         return {full_layer_name: weight}
 
 
 class _UnpackMany(ConversionOps):  # type: ignore[misc]  # likewise
     """The weights of many modules, before they are put together.
 
-    ``sources`` gives the name, among those that the next operation knows, that each of ours is for.
+    ``sources`` gives the name, among those that the next operation knows, that each of ours is for,
+    and ``dtype`` is what quantised weights are rounded to.
     """
 
-    def __init__(self, sources: dict[str, str]) -> None:
-        self._sources = sources
+    def __init__(self, sources: dict[str, str], dtype: torch.dtype | None) -> None:
+        self._sources, self._dtype = sources, dtype
 
     def convert(
         self,
@@ -225,9 +233,11 @@ class _UnpackMany(ConversionOps):  # type: ignore[misc]  # likewise
                 together.setdefault(self._sources[name], {})[leaf] = tensors
             else:  # such as biases
                 dense[name] = tensors
-        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+        wanted = model.get_parameter_or_buffer(full_layer_name).dtype
         for source, parts in together.items():
-            dense[source] = _unpacked(full_layer_name, parts, dtype)
+            weights = _unpacked(full_layer_name, parts, self._dtype)
+            quantised = any(name.endswith(_SCALE) for name in parts)
+            dense[source] = [weight.to(wanted) for weight in weights] if quantised else weights
         return dense
 
 
@@ -253,7 +263,7 @@ class _PutTogether(ConversionOps):  # type: ignore[misc]  # likewise
         return {full_layer_name: stack.put_together(weights)}
 
 
-def _unpacked(name: str, parts: dict[str, list[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+def _unpacked(name: str, parts: dict[str, list[Tensor]], dtype: torch.dtype | None) -> list[Tensor]:
     """Return the dense weights of the parameter ``name``, in ``dtype`` what is quantised.
 
     ``parts`` are lists in the order of the modules. All positions have values, but the values of
@@ -286,9 +296,13 @@ def _unpacked(name: str, parts: dict[str, list[Tensor]], dtype: torch.dtype) -> 
 
 
 def _dense(
-    key: str, values: Tensor, positions: Tensor, scale: Tensor | None, dtype: torch.dtype
+    key: str, values: Tensor, positions: Tensor, scale: Tensor | None, dtype: torch.dtype | None
 ) -> Tensor:
     """Return the dense weight of one module; ``key`` says what its ``positions`` are."""
-    if scale is not None:
+    if (scale is None) != (dtype is None):
+        raise ArtifactError(
+            "config.json and the tensors disagree about whether weights are rounded"
+        )
+    if scale is not None and dtype is not None:
         return packed24.unpack24(from_stored(values, positions, scale, dtype).dequantized())
     return packed24.unpack24(_POSITIONS[key](values, positions))

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseserve.checkpoint.packed24 import packed_modules, quantization_config
-from sparseserve.checkpoint.quantization import KINDS, Quantization, codes_of, rounded, scales_of
+from sparseserve.checkpoint.quantization import (
+    KINDS,
+    Quantization,
+    codes_of,
+    read_dtype,
+    rounded,
+    scales_of,
+)
 from sparseserve.errors import ArtifactError, RecipeError
 
 ROUNDING = [kind for kind in KINDS if kind != "none"]
@@ -90,6 +97,7 @@ def test_config_json_says_how_weights_are_rounded(kind: str) -> None:
     how = Quantization(to=kind)
     config = quantization_config(["a"], torch.bfloat16, how)
     assert Quantization.from_config(config) == how
+    assert read_dtype(config) == (None if kind == "none" else torch.bfloat16)
     assert packed_modules(config) == {"a"}
 
 
@@ -100,6 +108,7 @@ def test_config_json_says_how_weights_are_rounded(kind: str) -> None:
         {"weights": {"type": "int", "bits": 8, "group_size": 64}},
         {"weights": {"type": "int", "bits": 4, "group_size": True}},
         {"weights": "int8"},
+        {"weights": {"type": "int", "bits": 8, "group_size": None, "dtype": "int8"}},
         {"activations": None},
         {"activations": {"type": "int", "bits": 8, "dynamic": False, "strategy": "tensor"}},
     ],
