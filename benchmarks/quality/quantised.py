@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.evaluation_texts import text_option
-from benchmarks.harness.markdown import head, line
+from benchmarks.harness.markdown import head, line, processor_and_software
 from benchmarks.harness.results import RESULTS, Result, stored, write_result
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.quantization import Quantization, rounded, scales_of
@@ -231,7 +231,15 @@ def quantised_table(result: Result) -> str:
         gaps = (f"{math.log(found[text] / before[text]):.3f}" for text in texts)
         shown = (f"{found[text]:.2f}" for text in texts)
         rows.append(line(run["form"], f"{run['bits_per_weight']:g}", *shown, *gaps))
-    return "\n".join(rows)
+    setting, machine = result["setting"], result["machine"]
+    note = (
+        f"The 2:4 model was pruned by `{setting['recipe']['method']['name']}` on "
+        f"{setting['calibration']['samples']} windows, on which errors of rounding were repaired, "
+        f"too. Bits count codes, places and the scales of groups. {setting['evaluation_windows']} "
+        f"windows of {setting['evaluation_length']} tokens a text, computed in float32; "
+        f"{processor_and_software(machine)}"
+    )
+    return "\n".join([*rows, "", note])
 
 
 @click.command()
@@ -267,7 +275,8 @@ def main(
         if any(run.form == form.name for run in runs):
             continue
         runs.append(measurement.run(form))
-        write_result(path, setting, runs=runs)
+        if not smoke:
+            write_result(path, setting, runs=runs)
         click.echo(json.dumps(asdict(runs[-1])), err=True)
 
 
