@@ -18,6 +18,7 @@ from benchmarks.stress.fuzz_models import try_serving
 from benchmarks.stress.mutations import Chance, mutated_bytes, mutated_json, mutated_text_of_json
 from benchmarks.stress.plain_readings import plain_packed_weight, plain_safetensors
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact
+from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.checkpoint.verification import verify
 from sparseserve.huggingface.checkpoint_model import open_checkpoint
@@ -30,6 +31,7 @@ from sparseserve.workflow.job import Job
 from sparseserve.workflow.run import export, prune_and_export
 
 _STORED_AS = MappingProxyType({"llama": "packed24", "gpt_oss": "dense", "gpt2": "dense"})
+_CODES = ("int8", "fp8", "int4")
 _TEXT = "\n\n".join(f"Sentence {i} of {i * 7 % 31} words." for i in range(200))
 
 
@@ -64,6 +66,13 @@ def try_header(folder: Path, chance: Chance) -> None:
 
 def prepare_packed(folder: Path) -> None:
     prepare_artifacts(folder, {"llama": "packed24"})
+
+
+def prepare_codes(folder: Path) -> None:
+    prepare_packed(folder)
+    for kind in _CODES:
+        whole = folder / "corpus" / kind
+        export(folder / "corpus" / "llama", whole, "packed24", quantization=Quantization(to=kind))
 
 
 def prepare_artifacts(folder: Path, stored_as: Mapping[str, str] = _STORED_AS) -> None:
@@ -105,8 +114,12 @@ def _require_same_export(folder: Path, family: str) -> None:
     require_same(load_file(folder / "exported" / "model.safetensors"), truth)
 
 
-def try_packed(folder: Path, chance: Chance) -> None:
-    made = copied(folder / "corpus" / "llama", folder / "input")
+def try_codes(folder: Path, chance: Chance) -> None:
+    try_packed(folder, chance, chance.choice(_CODES))
+
+
+def try_packed(folder: Path, chance: Chance, name: str = "llama") -> None:
+    made = copied(folder / "corpus" / name, folder / "input")
     data = bytearray((made / "model.safetensors").read_bytes())
     header = 8 + int.from_bytes(data[:8], "little")
     for _ in range(chance.choice((1, 1, 2, 50))):

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from benchmarks.stress.fuzz_checkpoints import (
     prepare_artifacts,
+    prepare_codes,
     prepare_headers,
     prepare_packed,
+    try_codes,
     try_header,
     try_manifest,
     try_packed,
@@ -46,9 +48,10 @@ KINDS = (
     Kind("safetensors headers", prepare_headers, try_header, 36),
     Kind("manifests", prepare_artifacts, try_manifest, 6),
     Kind("packed weights", prepare_packed, try_packed, 3),
+    Kind("packed codes", prepare_codes, try_codes, 3),
     Kind("config.json", prepare_models, try_config, 5),
     Kind("quantization_config", prepare_packed, try_quantisation, 3),
     Kind("indices", prepare_shards, try_index, 3),
-    Kind("recipes", prepare_recipes, try_recipe, 24),
+    Kind("recipes", prepare_recipes, try_recipe, 21),
     Kind("texts", prepare_texts, try_text, 20),
 )

@@ -35,6 +35,9 @@ def plain_safetensors(data: bytes) -> dict[str, Tensor]:
 def plain_packed_weight(tensors: Mapping[str, Tensor], module: str) -> Tensor:
     """Unpack a weight, group by group, as docs/format.md says."""
     values, indices = tensors[f"{module}.weight"], tensors[f"{module}.weight_indices"]
+    scale = tensors.get(f"{module}.weight_scale")
+    if scale is not None:
+        values = _plain_values(values, scale.float())
     rows, kept = values.shape
     dense = torch.zeros(rows, 2 * kept, dtype=values.dtype)
     row = torch.arange(rows)
@@ -43,6 +46,20 @@ def plain_packed_weight(tensors: Mapping[str, Tensor], module: str) -> Tensor:
         for place, value in ((nibble & 3, 2 * group), (nibble >> 2 & 3, 2 * group + 1)):
             dense[row, 4 * group + place] = values[:, value]
     return dense
+
+
+def _plain_values(codes: Tensor, scale: Tensor) -> Tensor:
+    """Multiply each code by its scale, column by column."""
+    if codes.dtype == torch.uint8:
+        halves = [(codes[:, byte] >> shift & 15).long() - 8 for byte, shift in _halves(codes)]
+        codes = torch.stack(halves, dim=1)
+    kept, groups = codes.shape[1], scale.shape[1]
+    columns = [codes[:, k].float() * scale[:, k * groups // kept] for k in range(kept)]
+    return torch.stack(columns, dim=1)
+
+
+def _halves(codes: Tensor) -> list[tuple[int, int]]:
+    return [(byte, shift) for byte in range(codes.shape[1]) for shift in (0, 4)]
 
 
 def plain_texts(suffix: str, data: bytes) -> list[object] | None:
