@@ -22,6 +22,7 @@ from benchmarks.quality.budget import budget_table
 from benchmarks.quality.calibration_memory import calibration_memory_table
 from benchmarks.quality.larger_than_memory import larger_than_memory_table
 from benchmarks.quality.layer_memory import layer_memory_table
+from benchmarks.quality.quantised import quantised_table
 from benchmarks.quality.retraining import retraining_table
 from benchmarks.quality.tables import QUALITY_TABLES
 from benchmarks.research.tables import RESEARCH_TABLES
@@ -44,6 +45,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "calibration-memory": calibration_memory_table,
     "layer-memory": layer_memory_table,
     "larger-than-memory": larger_than_memory_table,
+    "quantised-smollm2": quantised_table,
     "interrupted-runs": interrupted_runs_table,
     "fuzzed-inputs": fuzzed_inputs_table,
     "onnx-smollm2": onnx_table,
