@@ -50,7 +50,7 @@ def test_a_packed_config_knows_its_modules() -> None:
         ("version", 3),
         ("version", "2"),
         ("version", True),
-        ("weights", {"type": "int", "bits": 8, "group_size": None}),
+        ("weights", {"type": "int", "bits": 3, "group_size": None}),
         ("activations", {"type": "int", "bits": 8}),
         ("format", "dense"),
         ("pattern", "4:8"),
