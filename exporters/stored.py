@@ -126,9 +126,11 @@ def write_stored(
     copy_side_files(source.folder, folder)
     config = source.config if dtype is None else with_dtype(source.config, dtype)
     manifest = source.manifest
-    said = storage.quantization_config(manifest.pruned, kept)
-    if quantized and source.quantization:
-        said = quantized.quantized_config(manifest.pruned, kept, source.quantization)
+    said: Mapping[str, object] | None
+    if quantized:
+        said = quantized.quantization_config(manifest.pruned, kept, source.quantization)
+    else:
+        said = storage.quantization_config(manifest.pruned, kept)
     if said is not None:
         stacks = stacks_to_json(manifest.stacks)
         said = {**said, STACKS_KEY: stacks} if stacks else said

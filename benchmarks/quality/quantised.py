@@ -39,14 +39,12 @@ from sparseserve.layerwise.pipeline import prune_model
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import trace_structure
-from sparseserve.pruners.quantize import QuantizeKept
-from sparseserve.recipe.steps import Reconstruction
 from sparseserve.recipe.toml import recipe_from_mapping
-from sparseserve.retraining.settings import Retraining
 from sparseserve.sparsity import TWO_FOUR, SparsityPattern, Violation
 from sparseserve.text.calibration import load_calibration
 from sparseserve.text.sources import read_text
 from sparseserve.text.windows import evaluation_windows
+from sparseserve.workflow.quantizing import rounding_recipe
 
 _FULL_BITS = 16
 
@@ -172,14 +170,8 @@ class Measurement:
     def _correct(self, loaded: LoadedModel, form: Form) -> None:
         spec = replace(self._recipe.calibration, scrambled=0)
         recipe = replace(
-            self._recipe,
-            calibration=spec,
+            rounding_recipe(replace(self._recipe, quantization=form.quantization)),
             pattern=TWO_FOUR if form.pruned else Anywhere(),
-            pruner=QuantizeKept(form.quantization),
-            error_correction="sequential",
-            reconstruction=Reconstruction(epochs=0),
-            retraining=Retraining(epochs=0),
-            rotate="none",
         )
         calibration = load_calibration(spec, loaded.tokenizer, None)
         with tempfile.TemporaryDirectory() as scratch:

@@ -14,24 +14,21 @@ Turns, copies and processes are those of ``cpu_kernels.py``::
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import click
 import torch
 from torch import Tensor
 
-from benchmarks.harness.results import RESULTS, write_result
 from benchmarks.serving.cpu_kernels import (
-    PROCESSES,
-    REPEATS,
     Product,
     Row,
     measure,
-    measure_in_processes,
+    measure_shapes,
     own_product,
+    show_one_shape,
     torch_product,
 )
 from sparseserve.checkpoint.packed24 import pack24
@@ -103,8 +100,8 @@ def torch_int8_product(dense: Tensor, scale: Tensor) -> Product:
 
 def vllm_int8_product(dense: Tensor, scale: Tensor) -> Product:
     """Return vLLM's call of oneDNN's product of int8: what it runs W8A8 checkpoints with."""
-    from vllm import _custom_ops as operators  # noqa: PLC0415  # slow to import
-    from vllm.platforms import current_platform  # noqa: PLC0415
+    from vllm import _custom_ops as operators
+    from vllm.platforms import current_platform
 
     current_platform.import_kernels()
     own_scale = scale[:, None].clone()  # the handler keeps its address
@@ -150,15 +147,9 @@ def measure_shape(rows: int, columns: int, batches: Sequence[int], cold_bytes: i
 @click.option("--smoke", is_flag=True, help="One tiny shape, nothing written: does it run?")
 def main(result: str, cold_mib: int, smoke: bool) -> None:
     if smoke:
-        for row in measure_shape(64, 64, (1, 32), cold_bytes=8192):
-            click.echo(json.dumps(asdict(row)))
-        return
-    found = []
-    for rows, columns in SHAPES:
-        found += measure_in_processes(measure_shape, rows, columns, BATCHES, cold_mib * 2**20)
-        click.echo(f"{rows} x {columns}", err=True)
-    setting = {"cold_bytes": cold_mib * 2**20, "repeats": REPEATS, "processes": PROCESSES}
-    write_result(RESULTS / result, setting, rows=found)
+        show_one_shape(measure_shape)
+    else:
+        measure_shapes(measure_shape, SHAPES, BATCHES, cold_mib * 2**20, result)
 
 
 if __name__ == "__main__":

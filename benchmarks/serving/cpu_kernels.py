@@ -153,14 +153,30 @@ def median_row(runs: list[Row]) -> Row:
 @click.option("--smoke", is_flag=True, help="One tiny shape, nothing written: does it run?")
 def main(result: str, cold_mib: int, smoke: bool) -> None:
     if smoke:
-        for row in measure_shape(64, 64, (1, 32), cold_bytes=8192):
-            click.echo(json.dumps(asdict(row)))
-        return
+        show_one_shape(measure_shape)
+    else:
+        measure_shapes(measure_shape, SHAPES, BATCHES, cold_mib * 2**20, result)
+
+
+def show_one_shape(measure_shape: MeasureShape) -> None:
+    """Print the times of one tiny shape."""
+    for row in measure_shape(64, 64, (1, 32), 8192):
+        click.echo(json.dumps(asdict(row)))
+
+
+def measure_shapes(
+    measure_shape: MeasureShape,
+    shapes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    cold_bytes: int,
+    result: str,
+) -> None:
+    """Time all shapes and write the file ``result``."""
     found = []
-    for rows, columns in SHAPES:
-        found += measure_in_processes(measure_shape, rows, columns, BATCHES, cold_mib * 2**20)
+    for rows, columns in shapes:
+        found += measure_in_processes(measure_shape, rows, columns, batches, cold_bytes)
         click.echo(f"{rows} x {columns}", err=True)
-    setting = {"cold_bytes": cold_mib * 2**20, "repeats": REPEATS, "processes": PROCESSES}
+    setting = {"cold_bytes": cold_bytes, "repeats": REPEATS, "processes": PROCESSES}
     write_result(RESULTS / result, setting, rows=found)
 
 

@@ -14,9 +14,6 @@ from sparseserve.checkpoint.packed24 import INDICES, Packed24, kept_positions, p
 from sparseserve.checkpoint.quantized24 import Quantized24
 from sparseserve.errors import ArtifactError, ServingError
 
-#: The one value of :attr:`LinearSpec.quantized`.
-INT8 = "int8"
-
 
 @dataclass(frozen=True, slots=True)
 class LinearSpec:

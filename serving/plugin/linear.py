@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from sparseserve.checkpoint import packed24, quantized24
-from sparseserve.checkpoint.quantization import Quantization
+from sparseserve.checkpoint.quantization import INT8, Quantization
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.serving.kernels import (
     LayerKernels,
@@ -38,7 +38,6 @@ from sparseserve.serving.kernels.choice.choose import (
     allowed_kernels,
 )
 from sparseserve.serving.kernels.cpu.int8_kernels import int8_unsupported
-from sparseserve.serving.kernels.protocol import INT8
 from sparseserve.serving.kernels.table import CPU_INT8
 from sparseserve.serving.plugin.engine_dense import EngineDense
 from sparseserve.serving.plugin.parameters import (

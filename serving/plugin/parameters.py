@@ -69,20 +69,29 @@ def loaded_block(
         require_loaded(f"{shard.name}.weight", dense)
         return RowBlock(shard.name, dense)
     there = [name for name in LEAVES.values() if hasattr(layer, name)]
-    values, indices, *scale = (layer.get_parameter(name).data[rows] for name in there)
-    if scale:
-        missing = quantized24.missing_tensor(values, indices, scale[0])
-    else:
-        missing = packed24.missing_tensor(packed24.Packed24(values, indices))
-    if missing:
-        raise ServingError(f"{shard.name}.{missing} {NOT_LOADED}")
-    if not scale:
-        return RowBlock(shard.name, packed24.Packed24(values, indices))
-    quantized = quantized24.from_stored(values, indices, scale[0], read_dtype or spec.dtype)
+    parts = [layer.get_parameter(name).data[rows] for name in there]
+    if read_dtype is None:
+        return RowBlock(shard.name, _loaded_values(shard.name, *parts))
+    quantized = _loaded_codes(shard.name, *parts, read_dtype=read_dtype)
     if spec.quantized:
         return RowBlock(shard.name, quantized)
     packed = quantized.dequantized()
     return RowBlock(shard.name, packed24.Packed24(packed.values.to(spec.dtype), packed.indices))
+
+
+def _loaded_values(name: str, values: Tensor, indices: Tensor) -> packed24.Packed24:
+    packed = packed24.Packed24(values, indices)
+    if missing := packed24.missing_tensor(packed):
+        raise ServingError(f"{name}.{missing} {NOT_LOADED}")
+    return packed
+
+
+def _loaded_codes(
+    name: str, values: Tensor, indices: Tensor, scale: Tensor, *, read_dtype: torch.dtype
+) -> quantized24.Quantized24:
+    if missing := quantized24.missing_tensor(values, indices, scale):
+        raise ServingError(f"{name}.{missing} {NOT_LOADED}")
+    return quantized24.from_stored(values, indices, scale, read_dtype)
 
 
 def require_loaded(name: str, tensor: Tensor) -> None:

@@ -7,17 +7,16 @@ from torch import Tensor
 
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.packed24 import (
-    FORMAT,
     INDICES,
     SCALE,
     VALUES,
     VERSION_1_VALUES,
     Packed24,
     pack24,
-    quantization_config,
+    quantization_config,  # noqa: F401  # as ``storage.WeightStorage`` asks for it
     unpack24,
 )
-from sparseserve.checkpoint.quantization import Quantization, read_dtype
+from sparseserve.checkpoint.quantization import NONE, Quantization, read_dtype
 from sparseserve.checkpoint.quantized24 import (
     Quantized24,
     check_canonical,
@@ -27,8 +26,6 @@ from sparseserve.checkpoint.quantized24 import (
 )
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.errors import ArtifactError
-
-__all__ = ["FORMAT", "quantization_config"]
 
 # By the dtype of the stored codes, as safetensors calls it.
 _KINDS = {"I8": "int8", "U8": "int4", "F8_E4M3": "fp8"}
@@ -95,19 +92,13 @@ def check_weight(checkpoint: Checkpoint, module: str, weight: Tensor) -> None:
     """
     found = read_packed(checkpoint, module)
     if isinstance(found, Quantized24):
-        check_canonical(found, _KINDS[checkpoint.dtype(f"{module}.{VALUES}")])
+        values, *_ = names(checkpoint, module)
+        check_canonical(found, _KINDS[checkpoint.dtype(values)])
         return
     canonical = pack24(weight)
     same_values = _bits(found.values).equal(_bits(canonical.values))
     if not same_values or not found.indices.equal(canonical.indices):
         raise ArtifactError("encoding is not the canonical one")
-
-
-def quantized_config(
-    modules: tuple[str, ...], dtype: torch.dtype, quantization: Quantization
-) -> dict[str, object]:
-    """Return what config.json says under ``quantization_config`` of quantised ``modules``."""
-    return quantization_config(modules, dtype, quantization)
 
 
 def stored_quantization(checkpoint: Checkpoint) -> Quantization:
@@ -137,13 +128,14 @@ def check_quantization(checkpoint: Checkpoint, modules: tuple[str, ...]) -> None
     asked = stored_quantization(checkpoint)
     for module in modules:
         values, _, *scale = names(checkpoint, module)
-        kind = _KINDS.get(checkpoint.dtype(values)) if scale else None
-        if (kind or "none") != asked.to:
+        stored_as = checkpoint.dtype(values)
+        if (_KINDS.get(stored_as, stored_as) if scale else NONE) != asked.to:
+            with_scales = " with scales" if scale else ""
             raise ArtifactError(
-                f"{module} is stored as {checkpoint.dtype(values)}, but config.json says "
+                f"{module} is stored as {stored_as}{with_scales}, but config.json says "
                 f"{asked.to}: copy or export the checkpoint again"
             )
-        if kind:
+        if asked:
             _check_scales(checkpoint, module, asked)
 
 

@@ -16,16 +16,16 @@ from torch import Tensor
 from sparseserve.devices import DTYPES, dtype_name
 from sparseserve.errors import ArtifactError, RecipeError, unknown_name
 
-NONE = "none"
+NONE, INT8 = "none", "int8"
 #: The largest code of each kind; codes are as large below zero as above.
-LARGEST_CODE: Mapping[str, int] = {"int8": 127, "fp8": 448, "int4": 7}
+LARGEST_CODE: Mapping[str, int] = {INT8: 127, "fp8": 448, "int4": 7}
 #: The kinds that can be chosen, by the values of ``--quantize``.
 KINDS = (NONE, *LARGEST_CODE)
 GROUP_SIZES = (128, 64, 32)
 _DEFAULT_GROUP = 64
 # Type and bits, as config.json calls them.
 _WEIGHTS: Mapping[str, tuple[str, int]] = {
-    "int8": ("int", 8),
+    INT8: ("int", 8),
     "fp8": ("fp8", 8),
     "int4": ("int", 4),
 }
@@ -151,11 +151,11 @@ def scales_of(weight: Tensor, quantization: Quantization) -> Tensor:
     rows, columns = weight.shape
     group = quantization.group_of(columns)
     largest = weight.float().view(rows, columns // group, group).abs().amax(dim=-1)
-    return stored_scales(largest / quantization.largest, quantization)
+    return storable_scales(largest / quantization.largest, quantization)
 
 
-def stored_scales(scales: Tensor, quantization: Quantization) -> Tensor:
-    """Return positive ``scales`` as they are stored, in float32; 1 for what rounds to zero."""
+def storable_scales(scales: Tensor, quantization: Quantization) -> Tensor:
+    """Return positive ``scales`` as they can be stored, in float32; 1 for what is zero then."""
     rounded = scales.to(scale_dtype(quantization)).float()
     return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
 

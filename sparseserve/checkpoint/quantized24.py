@@ -22,7 +22,7 @@ from sparseserve.checkpoint.quantization import (
     codes_of,
     scale_dtype,
     scales_of,
-    stored_scales,
+    storable_scales,
 )
 from sparseserve.errors import ArtifactError
 
@@ -195,7 +195,7 @@ def check_canonical(found: Quantized24, kind: str) -> None:
     usable = bool(torch.isfinite(found.scale).all()) and bool((found.scale > 0).all())
     if not usable or not found.scale.equal(_without_unused(found.scale, dense)):
         raise ArtifactError("a scale is not positive and finite, or not 1 where all codes are zero")
-    if not found.scale.equal(stored_scales(found.scale, quantization)):
+    if not found.scale.equal(storable_scales(found.scale, quantization)):
         raise ArtifactError(f"a scale is not a {scale_dtype(quantization)} number")
 
 

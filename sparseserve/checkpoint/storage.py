@@ -61,8 +61,11 @@ class QuantizedStorage(WeightStorage, Protocol):
         """Return what is stored of ``weight``, rounded; ``scale`` says that it is rounded so."""
         ...
 
-    def quantized_config(
-        self, modules: tuple[str, ...], dtype: torch.dtype, quantization: Quantization
+    def quantization_config(
+        self,
+        modules: tuple[str, ...],
+        dtype: torch.dtype,
+        quantization: Quantization | None = None,
     ) -> Mapping[str, object]:
         """Return what config.json says of the pruned ``modules``, in ``dtype`` when read."""
         ...

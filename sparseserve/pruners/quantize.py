@@ -18,7 +18,7 @@ from sparseserve.checkpoint.quantization import (
     Quantization,
     rounded,
     scales_of,
-    stored_scales,
+    storable_scales,
 )
 from sparseserve.pruners.protocol import PrunedWeight
 from sparseserve.solvers.linalg import upper_inverse_factor
@@ -68,11 +68,13 @@ class QuantizeKept:
         late = _BLOCK % group == 0
         kept = weight * mask
         first = scales_of(kept, self.quantization)
-        scales = first if late else self._best_scales(kept, first, factor.diagonal())
+        pivots = factor.diagonal()
+        scales = first if late else _best_scales(kept, first, pivots, self.quantization)
         for start in range(0, columns, _BLOCK):
             stop = min(start + _BLOCK, columns)
             own = scales[:, start // group : -(-stop // group)]
-            settle = _Rounded(self, mask[:, start:stop].T, group if late else None, own)
+            mine = group if late else None
+            settle = _Rounded(self.quantization, mask[:, start:stop].T, mine, own)
             errors = sweep_block(
                 weight[:, start:stop],
                 factor[start:stop, start:stop],
@@ -82,21 +84,24 @@ class QuantizeKept:
             weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
         return PrunedWeight(weight + 0.0, 1, scales=scales)
 
-    def _best_scales(self, weight: Tensor, scales: Tensor, pivots: Tensor) -> Tensor:
-        """Return the share of each of ``scales`` ``[out, groups]`` that loses least.
 
-        The error of a weight counts over its pivot, as in the sweep; ``pivots`` is ``[in]``.
-        """
-        if self.quantization.to == "fp8":  # its steps grow with the weights
-            return scales
-        best, lowest = scales, torch.full_like(scales, torch.inf)
-        for share in _SHARES:
-            tried = stored_scales(share * scales, self.quantization)
-            errors = (weight - rounded(weight, tried, self.quantization)) / pivots
-            error = errors.square().view(*scales.shape, -1).sum(dim=-1)
-            best = torch.where(error < lowest, tried, best)
-            lowest = torch.minimum(error, lowest)
-        return best
+def _best_scales(
+    weight: Tensor, scales: Tensor, pivots: Tensor, quantization: Quantization
+) -> Tensor:
+    """Return the share of each of ``scales`` ``[out, groups]`` that loses least.
+
+    The error of a weight counts over its pivot, as in the sweep; ``pivots`` is ``[in]``.
+    """
+    if quantization.to == "fp8":  # its steps grow with the weights
+        return scales
+    best, lowest = scales, torch.full_like(scales, torch.inf)
+    for share in _SHARES:
+        tried = storable_scales(share * scales, quantization)
+        errors = (weight - rounded(weight, tried, quantization)) / pivots
+        error = errors.square().view(*scales.shape, -1).sum(dim=-1)
+        best = torch.where(error < lowest, tried, best)
+        lowest = torch.minimum(error, lowest)
+    return best
 
 
 @dataclass(slots=True)
@@ -104,13 +109,13 @@ class _Rounded:
     """What a column becomes: its codes times their scales, and zero off the mask.
 
     Attributes:
-        owner: Knows how to round.
+        quantization: To what.
         mask: ``[width, out]``.
         group: Columns whose scales are made at the first of them; None where they are made.
         scales: ``[out, groups]`` of the block; written to.
     """
 
-    owner: QuantizeKept
+    quantization: Quantization
     mask: Tensor
     group: int | None
     scales: Tensor
@@ -123,8 +128,8 @@ class _Rounded:
         elif column % self.group == 0:
             span = slice(column, column + self.group)
             kept = (columns[span] * self.mask[span]).T
-            found = scales_of(kept, self.owner.quantization)
-            self._now = self.owner._best_scales(kept, found, pivots[span, 0])
+            found = scales_of(kept, self.quantization)
+            self._now = _best_scales(kept, found, pivots[span, 0], self.quantization)
             self.scales[:, column // self.group] = self._now[:, 0]
-        values = rounded(columns[column][:, None], self._now, self.owner.quantization)
+        values = rounded(columns[column][:, None], self._now, self.quantization)
         return values[:, 0] * self.mask[column]

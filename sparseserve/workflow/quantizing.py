@@ -7,7 +7,7 @@ pruning, with the pruned weights as the reference and their zeros as the mask.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -49,7 +49,7 @@ def round_weights(opening: Opening, report: PruneReport, run: RunFolder) -> Roun
     store = LayerFolder(run.path / "rounded", run.path, job.progress)
     found = prune_model(
         opening.loaded.model,
-        _rounding(job.recipe, report),
+        rounding_recipe(job.recipe, [name for layer in report.layers for name in layer.unseen]),
         replace(opening.calibration, scrambled=(), scrambled_layers=0),
         store=store,
         progress=job.progress,
@@ -72,9 +72,13 @@ def round_weights(opening: Opening, report: PruneReport, run: RunFolder) -> Roun
     return Rounded(replace(report, quantization=rounding, seconds=seconds), scales)
 
 
-def _rounding(recipe: PruneRecipe, report: PruneReport) -> PruneRecipe:
-    """Return the recipe of the second walk: what is not pruned is not touched."""
-    unseen = [name for layer in report.layers for name in layer.unseen]
+def rounding_recipe(recipe: PruneRecipe, unseen: Sequence[str] = ()) -> PruneRecipe:
+    """Return the recipe of the second walk over a model that ``recipe`` pruned.
+
+    Args:
+        recipe: Says what to round to, and what else stays dense.
+        unseen: Full names of operators that stayed dense because no token reached them.
+    """
     left = (rf"^(?:{'|'.join(map(re.escape, unseen))})$",) if unseen else ()
     return replace(
         recipe,

@@ -168,8 +168,14 @@ def test_other_formats_hold_what_the_codes_stand_for(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"type": "int", "bits": 4, "group_size": 64}, "stored as I8, but config.json says int4"),
-        ({"type": "float", "bits": 32, "group_size": None}, "as I8, but config.json says none"),
+        (
+            {"type": "int", "bits": 4, "group_size": 64},
+            "stored as I8 with scales, but config.json says int4",
+        ),
+        (
+            {"type": "float", "bits": 32, "group_size": None},
+            "as I8 with scales, but config.json says none",
+        ),
     ],
 )
 def test_a_configuration_that_tells_of_other_codes_is_damage(
@@ -181,6 +187,20 @@ def test_a_configuration_that_tells_of_other_codes_is_damage(
     (packed / "config.json").write_text(json.dumps(config))
     reseal(packed)
     with pytest.raises(ArtifactError, match=message):
+        verify(packed)
+
+
+def test_scales_of_weights_that_are_no_codes_are_damage(prune: Prune) -> None:
+    packed = prune("llama").path
+    tensors = load_file(packed / "model.safetensors")
+    module = Artifact.open(packed).manifest.pruned[0]
+    tensors[f"{module}.weight_scale"] = torch.ones(len(tensors[f"{module}.weight"]), 1)
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    manifest = json.loads((packed / "sparseserve.json").read_text())
+    manifest["tensors"] = sorted(tensors)
+    (packed / "sparseserve.json").write_text(json.dumps(manifest))
+    reseal(packed)
+    with pytest.raises(ArtifactError, match="is stored as F32 with scales"):
         verify(packed)
 
 

@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparseserve.checkpoint.quantization import INT8, LARGEST_CODE
 from sparseserve.serving.kernels.cpu.int8_layout import (
     INT8_BLOCK_BYTES,
     INT8_BLOCK_COLUMNS,
     INT8_PANEL_ROWS,
-    LARGEST_CODE,
     int8_panels,
 )
 from sparseserve.serving.kernels.cpu.library import (
@@ -27,11 +27,11 @@ from sparseserve.serving.kernels.cpu.library import (
     missing_library,
     native_library,
 )
-from sparseserve.serving.kernels.protocol import INT8, LinearSpec, LoadedWeight
+from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight
 from sparseserve.sparsity import TWO_FOUR
 
 # Half of the columns are multiplied, and the sum has to fit 32 bits.
-_MOST_COLUMNS = 2 * (torch.iinfo(torch.int32).max // LARGEST_CODE**2)
+_MOST_COLUMNS = 2 * (torch.iinfo(torch.int32).max // LARGEST_CODE[INT8] ** 2)
 
 
 def int8_unsupported(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparseserve.checkpoint.packed24 import Packed24, kept_positions, unpack24
+from sparseserve.checkpoint.quantization import INT8, Quantization, codes_of, scales_of
 
 INT8_PANEL_ROWS = 32
 INT8_BLOCK_COLUMNS = 8
@@ -24,8 +25,7 @@ INT8_BLOCK_BYTES = 160
 _STRIPS = 4
 _STRIP_ROWS = INT8_PANEL_ROWS // _STRIPS
 _KEPT = INT8_BLOCK_COLUMNS // 2
-#: The largest code; a code is symmetric, so -128 is none.
-LARGEST_CODE = 127
+_INT8 = Quantization(to=INT8)
 
 
 def int8_panels(codes: Packed24) -> Tensor:
@@ -38,8 +38,8 @@ def int8_panels(codes: Packed24) -> Tensor:
         ArtifactError: The positions of a group do not ascend, or padding bits are set.
         ValueError: A code is -128, which there is not.
     """
-    if codes.values.dtype != torch.int8 or bool((codes.values < -LARGEST_CODE).any()):
-        raise ValueError(f"codes: {codes.values.dtype} beyond +-{LARGEST_CODE}")
+    if codes.values.dtype != torch.int8 or bool((codes.values < -_INT8.largest).any()):
+        raise ValueError(f"codes: {codes.values.dtype} beyond +-{_INT8.largest}")
     rows, kept = codes.values.shape
     places = kept_positions(codes).reshape(rows, kept)
     extra = (0, -kept % _KEPT, 0, -rows % INT8_PANEL_ROWS)
@@ -68,13 +68,11 @@ def quantized_tokens(inputs: Tensor) -> tuple[Tensor, Tensor]:
         float32 ``[batch]``: NaN for a token with NaN or infinity, whose numbers are all zero.
     """
     x = inputs.float()
-    largest = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(len(x))
-    finite = largest.isfinite()
-    scale = torch.where(finite, largest / LARGEST_CODE, 0.0)
-    # The scale of the smallest denormals is zero: they count as zeros.
-    scale = torch.where(scale > 0, scale, 1.0)
-    codes = torch.round(x / scale[:, None]).clamp(-LARGEST_CODE, LARGEST_CODE)
-    return torch.where(finite[:, None], codes, 0.0), torch.where(finite, scale, torch.nan)
+    finite = x.isfinite().all(dim=1)
+    # A token is a row of a weight to which the same rule applies.
+    rows = torch.where(finite[:, None], x, 0.0)
+    scale = scales_of(rows, _INT8)
+    return codes_of(rows, scale, _INT8), torch.where(finite, scale[:, 0], torch.nan)
 
 
 def int8_product(codes: Packed24, scale: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:

@@ -34,7 +34,7 @@ def how(request: pytest.FixtureRequest) -> Quantization:
 
 def config_of(how: Quantization, *modules: str) -> Any:
     config = packed_method_config(*modules)
-    config.quantization = how
+    config.quantization, config.read_dtype = how, torch.float32
     return config
 
 
