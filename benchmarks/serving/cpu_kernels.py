@@ -42,11 +42,11 @@ SHAPES = (
     (192, 576),
 )
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 256)
-# cpu_int8_kernels.py compares the kernel for int8 codes.
+# cpu_int8_kernels.py and cpu_bf16_kernels.py compare the others.
 OWN = {
     name: kernel
     for name, kernel in KERNELS.items()
-    if name.startswith("cpu_") and name != "cpu_int8"
+    if name.startswith("cpu_") and name not in {"cpu_int8", "cpu_bf16", "cpu_bf16_dense"}
 }
 REPEATS = 5
 PROCESSES = 3
@@ -90,9 +90,15 @@ def torch_product(weight: Tensor) -> Product:
     return lambda inputs: linear(inputs, weight)
 
 
-def measure(rows: int, columns: int, batch: int, turns: dict[str, list[Product]]) -> Row:
-    """Time all products in turns; a turn runs every copy once."""
-    inputs = torch.randn(batch, columns)
+def measure(
+    rows: int,
+    columns: int,
+    batch: int,
+    turns: dict[str, list[Product]],
+    dtype: torch.dtype = torch.float32,
+) -> Row:
+    """Time all products in turns on inputs of ``dtype``; a turn runs every copy once."""
+    inputs = torch.randn(batch, columns).to(dtype)
     narrow = inputs.bfloat16()
     able = {
         name: runs

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.markdown import (
     commit_and_date,
+    distinct,
     engine_software,
     head,
     line,
@@ -99,6 +101,46 @@ def cpu_kernels_table(result: Result) -> str:
         f"{commit_and_date(machine)}"
     )
     return "\n".join(lines)
+
+
+def cpu_bf16_kernels_table(result: Result) -> str:
+    """How many times as fast as vLLM's dense layer 2:4 is, and what of it is sparsity."""
+    rows = result["rows"]
+    batches = distinct(row["batch"] for row in rows)
+    shapes = distinct((row["rows"], row["columns"]) for row in rows)
+
+    def gains(base: str, of: list[tuple[int, int]]) -> list[str]:
+        found = []
+        for batch in batches:
+            times = [
+                row["milliseconds"]
+                for row in rows
+                if row["batch"] == batch and (row["rows"], row["columns"]) in of
+            ]
+            gain = statistics.median(each[base] / _fastest_sparse(each) for each in times)
+            found.append(f"{gain:.2f}")
+        return found
+
+    lines = [head("outputs x inputs", *map(str, batches))]
+    for outputs, inputs in shapes:
+        own = gains("vllm_bfloat16", [(outputs, inputs)])
+        lines.append(line(f"{outputs} x {inputs}", *own))
+    lines.append(line("median", *gains("vllm_bfloat16", shapes)))
+    lines.append(line("median against our dense kernel", *gains("cpu_bf16_dense", shapes)))
+    machine, setting = result["machine"], result["setting"]
+    lines.append(
+        "\nTimes of vLLM's dense layer over those of the fastest 2:4 kernel; columns are tokens at "
+        f"once; medians of {setting['repeats']} turns in each of {setting['processes']} processes; "
+        f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}, "
+        f"{commit_and_date(machine)}"
+    )
+    return "\n".join(lines)
+
+
+def _fastest_sparse(times: dict[str, float]) -> float:
+    return min(
+        time for name, time in times.items() if name.startswith("cpu_") and "dense" not in name
+    )
 
 
 def tune_table(result: Result) -> str:

@@ -20,13 +20,14 @@ from sparseserve.serving.kernels import LinearSpec, LoadedWeight, RowBlock, two_
 from sparseserve.serving.kernels.choice.choose import allowed_kernels
 from sparseserve.serving.kernels.choice.plan import KernelPlan, PlanStep
 from sparseserve.serving.kernels.cpu.layout import dense_panel_rows
+from sparseserve.serving.kernels.table import CPU_BF16_DENSE, CPU_DENSE
 from sparseserve.serving.plugin.parameters import NOT_LOADED
 
 logger = init_logger("vllm.sparseserve")
 
-KERNEL = "cpu_dense"
 # Nothing is timed: an output head multiplies the last token of each sequence, never a whole prompt.
-_PLAN = str(KernelPlan((PlanStep(KERNEL, first=0, stop=1, largest_batch=0),)))
+# The first that runs it is taken, and they read the same panels.
+_KERNELS = (CPU_BF16_DENSE, CPU_DENSE)
 
 
 class PanelEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is checked as Any
@@ -37,6 +38,7 @@ class PanelEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is
         self.prefix = prefix
         self._dense = UnquantizedEmbeddingMethod()
         self._spec: LinearSpec | None = None
+        self._plan = ""
 
     def create_weights(self, layer: nn.Module, *sizes: object, **attributes: object) -> None:
         """Register the weight as vLLM does, filled with what no checkpoint can hold."""
@@ -69,22 +71,22 @@ class PanelEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is
         rows, columns = dense.shape
         weight = LoadedWeight((RowBlock(self.prefix, dense),))
         spec = LinearSpec(rows, columns, dense.dtype, dense.device, two_four=False)
-        kernel = allowed_kernels().get(KERNEL)
+        allowed = allowed_kernels()
+        able = [
+            name for name in _KERNELS if name in allowed and not allowed[name].unsupported(spec)
+        ]
         # Of float32 values the kernel is slower than oneDNN's.
-        if (
-            kernel is None
-            or kernel.unsupported(spec) is not None
-            or weight.storage_dtype() == torch.float32
-        ):
+        if not able or weight.storage_dtype() == torch.float32:
             self._dense.process_weights_after_loading(layer)
             return
         self._spec = spec
-        (panels,) = kernel.pack(weight, spec)
+        self._plan = str(KernelPlan((PlanStep(able[0], first=0, stop=1, largest_batch=0),)))
+        (panels,) = allowed[able[0]].pack(weight, spec)
         # Some models ask for its dtype, such as Gemma in vLLM's Transformers backend.
         empty = torch.empty(0, dtype=dense.dtype, device=dense.device)
         layer.register_parameter("weight", Parameter(empty, requires_grad=False))
         layer.register_parameter("panels", Parameter(panels, requires_grad=False))
-        logger.info_once("embedding %d x %d in %s: %s", rows, columns, panels.dtype, KERNEL)
+        logger.info_once("embedding %d x %d in %s: %s", rows, columns, panels.dtype, able[0])
 
     def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
         """Look up the rows of ``input_``, of any shape."""
@@ -101,4 +103,4 @@ class PanelEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is
             product: Tensor = self._dense.apply(layer, x, bias)
             return product
         panels = layer.get_parameter("panels")
-        return two_four_linear(x, [panels], bias, _PLAN, self._spec.rows)
+        return two_four_linear(x, [panels], bias, self._plan, self._spec.rows)

@@ -15,8 +15,8 @@ from benchmarks.quality import compare as quality
 from benchmarks.quality.calibration_memory import calibration_memory_table
 from benchmarks.quality.larger_than_memory import larger_than_memory_table
 from benchmarks.quality.layer_memory import layer_memory_table
-from benchmarks.serving import cpu_int8_kernels, cpu_kernels
-from benchmarks.serving.tables import cpu_kernels_table
+from benchmarks.serving import cpu_bf16_kernels, cpu_int8_kernels, cpu_kernels
+from benchmarks.serving.tables import cpu_bf16_kernels_table, cpu_kernels_table
 from sparseserve.testing import save_tiny_model
 from tests.benchmarks.script_runs import smoke_run, table_cells
 from tests.ray_end import quiet_end
@@ -77,6 +77,37 @@ def test_a_smoke_run_times_every_product_of_int8_codes() -> None:
     assert set(single["milliseconds"]) - set(many["milliseconds"]) == {"cpu_direct"}
     # Activations of 8 bits are wrong by up to half a step of 1/127 of the largest.
     assert single["errors"]["cpu_int8"] < 0.02
+
+
+def test_a_smoke_run_times_every_product_of_bfloat16() -> None:
+    run = CliRunner().invoke(cpu_bf16_kernels.main, ["--smoke"], catch_exceptions=False)
+    lines = [line for line in run.output.splitlines() if line.startswith("{")]
+    single, many = (json.loads(line)["milliseconds"] for line in lines)
+    assert set(single) == {*cpu_bf16_kernels.OWN, "torch_bfloat16", "vllm_bfloat16"}
+    assert set(single) - set(many) == {"cpu_direct"}
+
+
+def test_the_table_of_bfloat16_compares_the_fastest_sparse_kernel_with_both_dense_ones() -> None:
+    times = {"cpu_bf16": 2.0, "cpu_unpacked": 5.0, "cpu_bf16_dense": 3.0, "vllm_bfloat16": 4.0}
+    rows = [
+        {"rows": 64, "columns": columns, "batch": batch, "milliseconds": milliseconds}
+        for columns, batch, milliseconds in (
+            (32, 1, times),
+            (32, 8, {**times, "cpu_bf16": 8.0}),
+            (64, 1, {**times, "vllm_bfloat16": 8.0}),
+            (64, 8, {**times, "vllm_bfloat16": 6.0}),
+        )
+    ]
+    setting = {"repeats": 1, "processes": 1}
+    result = {"machine": asdict(Machine.here()), "setting": setting, "rows": rows}
+    assert cpu_bf16_kernels_table(result).splitlines()[:6] == [
+        "| outputs x inputs | 1 | 8 |",
+        "|---|---|---|",
+        "| 64 x 32 | 2.00 | 0.80 |",
+        "| 64 x 64 | 4.00 | 3.00 |",
+        "| median | 3.00 | 1.90 |",
+        "| median against our dense kernel | 1.50 | 1.05 |",
+    ]
 
 
 def test_processes_are_combined_by_medians_of_each_product() -> None:

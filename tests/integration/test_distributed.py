@@ -247,6 +247,8 @@ def two_nodes() -> Iterator[tuple[Any, Any]]:
     """Start a cluster of two nodes of one core; give it and the node that may be lost."""
     from ray.cluster_utils import Cluster
 
+    # An engine takes the cluster that its process is connected to, which other tests may share.
+    ray.shutdown()
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
         yield nodes, nodes.add_node(num_cpus=1)
@@ -266,6 +268,7 @@ class NodeKiller(Listener):
             return
         deadline = time.monotonic() + 120
         while not self.was_at_work and time.monotonic() < deadline:
-            free = ray._private.state.available_resources_per_node()
-            self.was_at_work = free[self.doomed.node_id].get("CPU", 0) == 0
+            # A node that is new may not have told yet.
+            free = ray._private.state.available_resources_per_node().get(self.doomed.node_id)
+            self.was_at_work = free is not None and free.get("CPU", 0) == 0
         self.nodes.remove_node(self.doomed, allow_graceful=False)

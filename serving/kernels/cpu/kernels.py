@@ -18,7 +18,9 @@ from torch.nn.functional import pad
 
 from sparseserve.serving.kernels.cpu.layout import (
     BLOCK_COLUMNS,
+    PAIR_VALUES,
     PANEL_ROWS,
+    block_values,
     dense_panels,
     two_four_panels,
 )
@@ -35,8 +37,6 @@ from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight
 DIRECT_BATCH = 16
 # Panels unpacked at once for torch's product: enough for it to run at full speed.
 _UNPACKED_PANELS = 16
-# Two columns of a dense panel.
-_PAIR_VALUES = 2 * PANEL_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class CpuUnpackedMatmul(_CpuTwoFour):
     ) -> Tensor:
         """Multiply any number of rows of inputs."""
         panels = packed[0]
-        columns, width = panels.shape[1] * BLOCK_COLUMNS, _block_values(panels.dtype)
+        columns, width = panels.shape[1] * BLOCK_COLUMNS, block_values(panels.dtype)
         x = _prepared(panels, inputs, rows=rows, columns=columns, width=width)
         product = x.new_empty(len(x), len(panels) * PANEL_ROWS)
         for start in range(0, len(panels), _UNPACKED_PANELS):
@@ -167,9 +167,9 @@ def _multiply(
     unit: Unit | None,
 ) -> Tensor:
     if operation is Operation.DENSE:
-        columns, width = panels.shape[1] * 2, _PAIR_VALUES
+        columns, width = panels.shape[1] * 2, PAIR_VALUES
     else:
-        columns, width = panels.shape[1] * BLOCK_COLUMNS, _block_values(panels.dtype)
+        columns, width = panels.shape[1] * BLOCK_COLUMNS, block_values(panels.dtype)
     x = _prepared(panels, inputs, rows=rows, columns=columns, width=width)
     batch, _ = x.shape
     product = x.new_empty(batch, rows)
@@ -179,7 +179,29 @@ def _multiply(
 
 
 def _prepared(panels: Tensor, inputs: Tensor, *, rows: int, columns: int, width: int) -> Tensor:
-    """Check everything that native code relies on; return the inputs as it reads them."""
+    """Check the operands; return the inputs as native code reads them."""
+    gap = check_panels(panels, inputs, rows=rows, columns=columns, width=width)
+    if inputs.dtype is not torch.float32 or not inputs.is_contiguous():
+        inputs = inputs.float().contiguous()
+    return pad(inputs, (0, gap)) if gap else inputs
+
+
+def check_panels(panels: Tensor, inputs: Tensor, *, rows: int, columns: int, width: int) -> int:
+    """Check everything that native code relies on.
+
+    Args:
+        panels: ``[panels, blocks, width]``.
+        inputs: ``[batch, columns]``, or as many columns as filling up to a block left away.
+        rows: Output features.
+        columns: Of the panels.
+        width: Values of a block, or of a pair of dense columns.
+
+    Returns:
+        How many columns the inputs lack.
+
+    Raises:
+        ValueError: Operands do not belong together.
+    """
     stored, given, shape = panels.dtype, inputs.dtype, panels.shape
     if stored not in STORED_DTYPES or not panels.is_cpu:
         raise ValueError(f"panels: {stored} on {panels.device}")
@@ -192,14 +214,7 @@ def _prepared(panels: Tensor, inputs: Tensor, *, rows: int, columns: int, width:
         raise ValueError(f"inputs of shape {tuple(inputs.shape)} for {columns} columns")
     if (rows + PANEL_ROWS - 1) // PANEL_ROWS != shape[0]:
         raise ValueError(f"{rows} rows in {shape[0]} panels of {PANEL_ROWS}")
-    if given is not torch.float32 or not inputs.is_contiguous():
-        inputs = inputs.float().contiguous()
-    return pad(inputs, (0, gap)) if gap else inputs
-
-
-def _block_values(stored: torch.dtype) -> int:
-    """Return the width of a block: its positions count as values of its dtype."""
-    return PANEL_ROWS * (4 // stored.itemsize + BLOCK_COLUMNS // 2)
+    return gap
 
 
 def _finished(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

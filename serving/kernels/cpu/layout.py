@@ -21,6 +21,8 @@ from sparseserve.checkpoint.packed24 import Packed24
 
 PANEL_ROWS = 32
 BLOCK_COLUMNS = 32
+#: Two columns of a dense panel.
+PAIR_VALUES = 2 * PANEL_ROWS
 
 _INDEX_BYTES = BLOCK_COLUMNS // 8
 _GROUPS = BLOCK_COLUMNS // 4
@@ -50,13 +52,18 @@ def two_four_panels(packed: Packed24, stored: torch.dtype) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
+def block_values(stored: torch.dtype) -> int:
+    """Return the width of a block of a 2:4 panel: positions count as values of its dtype."""
+    return PANEL_ROWS * (4 // stored.itemsize + BLOCK_COLUMNS // 2)
+
+
 def dense_panels(weight: Tensor, stored: torch.dtype) -> Tensor:
     """Return the panels of a dense weight ``[rows, columns]``, ``[panels, pairs, values]``."""
     rows, columns = weight.shape
     extra = (0, -columns % BLOCK_COLUMNS, 0, -rows % PANEL_ROWS)
     padded = pad(weight.to(stored), extra)
     pairs = padded.view(-1, PANEL_ROWS, padded.shape[1] // 2, 2).transpose(1, 2)
-    return _interleaved(pairs).reshape(*pairs.shape[:2], 2 * PANEL_ROWS)
+    return _interleaved(pairs).reshape(*pairs.shape[:2], PAIR_VALUES)
 
 
 def dense_panel_rows(panels: Tensor, rows: Tensor, columns: int) -> Tensor:

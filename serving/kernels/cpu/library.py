@@ -19,7 +19,7 @@ from torch import Tensor
 from sparseserve.errors import ServingError
 
 _MODULE = "sparseserve.serving.kernels.cpu.native._kernels"
-_VERSION = 4
+_VERSION = 5
 
 
 class Unit(IntEnum):
@@ -39,6 +39,29 @@ class Int8Unit(IntEnum):
     AVX512_VNNI = 3
 
 
+class Bf16Unit(IntEnum):
+    """Vector units that products of bfloat16 are compiled for, the best last."""
+
+    PORTABLE = 0
+    AVX512_BF16 = 1
+
+
+class Bf16Operation(IntEnum):
+    """What the library multiplies bfloat16 activations with; see bf16.h."""
+
+    TWO_FOUR = 0
+    DENSE = 1
+    TILES = 2
+
+
+class Tiles(IntEnum):
+    """Whether products may use the processor's matrix unit, AMX."""
+
+    READY = 0
+    MISSING = 1
+    REFUSED = 2
+
+
 class Operation(IntEnum):
     """What the library can do; see kernels.h."""
 
@@ -52,8 +75,9 @@ class Operation(IntEnum):
 # product notices eleven of them.
 _REQUEST = struct.Struct("=11q")
 
-# Those of Int8Request.
+# Those of Int8Request and Bf16Request.
 _INT8_REQUEST = struct.Struct("=12q")
+_BF16_REQUEST = struct.Struct("=11q")
 
 _STORED = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 STORED_DTYPES = tuple(_STORED)
@@ -69,12 +93,16 @@ class NativeLibrary:
         parallel: Address of ``GOMP_parallel`` in the OpenMP library that torch runs on; None if
             there is none, and then one thread does all.
         int8_units: The vector units of this processor that int8 products know, the best last.
+        bf16_units: Those that products of bfloat16 know.
+        tiles: Whether AMX can be used beside them.
     """
 
     handle: ctypes.CDLL
     best: Unit
     parallel: int | None
     int8_units: tuple[Int8Unit, ...]
+    bf16_units: tuple[Bf16Unit, ...]
+    tiles: Tiles
 
     def run(
         self,
@@ -152,6 +180,43 @@ class NativeLibrary:
         if self.handle.sparseserve_int8(request):
             raise ValueError(f"the library knows no int8 product of {inputs.dtype} on {unit!r}")
 
+    def run_bf16(
+        self,
+        operation: Bf16Operation,
+        panels: Tensor,
+        inputs: Tensor,
+        bias: Tensor | None,
+        outputs: Tensor,
+        *,
+        unit: Bf16Unit | None,
+    ) -> None:
+        """Multiply bfloat16 values on as many threads as torch has. Nothing is checked here.
+
+        Args:
+            operation: With what.
+            panels: Of ``cpu_layout``, 2:4 or dense, in bfloat16.
+            inputs: ``[batch, columns]``; for a 2:4 weight columns are a multiple of 4.
+            bias: ``[rows]`` or None.
+            outputs: ``[batch, rows]``.
+            unit: Which vector unit, which the processor must have; None is the best.
+        """
+        batch, rows = outputs.shape
+        request = _BF16_REQUEST.pack(
+            self.bf16_units[-1] if unit is None else unit,
+            operation,
+            panels.data_ptr(),
+            inputs.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            outputs.data_ptr(),
+            batch,
+            rows,
+            inputs.shape[1],
+            torch.get_num_threads(),
+            self.parallel or 0,
+        )
+        if self.handle.sparseserve_bf16(request):
+            raise ValueError(f"the library knows no bfloat16 {operation!r} on {unit!r}")
+
 
 @cache
 def native_library() -> NativeLibrary:
@@ -180,10 +245,16 @@ def native_library() -> NativeLibrary:
         )
     handle.sparseserve_run.argtypes = [ctypes.c_char_p]
     handle.sparseserve_int8.argtypes = [ctypes.c_char_p]
-    bits = handle.sparseserve_int8_units()
-    int8_units = tuple(unit for unit in Int8Unit if bits >> unit & 1)
-    best = Unit(handle.sparseserve_unit())
-    return NativeLibrary(handle, best, _parallel_of_torch(), int8_units)
+    handle.sparseserve_bf16.argtypes = [ctypes.c_char_p]
+    int8, bf16 = handle.sparseserve_int8_units(), handle.sparseserve_bf16_units()
+    return NativeLibrary(
+        handle,
+        Unit(handle.sparseserve_unit()),
+        _parallel_of_torch(),
+        tuple(unit for unit in Int8Unit if int8 >> unit & 1),
+        tuple(unit for unit in Bf16Unit if bf16 >> unit & 1),
+        Tiles(handle.sparseserve_tiles()),
+    )
 
 
 def missing_library() -> str | None:

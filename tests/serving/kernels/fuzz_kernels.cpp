@@ -9,6 +9,9 @@ extern "C" int sparseserve_unit();
 extern "C" int sparseserve_run(const char* bytes);
 extern "C" int sparseserve_int8_units();
 extern "C" int sparseserve_int8(const char* bytes);
+extern "C" int sparseserve_bf16_units();
+extern "C" int sparseserve_tiles();
+extern "C" int sparseserve_bf16(const char* bytes);
 
 namespace {
 
@@ -43,13 +46,39 @@ int int8_calls(std::mt19937& random) {
   return calls;
 }
 
+int bf16_calls(std::mt19937& random) {
+  int calls = 0;
+  for (int unit = 0; unit < 2; ++unit)
+    for (int number = 0; number < 120 && sparseserve_bf16_units() >> unit & 1; ++number) {
+      const int operation = number % 3;  // the last takes tiles
+      const bool dense = operation == 1;
+      if (operation == 2 && unit && sparseserve_tiles()) continue;
+      const std::int64_t rows = 1 + random() % 100;
+      const std::int64_t columns = dense ? 1 + random() % 700 : 4 * (1 + random() % 170);
+      const std::int64_t batch = number % 8 ? random() % 70 : 250 + random() % 20;
+      const std::int64_t panels = (rows + 31) / 32, blocks = (columns + 31) / 32;
+      std::vector<std::uint8_t> weight(panels * blocks * (dense ? 2048 : 1152));
+      for (auto& byte : weight) byte = static_cast<std::uint8_t>(random());
+      std::vector<std::uint16_t> inputs(batch * columns, 0x3f80), bias(rows, 0x3f80);
+      std::vector<std::uint16_t> outputs(batch * rows);
+      // Bf16Request of library.cpp.
+      const std::int64_t request[] = {
+          unit, operation, address(weight.data()), address(inputs.data()),
+          number % 4 ? address(bias.data()) : 0, address(outputs.data()), batch, rows, columns,
+          1, 0};
+      if (sparseserve_bf16(reinterpret_cast<const char*>(request))) return -1;
+      ++calls;
+    }
+  return calls;
+}
+
 }  // namespace
 
 int main() {
   std::mt19937 random(1);
   const int size_of[] = {2, 2, 4};
   int calls = 0;
-  for (int unit = 0; unit <= sparseserve_unit() && unit < 2; ++unit)
+  for (int unit = 0; unit <= sparseserve_unit(); ++unit)
     for (int stored = 0; stored < 3; ++stored)
       for (int operation = 0; operation < 4; ++operation)
         for (int number = 0; number < 45; ++number) {
@@ -73,5 +102,6 @@ int main() {
             return 1;
           ++calls;
         }
-  std::printf("%d calls, %d in int8\n", calls, int8_calls(random));
+  const int in_int8 = int8_calls(random), in_bf16 = bf16_calls(random);
+  std::printf("%d calls, %d in int8, %d in bfloat16\n", calls, in_int8, in_bf16);
 }

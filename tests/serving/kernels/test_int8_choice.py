@@ -58,7 +58,7 @@ def test_every_other_kernel_refuses_a_layer_that_computes_in_int8() -> None:
     for name, kernel in KERNELS.items():
         if name != "cpu_int8":
             assert kernel.unsupported(SPEC) is not None, name
-    for name in ("cpu_direct", "cpu_unpacked", "cpu_dense", "triton", "dense"):
+    for name in ("cpu_direct", "cpu_unpacked", "cpu_dense", "cpu_bf16", "triton", "dense"):
         assert KERNELS[name].unsupported(SPEC) == "the layer computes in int8"
 
 

@@ -20,6 +20,7 @@ from sparseserve.serving.kernels.cpu.int8_layout import int8_panels, int8_produc
 from sparseserve.serving.kernels.cpu.library import (
     Int8Unit,
     NativeLibrary,
+    Tiles,
     Unit,
     missing_library,
     native_library,
@@ -247,7 +248,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> NativeLibrary:
         pytest.skip("no g++ or no AVX2")
     folder = tmp_path_factory.mktemp("emulated")
     sources = [NATIVE / "library.cpp", NATIVE / "portable.cpp", NATIVE / "avx2.cpp"]
-    sources += [NATIVE / "avx512.cpp", NATIVE / "int8_portable.cpp", NATIVE / "int8_avx2.cpp"]
+    sources += [NATIVE / "avx512.cpp", NATIVE / "bf16_portable.cpp", NATIVE / "bf16_avx512.cpp"]
+    sources += [NATIVE / "int8_portable.cpp", NATIVE / "int8_avx2.cpp"]
     for name in ("int8_avx_vnni.cpp", "int8_avx512_vnni.cpp"):
         text = (NATIVE / name).read_text()
         for unit in ("avx2,avxvnni", "avx512f,avx512bw,avx512vnni"):
@@ -260,7 +262,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> NativeLibrary:
     subprocess.run(["g++", *options, "-o", built, *sources], check=True, capture_output=True)
     handle = ctypes.CDLL(str(built))
     handle.sparseserve_int8.argtypes = [ctypes.c_char_p]
-    return NativeLibrary(handle, Unit.PORTABLE, None, tuple(Int8Unit))
+    return NativeLibrary(handle, Unit.PORTABLE, None, tuple(Int8Unit), (), Tiles.MISSING)
 
 
 @pytest.mark.parametrize("unit", [Int8Unit.AVX_VNNI, Int8Unit.AVX512_VNNI], ids=lambda u: u.name)

@@ -4,7 +4,12 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
+#include "bf16_call.h"
 #include "int8_call.h"
 #include "units.h"
 
@@ -36,13 +41,49 @@ struct Int8Request {
   std::int64_t threads, parallel;
 };
 
-#if defined(SPARSESERVE_AVX_VNNI)
-// Not every compiler that knows the unit has a name to ask for it.
-bool has_avx_vnni() {
+enum Bf16Unit : int { kBf16Portable = 0, kBf16Avx512 = 1 };
+
+// What sparseserve_bf16 is given.
+struct Bf16Request {
+  std::int64_t unit, operation;
+  std::int64_t weight, inputs, bias, outputs;
+  std::int64_t batch, rows, columns;
+  std::int64_t threads, parallel;
+};
+
+#if defined(__x86_64__)
+// Not every compiler that knows a unit has a name to ask for it. These are bits of leaf 7, 1.
+constexpr int kAvxVnniBit = 4, kAvx512Bf16Bit = 5;
+
+bool has_bit(int bit) {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> bit & 1);
 }
 #endif
+
+// Whether products may use AMX's tiles.
+enum Tiles : int { kTilesReady = 0, kNoTiles = 1, kTilesRefused = 2 };
+
+Tiles ask_for_tiles() {
+#if defined(SPARSESERVE_PLAIN_TILES)
+  return kTilesReady;
+#elif defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;  // of EDX of leaf 7, 0
+  constexpr long request_permission = 0x1023, tile_data = 18;   // arch_prctl(2), XFEATURE
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & amx_bf16) || !(d & amx_tile))
+    return kNoTiles;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0 ? kTilesReady : kTilesRefused;
+#else
+  return kNoTiles;
+#endif
+}
+
+// Linux ends a process that uses tiles without having asked. Asked once, it is remembered.
+Tiles tiles() {
+  static const Tiles answer = ask_for_tiles();
+  return answer;
+}
 
 template <class T>
 T* address(std::int64_t value) {
@@ -52,7 +93,7 @@ T* address(std::int64_t value) {
 }  // namespace
 
 // Raised whenever the arguments, what they may be, or the layouts change.
-EXPORT int sparseserve_version() { return 4; }
+EXPORT int sparseserve_version() { return 5; }
 
 // The best vector unit of this processor.
 EXPORT int sparseserve_unit() {
@@ -100,7 +141,7 @@ EXPORT int sparseserve_int8_units() {
   if (__builtin_cpu_supports("avx2")) {
     units |= 1 << kInt8Avx2;
 #if defined(SPARSESERVE_AVX_VNNI)
-    if (has_avx_vnni()) units |= 1 << kInt8AvxVnni;
+    if (has_bit(kAvxVnniBit)) units |= 1 << kInt8AvxVnni;
 #endif
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -135,6 +176,48 @@ EXPORT int sparseserve_int8(const char* bytes) {
 #endif
 #if defined(SPARSESERVE_AVX_VNNI)
     case kInt8AvxVnni: return run_int8_avx_vnni(call) ? 0 : 1;
+#endif
+    default: return 1;
+  }
+}
+
+// The vector units of this processor that bfloat16 products know, one bit each.
+EXPORT int sparseserve_bf16_units() {
+  int units = 1 << kBf16Portable;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      has_bit(kAvx512Bf16Bit))
+    units |= 1 << kBf16Avx512;
+#endif
+  return units;
+}
+
+// Whether vector units of bfloat16 have a matrix unit beside them: one of Tiles.
+EXPORT int sparseserve_tiles() { return tiles(); }
+
+// Carries out the Bf16Request at `bytes`, which need not be aligned. Returns 0, or 1 for an
+// operation or unit that there is not.
+EXPORT int sparseserve_bf16(const char* bytes) {
+  using namespace sparseserve;
+  Bf16Request request;
+  std::memcpy(&request, bytes, sizeof request);
+  const Bf16Call call{address<const std::uint8_t>(request.weight),
+                      address<const std::uint16_t>(request.inputs),
+                      address<const std::uint16_t>(request.bias),
+                      address<std::uint16_t>(request.outputs),
+                      request.batch,
+                      request.rows,
+                      request.columns,
+                      static_cast<int>(request.threads),
+                      reinterpret_cast<Parallel>(static_cast<std::uintptr_t>(request.parallel))};
+  const auto wanted = static_cast<Bf16Operation>(request.operation);
+  switch (request.unit) {
+    case kBf16Portable: return run_bf16_portable(wanted, call) ? 0 : 1;
+#if defined(__x86_64__)
+    case kBf16Avx512:
+      if (wanted == Bf16Operation::kTiles && tiles() != kTilesReady) return 1;
+      return run_bf16_avx512(wanted, call) ? 0 : 1;
 #endif
     default: return 1;
   }

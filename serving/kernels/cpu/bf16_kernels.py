@@ -1,0 +1,156 @@
+"""Products of bfloat16 activations on processors that multiply bfloat16 themselves.
+
+They read the panels that the kernels of float32 sums read, but nothing is widened: AVX-512 with
+BF16 multiplies pairs of bfloat16 values and adds both products to a float32 sum. In a 2:4 weight a
+pair is the two kept values of a group. A token's result has the same bits in every batch and with
+any number of threads; on AMX's matrix unit, which takes 16 tokens at once, only the latter. As the
+instructions have it, denormal numbers count as zero. Where an input is infinite or NaN, ``CpuBf16``
+differs from the dense product as ``CpuDirect`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparseserve.devices import dtype_name
+from sparseserve.serving.kernels.cpu.kernels import check_panels
+from sparseserve.serving.kernels.cpu.layout import (
+    BLOCK_COLUMNS,
+    PAIR_VALUES,
+    block_values,
+    dense_panels,
+    two_four_panels,
+)
+from sparseserve.serving.kernels.cpu.library import (
+    Bf16Operation,
+    Bf16Unit,
+    Tiles,
+    missing_library,
+    native_library,
+)
+from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class CpuBf16:
+    """Multiplies each pair of kept values by the inputs that its positions pick.
+
+    Attributes:
+        unit: Vector unit; None is the best of the processor, which must not be the portable one.
+    """
+
+    layout: ClassVar[str] = "cpu_2of4"
+    largest_batch: ClassVar[int | None] = None
+    operation: ClassVar[Bf16Operation] = Bf16Operation.TWO_FOUR
+
+    unit: Bf16Unit | None = None
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        """Refuse what is not wholly 2:4, other dtypes, and processors that would emulate them."""
+        return _unsupported(spec) if spec.two_four else "a module of the layer is dense"
+
+    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Return the 2:4 panels."""
+        return (two_four_panels(weight.packed(), BF16),)
+
+    def matmul(
+        self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
+    ) -> Tensor:
+        """Multiply any number of rows of inputs."""
+        columns, width = packed[0].shape[1] * BLOCK_COLUMNS, block_values(BF16)
+        check_panels(packed[0], inputs, rows=rows, columns=columns, width=width)
+        return _multiply(self.operation, packed[0], inputs, bias, rows, self.unit)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuBf16Tiles(CpuBf16):
+    """Restores the zeros of a few columns at a time and multiplies them on AMX's matrix unit.
+
+    Where an input is infinite or NaN, it gives what the dense product does.
+    """
+
+    operation: ClassVar[Bf16Operation] = Bf16Operation.TILES
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        """Refuse what :class:`CpuBf16` does, and processors and systems without tiles."""
+        if reason := CpuBf16.unsupported(self, spec):
+            return reason
+        return {
+            Tiles.READY: None,
+            Tiles.MISSING: "this processor has no AMX",
+            Tiles.REFUSED: "the operating system does not let this process use AMX",
+        }[native_library().tiles]
+
+
+@dataclass(frozen=True, slots=True)
+class CpuBf16Dense:
+    """Multiplies by a dense weight in panels: what tells the gain of sparsity from that of layout.
+
+    Attributes:
+        unit: As of :class:`CpuBf16`.
+    """
+
+    layout: ClassVar[str] = "cpu_dense"
+    largest_batch: ClassVar[int | None] = None
+
+    unit: Bf16Unit | None = None
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        """Refuse wholly 2:4 layers, other dtypes, and processors that would emulate them."""
+        if spec.two_four and not spec.quantized:
+            return "every module of the layer is 2:4"
+        return _unsupported(spec)
+
+    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Return the dense panels."""
+        return (dense_panels(weight.dense(), BF16),)
+
+    def matmul(
+        self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
+    ) -> Tensor:
+        """Multiply any number of rows of inputs."""
+        columns = packed[0].shape[1] * 2
+        check_panels(packed[0], inputs, rows=rows, columns=columns, width=PAIR_VALUES)
+        return _multiply(Bf16Operation.DENSE, packed[0], inputs, bias, rows, self.unit)
+
+
+def _unsupported(spec: LinearSpec) -> str | None:
+    if refusal := spec.float_refusal():
+        return refusal
+    if spec.device.type != "cpu":
+        return f"runs on a CPU, not on {spec.device.type}"
+    if spec.dtype is not BF16:
+        return f"multiplies bfloat16, not {dtype_name(spec.dtype)}"
+    if missing := missing_library():
+        return missing
+    if native_library().bf16_units == (Bf16Unit.PORTABLE,):
+        return "this processor has no AVX-512 with BF16"
+    return None
+
+
+def _multiply(  # noqa: PLR0917  # see kernels.py: keywords take their time, too
+    operation: Bf16Operation,
+    panels: Tensor,
+    inputs: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    unit: Bf16Unit | None,
+) -> Tensor:
+    if panels.dtype is not BF16 or inputs.dtype is not BF16:
+        raise ValueError(f"panels: {panels.dtype}, inputs: {inputs.dtype}: not bfloat16")
+    if bias is not None:
+        if bias.shape != (rows,) or not bias.is_cpu:
+            raise ValueError(f"bias of shape {tuple(bias.shape)} for {rows} rows")
+        bias = bias.to(BF16).contiguous()
+    inputs = inputs.contiguous()
+    product = inputs.new_empty(len(inputs), rows)
+    if len(inputs):
+        native_library().run_bf16(operation, panels, inputs, bias, product, unit=unit)
+    return product
