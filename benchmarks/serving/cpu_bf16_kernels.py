@@ -1,8 +1,8 @@
 """How fast are the processor's kernels of bfloat16, and what of it is sparsity?
 
 Single linear layers as they are served where vLLM computes in bfloat16: our 2:4 kernels, our dense
-kernel, which reads the same panels with the same care, torch's product and vLLM's own dense layer,
-which is oneDNN's product on a weight in an order of its own. Inputs and outputs are bfloat16.
+kernel, which is made with the same care, and vLLM's own dense layer, which is oneDNN's product on a
+weight in an order of its own. Inputs and outputs are bfloat16.
 
 Turns, copies and processes are those of ``cpu_kernels.py``; with no ``OMP_NUM_THREADS`` all cores
 are used::
@@ -24,11 +24,10 @@ from benchmarks.serving.cpu_kernels import (
     measure_shapes,
     own_product,
     show_one_shape,
-    torch_product,
 )
 from sparseserve.checkpoint.packed24 import pack24
 from sparseserve.serving.kernels import KERNELS, LinearSpec, LoadedWeight, RowBlock
-from sparseserve.serving.kernels.cpu.library import Bf16Unit, native_library
+from sparseserve.serving.kernels.cpu.library import Bf16Unit, Tiles, native_library
 from sparseserve.sparsity import TWO_FOUR
 
 # Of models of 135M, 0.5B, 1B and 8B parameters.
@@ -47,7 +46,9 @@ SHAPES = (
     (4096, 14336),
 )
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
-OWN = ("cpu_bf16", "cpu_direct", "cpu_unpacked", "cpu_bf16_dense")
+# For a few tokens sums of float32 may be as fast.
+SPARSE = ("cpu_bf16", "cpu_bf16_tiles", "cpu_direct")
+DENSE = ("cpu_bf16_dense",)
 
 
 def products(rows: int, columns: int, copies: int) -> dict[str, list[Product]]:
@@ -59,9 +60,10 @@ def products(rows: int, columns: int, copies: int) -> dict[str, list[Product]]:
     def own(name: str) -> Product:
         return own_product(KERNELS[name], KERNELS[name].pack(loaded, spec), rows)
 
+    tiles = native_library().tiles is Tiles.READY
+    names = [name for name in (*SPARSE, *DENSE) if tiles or name != "cpu_bf16_tiles"]
     return {
-        **{name: [own(name) for _ in range(copies)] for name in OWN},
-        "torch_bfloat16": [torch_product(weight.clone()) for _ in range(copies)],
+        **{name: [own(name) for _ in range(copies)] for name in names},
         "vllm_bfloat16": [vllm_product(loaded, spec) for _ in range(copies)],
     }
 
