@@ -113,6 +113,7 @@ def quality_chart() -> Chart:
 def speed_chart() -> Chart:
     """Return how many times as fast as the dense model the 2:4 model decodes and reads prompts."""
     names = {
+        "bench-smollm2-2of4-avx512-bf16": "AVX-512 with BF16, bfloat16 arithmetic",
         "bench-smollm2-2of4-bf16": "AVX-512, float32 arithmetic, weights stored in bfloat16",
         "bench-smollm2-2of4": "AVX-512, float32 arithmetic, weights stored in float32",
         "bench-smollm2-2of4-bf16-avx2": "AVX2, float32 arithmetic, weights stored in bfloat16",
