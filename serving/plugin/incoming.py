@@ -22,6 +22,7 @@ from sparseserve.checkpoint.stacks import ExpertStack
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.serving.plugin.config import SparseServeConfig
 from sparseserve.serving.plugin.linear import Packed24LinearMethod
+from sparseserve.serving.plugin.norms import use_fused_norms
 from sparseserve.serving.plugin.parameters import LEAVES
 
 logger = init_logger("vllm.sparseserve")
@@ -46,8 +47,11 @@ def _create_model(
     """Make the model as vLLM does, and take over what is ours in it."""
     model: nn.Module = _MADE_BY_VLLM(loader, vllm_config, *args, **kwargs)
     config = vllm_config.quant_config
-    if isinstance(config, SparseServeConfig) and config.is_packed:
-        _take_over(model, config)
+    if isinstance(config, SparseServeConfig):
+        if config.is_packed:
+            _take_over(model, config)
+        if use_fused_norms(vllm_config):
+            logger.info_once("norms run in one operator each")
     return model
 
 
