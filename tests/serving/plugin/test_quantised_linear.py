@@ -154,7 +154,8 @@ def test_int8_layers_round_their_inputs_token_by_token(
     wide = unpack24(codes.codes).double() * codes.scale.double()
     # Half a step in float64 need not be half a step in float32.
     step = tokens.float().abs().amax(dim=1, keepdim=True) / 127
-    expected = ((tokens.float() / step).round() * step).double() @ wide.T
+    numbers = (tokens.float() / step).round().double()
+    expected = numbers * step.double() @ wide.T
     found = layer.quant_method.apply(layer, tokens, None)
     assert found.dtype == dtype
     rounding = torch.finfo(dtype).eps
