@@ -188,6 +188,7 @@ SERVING_TABLES: dict[str, Callable[[Result], str]] = {
     "bench-smollm2-2of4-bf16-avx2": bench_table,
     "bench-smollm2-2of4-amx": bench_table,
     "bench-llama-1b": bench_table,
+    "bench-llama-1b-avx512-bf16": bench_table,
     "bench-llama-1b-bfloat16": bench_table,
     "cpu-bf16-kernels": cpu_bf16_kernels_table,
     "cpu-kernels": cpu_kernels_table,

@@ -91,10 +91,13 @@ def test_sixteen_bit_values_are_kept_once_and_serve_look_up_and_product(
 @needs_kernels
 @pytest.mark.usefixtures("one_rank")
 def test_look_up_and_product_have_the_dtype_computed_in() -> None:
-    layer = finished(embedding(random_weight(torch.bfloat16), torch.bfloat16))
+    weight = random_weight(torch.bfloat16)
+    layer = finished(embedding(weight, torch.bfloat16))
     assert layer(torch.tensor([1])).dtype == torch.bfloat16
-    inputs = torch.ones(1, WIDTH, dtype=torch.bfloat16)
-    assert layer.quant_method.apply(layer, inputs).dtype == torch.bfloat16
+    inputs = torch.randn(3, WIDTH).to(torch.bfloat16)
+    logits = layer.quant_method.apply(layer, inputs)
+    wanted = (inputs.double() @ weight.double().T).to(torch.bfloat16)
+    torch.testing.assert_close(logits[:, :VOCABULARY], wanted)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -31,7 +31,7 @@
 namespace sparseserve {
 namespace {  // see kernels.h
 
-constexpr int kPanel16 = 32;   // rows of a panel
+constexpr int kPanel16 = 32;    // rows of a panel
 constexpr int kColumns16 = 32;  // columns of a block
 constexpr int kGroups16 = 8;    // groups of four columns in a block
 constexpr int kStrips16 = 2;    // vectors of 16 rows in a panel
