@@ -57,11 +57,14 @@ def products(rows: int, columns: int, copies: int) -> dict[str, list[Product]]:
     spec = LinearSpec(rows, columns, torch.bfloat16, torch.device("cpu"), two_four=True)
     loaded = LoadedWeight((RowBlock("layer", pack24(weight)),))
 
-    def own(name: str) -> Product:
-        return own_product(KERNELS[name], KERNELS[name].pack(loaded, spec), rows)
-
     tiles = native_library().tiles is Tiles.READY
     names = [name for name in (*SPARSE, *DENSE) if tiles or name != "cpu_bf16_tiles"]
+    packed = {name: KERNELS[name].pack(loaded, spec) for name in names}
+
+    def own(name: str) -> Product:
+        copy = tuple(tensor.clone() for tensor in packed[name])
+        return own_product(KERNELS[name], copy, rows)
+
     return {
         **{name: [own(name) for _ in range(copies)] for name in names},
         "vllm_bfloat16": [vllm_product(loaded, spec) for _ in range(copies)],

@@ -1,11 +1,11 @@
 """How fast is the processor's 2:4 kernel for int8 codes, and how exact?
 
 Single linear layers at several batch sizes: our int8 kernel, our 2:4 kernels on the same weight in
-bfloat16, torch's dense products in float32 and bfloat16, and dense products of int8: oneDNN's as
-torch calls it, with one scale for all tokens, and as vLLM does, with one for each. Every int8
-product is timed with the quantization of its activations. Where a processor has no VNNI, oneDNN
-adds pairs of products in 16 bits, which saturate: so the error of every product is kept, too,
-relative to the float32 product of the same weight.
+bfloat16, torch's dense products in float32 and bfloat16, and vLLM's dense product of int8, which is
+oneDNN's with a scale for each token. Both int8 products are timed with the quantization of their
+activations. Where a processor has no VNNI, oneDNN adds pairs of products in 16 bits, which
+saturate: so the error of every product is kept, too, relative to the float32 product of the same
+weight. (oneDNN as torch calls it is left out: it takes milliseconds for every new scale.)
 
 Turns, copies and processes are those of ``cpu_kernels.py``::
 
@@ -44,7 +44,6 @@ PRODUCTS = (
     *FLOAT_KERNELS,
     "torch_float32",
     "torch_bfloat16",
-    "torch_int8",
     "vllm_int8",
 )
 
@@ -67,35 +66,19 @@ def products(rows: int, columns: int, copies: int) -> dict[str, list[Product]]:
     cpu = torch.device("cpu")
     spec = LinearSpec(rows, columns, torch.float32, cpu, two_four=True, quantized="int8")
 
+    packed = {name: KERNELS[name].pack(loaded, spec) for name in ("cpu_int8", *FLOAT_KERNELS)}
+
     def own(name: str) -> Product:
-        return own_product(KERNELS[name], KERNELS[name].pack(loaded, spec), rows)
+        copy = tuple(tensor.clone() for tensor in packed[name])
+        return own_product(KERNELS[name], copy, rows)
 
     make: dict[str, Callable[[], Product]] = {
         **{name: partial(own, name) for name in ("cpu_int8", *FLOAT_KERNELS)},
         "torch_float32": lambda: torch_product(wide.clone()),
         "torch_bfloat16": lambda: torch_product(wide.bfloat16()),
-        "torch_int8": lambda: torch_int8_product(dense, scale),
         "vllm_int8": lambda: vllm_int8_product(dense, scale),
     }
     return {name: [make[name]() for _ in range(copies)] for name in PRODUCTS}
-
-
-def torch_int8_product(dense: Tensor, scale: Tensor) -> Product:
-    """Return torch's call of oneDNN's product of int8."""
-    packed = torch.ops.onednn.qlinear_prepack(dense, None)
-    zeros = torch.zeros(len(dense), dtype=torch.int32)
-
-    def run(inputs: Tensor) -> Tensor:
-        own = float(inputs.abs().max()) / 127
-        numbers = torch.round(inputs / own).to(torch.int8)
-        multiply = torch.ops.onednn.qlinear_pointwise
-        product: Tensor = multiply(
-            *(numbers, own, 0, packed, scale, zeros),
-            *(None, 1.0, 0, torch.float32, "none", [], ""),  # no bias, nothing after the product
-        )
-        return product
-
-    return run
 
 
 def vllm_int8_product(dense: Tensor, scale: Tensor) -> Product:

@@ -105,6 +105,33 @@ def cpu_kernels_table(result: Result) -> str:
 
 def cpu_bf16_kernels_table(result: Result) -> str:
     """How many times as fast as vLLM's dense layer 2:4 is, and what of it is sparsity."""
+    return _gains_table(
+        result,
+        ("cpu_bf16", "cpu_bf16_tiles", "cpu_direct"),
+        "vllm_bfloat16",
+        {"median against our dense kernel": "cpu_bf16_dense"},
+        "Times of vLLM's dense layer over those of the fastest 2:4 kernel",
+    )
+
+
+def cpu_int8_kernels_table(result: Result) -> str:
+    """How many times as fast as vLLM's dense int8 layer the int8 kernel is, and as others."""
+    return _gains_table(
+        result,
+        ("cpu_int8",),
+        "vllm_int8",
+        {
+            "median against torch, bfloat16, dense": "torch_bfloat16",
+            "median against torch, float32, dense": "torch_float32",
+        },
+        "Times of vLLM's dense int8 product over those of `cpu_int8`",
+    )
+
+
+def _gains_table(
+    result: Result, own: tuple[str, ...], base: str, others: dict[str, str], what: str
+) -> str:
+    """By shape and batch, the time of ``base`` over that of the fastest of ``own``."""
     rows = result["rows"]
     batches = distinct(row["batch"] for row in rows)
     shapes = distinct((row["rows"], row["columns"]) for row in rows)
@@ -117,30 +144,24 @@ def cpu_bf16_kernels_table(result: Result) -> str:
                 for row in rows
                 if row["batch"] == batch and (row["rows"], row["columns"]) in of
             ]
-            gain = statistics.median(each[base] / _fastest_sparse(each) for each in times)
+            gain = statistics.median(
+                each[base] / min(each[name] for name in own if name in each) for each in times
+            )
             found.append(f"{gain:.2f}")
         return found
 
     lines = [head("outputs x inputs", *map(str, batches))]
     for outputs, inputs in shapes:
-        own = gains("vllm_bfloat16", [(outputs, inputs)])
-        lines.append(line(f"{outputs} x {inputs}", *own))
-    lines.append(line("median", *gains("vllm_bfloat16", shapes)))
-    lines.append(line("median against our dense kernel", *gains("cpu_bf16_dense", shapes)))
+        lines.append(line(f"{outputs} x {inputs}", *gains(base, [(outputs, inputs)])))
+    lines.append(line("median", *gains(base, shapes)))
+    lines += [line(label, *gains(other, shapes)) for label, other in others.items()]
     machine, setting = result["machine"], result["setting"]
     lines.append(
-        "\nTimes of vLLM's dense layer over those of the fastest 2:4 kernel; columns are tokens at "
-        f"once; medians of {setting['repeats']} turns in each of {setting['processes']} processes; "
-        f"{machine['cpu']}, {machine['threads']} thread(s), torch {machine['torch']}, "
-        f"{commit_and_date(machine)}"
+        f"\n{what}; columns are tokens at once; medians of {setting['repeats']} turns in each of "
+        f"{setting['processes']} processes; {machine['cpu']}, {machine['threads']} thread(s), "
+        f"torch {machine['torch']}, {commit_and_date(machine)}"
     )
     return "\n".join(lines)
-
-
-def _fastest_sparse(times: dict[str, float]) -> float:
-    return min(
-        time for name, time in times.items() if name.startswith("cpu_") and "dense" not in name
-    )
 
 
 def tune_table(result: Result) -> str:
@@ -191,6 +212,7 @@ SERVING_TABLES: dict[str, Callable[[Result], str]] = {
     "bench-llama-1b-avx512-bf16": bench_table,
     "bench-llama-1b-bfloat16": bench_table,
     "cpu-bf16-kernels": cpu_bf16_kernels_table,
+    "cpu-int8-kernels": cpu_int8_kernels_table,
     "cpu-kernels": cpu_kernels_table,
     "cpu-kernels-avx512": cpu_kernels_table,
     "tune-smollm2-2of4": tune_table,

@@ -89,7 +89,7 @@ def test_a_smoke_run_times_every_product_of_bfloat16() -> None:
 
 
 def test_the_table_of_bfloat16_compares_the_fastest_sparse_kernel_with_both_dense_ones() -> None:
-    times = {"cpu_bf16": 2.0, "cpu_unpacked": 5.0, "cpu_bf16_dense": 3.0, "vllm_bfloat16": 4.0}
+    times = {"cpu_bf16": 2.0, "cpu_direct": 5.0, "cpu_bf16_dense": 3.0, "vllm_bfloat16": 4.0}
     rows = [
         {"rows": 64, "columns": columns, "batch": batch, "milliseconds": milliseconds}
         for columns, batch, milliseconds in (

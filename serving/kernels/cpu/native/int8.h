@@ -48,6 +48,7 @@ constexpr std::int64_t kHeld = 128;
 // Codes as they are stored: their places and signs are taken apart for each group of tokens.
 template <class V>
 struct Stored8 {
+  static constexpr bool streamed = true;
   const std::uint8_t* blocks;
   const std::uint8_t* next;
   typename V::Codes codes(std::int64_t block, int strip) const {
@@ -55,9 +56,11 @@ struct Stored8 {
   }
 };
 
-// Codes taken apart beforehand, for many groups of tokens.
+// Codes taken apart beforehand, for many groups of tokens. Where loads are scarce, each tile fetching
+// the next chunk again costs more than it saves.
 template <class V>
 struct Unpacked8 {
+  static constexpr bool streamed = V::few_groups == 1;
   const std::uint8_t* blocks;
   const std::uint8_t* next;
   typename V::Codes codes(std::int64_t block, int strip) const {
@@ -79,7 +82,7 @@ SPARSESERVE_NOINLINE void tile8(Source source, std::int64_t count, const std::in
     SPARSESERVE_UNROLL
     for (int r = 0; r < R; ++r) {
       // The next chunk comes from memory meanwhile, each strip asks for its share of it.
-      for (int line = 0; line < 5 * V::rows; line += 40)
+      for (int line = 0; Source::streamed && line < 5 * V::rows; line += 40)
         __builtin_prefetch(source.next + block * kBlockBytes + (S + r) * 5 * V::rows + line);
       const typename V::Codes codes = source.codes(block, S + r);
       SPARSESERVE_UNROLL
@@ -93,12 +96,12 @@ SPARSESERVE_NOINLINE void tile8(Source source, std::int64_t count, const std::in
     for (int t = 0; t < T; ++t) V::store(sums + t * kPanel8 + r * V::rows, own[r][t]);
 }
 
-// The same for all strips, from strip S on. The sums of few tokens are kept for several at once.
+// The same for all strips, from strip S on, as many at once as registers hold the sums of.
 template <class V, int T, int S = 0, class Source>
 void strips8(const Source& source, std::int64_t count, const std::int8_t* tokens,
              std::int32_t* sums) {
   constexpr int all = kPanel8 / V::rows;
-  constexpr int at_once = T <= 2 ? all : T <= 4 ? 2 : 1;
+  constexpr int at_once = T * all <= V::most_sums ? all : T * 2 <= V::most_sums ? 2 : 1;
   tile8<V, T, at_once, S>(source, count, tokens, sums);
   if constexpr (S + at_once < all) strips8<V, T, S + at_once>(source, count, tokens, sums);
 }
@@ -131,16 +134,23 @@ void panel8(const std::uint8_t* panel, const Tokens& tokens, std::int32_t* sums)
     const std::int64_t count = (chunk + 1) * tokens.blocks / chunks - block;
     const std::uint8_t* at = panel + block * kBlockBytes;
     const std::uint8_t* next = at + count * kBlockBytes;
-    if (tokens.groups() == 1) {
-      group8<V>(Stored8<V>{at, next}, count, tokens, 0, block, sums);
+    if (tokens.groups() <= V::few_groups) {
+      for (std::int64_t group = 0; group < tokens.groups(); ++group)
+        group8<V>(Stored8<V>{at, next}, count, tokens, group, block, sums);
       continue;
     }
     for (int strip = 0; strip < kPanel8 / V::rows; ++strip)
       for (std::int64_t i = 0; i < count; ++i)
         V::store_codes(unpacked + (strip * kChunk + i) * 2 * V::bytes,
                        V::codes(at + i * kBlockBytes, strip));
-    for (std::int64_t group = 0; group < tokens.groups(); ++group)
+    for (std::int64_t group = 0; group < tokens.groups(); ++group) {
+      // The next chunk comes from memory meanwhile, with each group a share of it.
+      constexpr std::int64_t lines = Unpacked8<V>::streamed ? 0 : kChunk * kBlockBytes / 64;
+      const std::int64_t end = (group + 1) * lines / tokens.groups();
+      for (std::int64_t line = group * lines / tokens.groups(); line < end; ++line)
+        __builtin_prefetch(next + line * 64);
       group8<V>(Unpacked8<V>{unpacked, next}, count, tokens, group, block, sums);
+    }
   }
 }
 

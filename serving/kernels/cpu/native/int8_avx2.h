@@ -12,6 +12,10 @@ namespace {
 struct Vector256 {
   static constexpr int rows = 8;
   static constexpr int bytes = 32;
+  // Vectors of sums that registers hold beside codes and tokens, and groups of tokens for which
+  // taking codes apart anew is faster than unpacking them once. As measured.
+  static constexpr int most_sums = 8;
+  static constexpr int few_groups = 1;
   using sums = __m256i;
   struct Codes {
     __m256i picks, sizes;

@@ -25,6 +25,8 @@ namespace {
 struct Avx512Vnni : Vector256 {
   static constexpr int rows = 16;
   static constexpr int bytes = 64;
+  static constexpr int most_sums = 24;
+  static constexpr int few_groups = 3;
   using sums = __m512i;
   struct Codes {
     __m512i picks, sizes;
