@@ -5,7 +5,7 @@ bfloat16, torch's dense products in float32 and bfloat16, and vLLM's dense produ
 oneDNN's with a scale for each token. Both int8 products are timed with the quantization of their
 activations. Where a processor has no VNNI, oneDNN adds pairs of products in 16 bits, which
 saturate: so the error of every product is kept, too, relative to the float32 product of the same
-weight. (oneDNN as torch calls it is left out: it takes milliseconds for every new scale.)
+weight. (oneDNN as torch calls it is left out: it prepares anew for every new scale.)
 
 Turns, copies and processes are those of ``cpu_kernels.py``::
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm import ir
+from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 PROVIDER = "sparseserve"
@@ -29,8 +30,6 @@ def use_fused_norms(vllm_config: Any) -> bool:
     Returns:
         Whether they are taken.
     """
-    from vllm.config import CompilationMode
-
     chosen = vllm_config.kernel_config.ir_op_priority
     wanted = [getattr(chosen, operator.name, None) for operator in _OPERATORS]
     eager = vllm_config.compilation_config.mode in {None, CompilationMode.NONE}

@@ -66,7 +66,7 @@ class CpuBf16:
         """Multiply any number of rows of inputs."""
         columns, width = packed[0].shape[1] * BLOCK_COLUMNS, block_values(BF16)
         check_panels(packed[0], inputs, rows=rows, columns=columns, width=width)
-        return _multiply(self.operation, packed[0], inputs, bias, rows, self.unit)
+        return _multiply(self.operation, packed[0], inputs, bias, rows=rows, unit=self.unit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class CpuBf16Dense:
         """Multiply any number of rows of inputs."""
         columns = packed[0].shape[1] * 2
         check_panels(packed[0], inputs, rows=rows, columns=columns, width=PAIR_VALUES)
-        return _multiply(Bf16Operation.DENSE, packed[0], inputs, bias, rows, self.unit)
+        return _multiply(Bf16Operation.DENSE, packed[0], inputs, bias, rows=rows, unit=self.unit)
 
 
 def _unsupported(spec: LinearSpec) -> str | None:
@@ -135,11 +135,12 @@ def _unsupported(spec: LinearSpec) -> str | None:
     return None
 
 
-def _multiply(  # noqa: PLR0917  # see kernels.py: keywords take their time, too
+def _multiply(
     operation: Bf16Operation,
     panels: Tensor,
     inputs: Tensor,
     bias: Tensor | None,
+    *,
     rows: int,
     unit: Bf16Unit | None,
 ) -> Tensor:

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "bf16_call.h"
+#include "bfloat16.h"
 
 // See kernels.h and int8.h.
 #if defined(__GNUC__)
@@ -250,10 +251,7 @@ void finish16(const Bf16Call& call, std::int64_t first_token, std::int64_t token
   const int count = static_cast<int>(std::min<std::int64_t>(kPanel16, call.rows - first_row));
   float bias[kPanel16] = {};
   if (call.bias != nullptr)
-    for (int i = 0; i < count; ++i) {
-      const std::uint32_t bits = std::uint32_t{call.bias[first_row + i]} << 16;
-      std::memcpy(bias + i, &bits, sizeof bits);
-    }
+    for (int i = 0; i < count; ++i) bias[i] = as_float(call.bias[first_row + i]);
   for (std::int64_t token = 0; token < tokens; ++token)
     V::write(sums + token * kPanel16, call.bias == nullptr ? nullptr : bias, count,
              call.outputs + (first_token + token) * call.rows + first_row);

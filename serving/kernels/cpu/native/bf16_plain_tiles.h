@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bfloat16.h"
+
 namespace sparseserve {
 namespace {  // see kernels.h
 
@@ -26,10 +28,10 @@ class PlainTiles {
     for (int token = 0; token < tokens_; ++token)
       for (int pair = 0; pair < 16; ++pair)
         for (int row = 0; row < 16; ++row) {
-          float sum = widened(tiles_[Sums][token][row]);
+          float sum = float_of(tiles_[Sums][token][row]);
           const std::uint32_t x = tiles_[Tokens][token][pair], w = tiles_[Weight][pair][row];
-          sum += widened(x & 0xffff0000u) * widened(w & 0xffff0000u);
-          sum += widened(x << 16) * widened(w << 16);
+          sum += float_of(x & 0xffff0000u) * float_of(w & 0xffff0000u);
+          sum += float_of(x << 16) * float_of(w << 16);
           std::memcpy(&tiles_[Sums][token][row], &sum, sizeof sum);
         }
   }
@@ -39,11 +41,6 @@ class PlainTiles {
   int tokens_;
 
   int rows(int tile) const { return tile < 6 ? tokens_ : 16; }
-  static float widened(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
 };
 
 }  // namespace

@@ -61,13 +61,14 @@ struct PortableBf16 {
   static floats add_products(floats sum, const words& inputs, const words& values) {
     for (int i = 0; i < lanes; ++i) {
       // The order of the instruction.
-      sum.at[i] += widened(inputs.at[i] & high) * widened(values.at[i] & high);
-      sum.at[i] += widened(inputs.at[i] << 16) * widened(values.at[i] << 16);
+      sum.at[i] += float_of(inputs.at[i] & high) * float_of(values.at[i] & high);
+      sum.at[i] += float_of(inputs.at[i] << 16) * float_of(values.at[i] << 16);
     }
     return sum;
   }
   static void write(const float* sums, const float* bias, int count, std::uint16_t* to) {
-    for (int i = 0; i < count; ++i) to[i] = narrowed(bias == nullptr ? sums[i] : sums[i] + bias[i]);
+    for (int i = 0; i < count; ++i)
+      to[i] = bfloat16_of(bias == nullptr ? sums[i] : sums[i] + bias[i]);
   }
 
  private:
@@ -81,18 +82,6 @@ struct PortableBf16 {
       values.at[i] = (first < 2 ? low << 16 * first : 0) | (second < 2 ? top << 16 * second : 0);
     }
     return values;
-  }
-  static float widened(std::uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-  // To the nearest, halves to even; what is not a number stays so.
-  static std::uint16_t narrowed(float value) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    if (value != value) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
-    return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
   }
 };
 

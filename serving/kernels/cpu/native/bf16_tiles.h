@@ -18,8 +18,7 @@ constexpr int kTileBytes = 1024;
 constexpr int kSumBytes = kPanel16 * 4;          // a token's sums of one panel
 constexpr int kRestored = 16;                    // blocks of a panel that are restored at once
 constexpr int kAhead = 2;                        // blocks between restoring and multiplying
-constexpr std::int64_t kHeldTiles = 512 << 10;   // values of activations at once
-constexpr std::int64_t kMostTokens = 256;
+constexpr std::int64_t kHeldTokens = 256;        // tokens that are copied at once
 
 // Tokens in tiles: of 16 tokens 32 columns after 32 columns, zeros past the last token and column.
 class TokenTiles {
@@ -147,10 +146,8 @@ void panel_tiles(const std::uint8_t* panel, const TokenTiles& tokens, float* sum
 template <class V, class M>
 void multiply_tiles(const Bf16Call& call) {
   const std::int64_t panels = (call.rows + kPanel16 - 1) / kPanel16;
-  const std::int64_t held = std::max<std::int64_t>(
-      2 * kTileTokens, std::min(kMostTokens, kHeldTiles / call.columns / 32 * 32));
-  for (std::int64_t first = 0; first < call.batch; first += held) {
-    TokenTiles tokens(call, first, std::min(held, call.batch - first));
+  for (std::int64_t first = 0; first < call.batch; first += kHeldTokens) {
+    TokenTiles tokens(call, first, std::min(kHeldTokens, call.batch - first));
     const int threads = tokens.count * call.columns < 16384 ? 1 : call.threads;
     each(tokens.tiles, threads, call.parallel, [&](std::int64_t tile) { tokens.fill(tile); });
     each(panels, call.threads, call.parallel, [&](std::int64_t panel) {

@@ -8,16 +8,11 @@
 #include <memory>
 #include <vector>
 
+#include "bfloat16.h"
 #include "int8_call.h"
 
 namespace sparseserve {
 namespace {  // see kernels.h
-
-inline float float_of(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // The bits of a size, as a float32. Sizes order like these bits, NaN above infinity above numbers;
 // and the largest of integers is found with a vector unit, that of floats is not.
@@ -27,16 +22,6 @@ inline std::uint32_t size_bits(float value) {
   return bits & 0x7fffffffu;
 }
 inline std::uint32_t size_bits(std::uint16_t value) { return (value & 0x7fffu) << 16; }
-
-inline float as_float(float value) { return value; }
-inline float as_float(std::uint16_t value) { return float_of(static_cast<std::uint32_t>(value) << 16); }
-
-inline std::uint16_t bfloat16_of(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const std::uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 void read_floats(const void* from, Stored type, std::int64_t first, int count, float* to) {
   if (type == Stored::kFloat32)
