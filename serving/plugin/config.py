@@ -27,10 +27,12 @@ from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.sparsity import TWO_FOUR
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.models.utils import WeightsMapper
 
     from sparseserve.serving.kernels.choice.choose import TimedLayers
+    from sparseserve.serving.plugin.expert_timing import ExpertTimes
     from sparseserve.serving.plugin.shards import CheckpointModule
 
 logger = init_logger("vllm.sparseserve")
@@ -69,6 +71,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         self.stacks: tuple[ExpertStack, ...] = ()
         self.dense: frozenset[str] | None = None
         self._timed: TimedLayers | None = None
+        self._expert_times: ExpertTimes | None = None
 
     def get_name(self) -> str:
         """Return the name vLLM knows this method by."""
@@ -154,6 +157,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
             ServingError: The checkpoint packs only part of a layer that vLLM runs as one.
         """
         from vllm.config import get_current_vllm_config_or_none
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -170,7 +174,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         if isinstance(layer, VocabParallelEmbedding):
             return PanelEmbeddingMethod(prefix)
         if not isinstance(layer, LinearBase):
-            return None
+            return self._experts_method(layer, prefix) if isinstance(layer, RoutedExperts) else None
         modules = self.checkpoint_modules(prefix)
         if _is_absorbed(prefix) or not any(module.sparse for module in modules):
             return UnquantizedLinearMethod()
@@ -192,6 +196,20 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         if prefix in (self.packed.values() if self.is_packed else self.dense or ()):
             names = [prefix]
         return tuple(CheckpointModule(name, self._is_sparse(name)) for name in names)
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase | None:
+        """Return how experts are run where some of them were pruned; None leaves them to vLLM."""
+        from vllm.platforms import current_platform
+
+        from sparseserve.serving.plugin.expert_timing import ExpertTimes
+        from sparseserve.serving.plugin.experts import TwoFourExpertsMethod
+
+        pruned = self.packed.values() if self.is_packed else self.dense
+        inside = pruned is None or any(str(name).startswith(f"{prefix}.") for name in pruned)
+        if not (inside and current_platform.is_cpu()):
+            return None
+        self._expert_times = self._expert_times or ExpertTimes()
+        return TwoFourExpertsMethod(layer.moe_config, self._expert_times)
 
     def _is_sparse(self, name: str) -> bool:
         if self.is_packed:

@@ -1,9 +1,9 @@
 """The tensors of a packed24 checkpoint, on their way from the files into vLLM's model.
 
-Most packed modules are run by a layer of ours. But vLLM builds some in its own way (experts, and
-whatever it runs without asking us), loads some in its own way (the input projections of Mamba) and
+Most packed modules are run by a layer of ours. But vLLM builds some in its own way (whatever it
+runs without asking us), loads some in its own way (experts, the input projections of Mamba) and
 changes some (LoRA). The weights of those are unpacked before the model sees them, so they are
-loaded and run as those of the dense model are.
+loaded as those of the dense model are. Experts may be packed again thereafter (experts.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sparseserve.checkpoint import packed24, quantized24
 from sparseserve.checkpoint.stacks import ExpertStack
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.serving.plugin.config import SparseServeConfig
+from sparseserve.serving.plugin.experts import TwoFourExpertsMethod
 from sparseserve.serving.plugin.linear import Packed24LinearMethod
 from sparseserve.serving.plugin.norms import use_fused_norms
 from sparseserve.serving.plugin.parameters import LEAVES
@@ -129,7 +130,13 @@ def put_together(weights: Weights, stacks: Iterable[ExpertStack]) -> Iterator[tu
 def _take_over(model: Any, config: SparseServeConfig) -> None:
     vllm_names = _names_run_by_us(model)
     taken = frozenset(name for name, known in config.packed.items() if known in vllm_names)
-    if left := sorted(config.packed.keys() - taken):
+    experts = _experts_run_by_us(model)
+    left = sorted(
+        name
+        for name, known in config.packed.items()
+        if name not in taken and not str(known).startswith(experts)
+    )
+    if left:
         logger.info(
             "%d packed modules run dense, because vLLM makes or loads them in its own way; "
             "the first is %s",
@@ -159,6 +166,15 @@ def _names_run_by_us(model: nn.Module) -> frozenset[str]:
         else:
             names |= {module.name for module in method.modules if module.sparse}
     return frozenset(names)
+
+
+def _experts_run_by_us(model: nn.Module) -> tuple[str, ...]:
+    """Return what vLLM's names of experts begin with that are packed once they are loaded."""
+    return tuple(
+        f"{layer.layer_name}."
+        for layer in model.modules()
+        if isinstance(getattr(layer, "quant_method", None), TwoFourExpertsMethod)
+    )
 
 
 def _reordered(model: nn.Module) -> frozenset[str]:

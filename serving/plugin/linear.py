@@ -59,7 +59,7 @@ from sparseserve.sparsity import TWO_FOUR
 logger = init_logger("vllm.sparseserve")
 
 
-class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is checked as Any
+class TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is checked as Any
     """What both kinds of checkpoint share: the shards, and the kernels they are given to."""
 
     def __init__(
@@ -119,7 +119,7 @@ class _TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is c
 
 
 @register_weight_loader_v2_supported_method
-class Packed24LinearMethod(_TwoFourLinearMethod):
+class Packed24LinearMethod(TwoFourLinearMethod):
     """A layer of a ``packed24`` checkpoint, all or some of whose modules are packed."""
 
     def __init__(
@@ -218,7 +218,7 @@ class Packed24LinearMethod(_TwoFourLinearMethod):
 
 
 @register_weight_loader_v2_supported_method
-class Dense24LinearMethod(_TwoFourLinearMethod):
+class Dense24LinearMethod(TwoFourLinearMethod):
     """A layer of a dense checkpoint, served on the promise that its weights are 2:4."""
 
     def create_weights(  # noqa: PLR0917  # vLLM's signature
@@ -259,16 +259,6 @@ class Dense24LinearMethod(_TwoFourLinearMethod):
                 )
         delattr(layer, "weight")
         self.give(layer, LoadedWeight((RowBlock(self.prefix, weight),)))
-
-
-def chosen_kernels(model: nn.Module) -> dict[str, LayerKernels]:
-    """Return how each 2:4 layer of a loaded model is run, by vLLM's name of the layer."""
-    methods = {
-        name: method
-        for name, layer in model.named_modules()
-        if isinstance(method := getattr(layer, "quant_method", None), _TwoFourLinearMethod)
-    }
-    return {name: method.kernels for name, method in methods.items() if method.kernels}
 
 
 def _loader_of(layer: Any) -> object:

@@ -165,9 +165,9 @@ def allowed_kernels(
     """
     named = [name for name in os.environ.get(KERNELS_VARIABLE, "").split(",") if name]
     for name in named:
-        if name not in kernels:
+        if name not in {**KERNELS, **kernels}:
             raise ServingError(f"{KERNELS_VARIABLE}: {unknown_name('kernel', name, kernels)}")
-    return {name: kernels[name] for name in named} if named else kernels
+    return {name: kernels[name] for name in named if name in kernels} if named else kernels
 
 
 def _times(

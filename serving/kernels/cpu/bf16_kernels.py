@@ -33,6 +33,7 @@ from sparseserve.serving.kernels.cpu.library import (
     missing_library,
     native_library,
 )
+from sparseserve.serving.kernels.cpu.token_groups import TokenGroup, require_groups
 from sparseserve.serving.kernels.protocol import LinearSpec, LoadedWeight
 
 BF16 = torch.bfloat16
@@ -67,6 +68,42 @@ class CpuBf16:
         columns, width = packed[0].shape[1] * BLOCK_COLUMNS, block_values(BF16)
         check_panels(packed[0], inputs, rows=rows, columns=columns, width=width)
         return _multiply(self.operation, packed[0], inputs, bias, rows=rows, unit=self.unit)
+
+    def matmul_groups(
+        self,
+        panels: Tensor,
+        inputs: Tensor,
+        groups: Sequence[TokenGroup],
+        bias: Tensor | None,
+        product: Tensor,
+    ) -> None:
+        """Multiply groups of tokens, each by a weight of its own; the threads share all of them.
+
+        Args:
+            panels: ``[weights, panels, blocks, values]``.
+            inputs: ``[tokens, columns]``.
+            groups: Which weight multiplies which tokens.
+            bias: ``[weights, rows]`` or None.
+            product: ``[tokens, rows]``, filled where a group has tokens.
+        """
+        if not groups:
+            return
+        rows, width = product.shape[1], block_values(BF16)
+        columns = panels.shape[2] * BLOCK_COLUMNS
+        check_panels(panels[0], inputs, rows=rows, columns=columns, width=width)
+        _require_bf16(panels, inputs)
+        require_groups(groups, weights=len(panels), tokens=len(inputs))
+        if product.dtype is not BF16 or len(product) != len(inputs) or not product.is_contiguous():
+            raise ValueError(f"product: {product.dtype} of shape {tuple(product.shape)}")
+        native_library().run_bf16(
+            self.operation,
+            panels,
+            inputs.contiguous(),
+            None if bias is None else _bias(bias, (len(panels), rows)),
+            product,
+            groups=torch.tensor(groups),
+            unit=self.unit,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +181,22 @@ def _multiply(
     rows: int,
     unit: Bf16Unit | None,
 ) -> Tensor:
-    if panels.dtype is not BF16 or inputs.dtype is not BF16:
-        raise ValueError(f"panels: {panels.dtype}, inputs: {inputs.dtype}: not bfloat16")
+    _require_bf16(panels, inputs)
     if bias is not None:
-        if bias.shape != (rows,) or not bias.is_cpu:
-            raise ValueError(f"bias of shape {tuple(bias.shape)} for {rows} rows")
-        bias = bias.to(BF16).contiguous()
+        bias = _bias(bias, (rows,))
     inputs = inputs.contiguous()
     product = inputs.new_empty(len(inputs), rows)
     if len(inputs):
         native_library().run_bf16(operation, panels, inputs, bias, product, unit=unit)
     return product
+
+
+def _require_bf16(panels: Tensor, inputs: Tensor) -> None:
+    if panels.dtype is not BF16 or inputs.dtype is not BF16:
+        raise ValueError(f"panels: {panels.dtype}, inputs: {inputs.dtype}: not bfloat16")
+
+
+def _bias(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if bias.shape != shape or not bias.is_cpu:
+        raise ValueError(f"bias of shape {tuple(bias.shape)} for {shape[-1]} rows")
+    return bias.to(BF16).contiguous()

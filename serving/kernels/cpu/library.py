@@ -19,7 +19,7 @@ from torch import Tensor
 from sparseserve.errors import ServingError
 
 _MODULE = "sparseserve.serving.kernels.cpu.native._kernels"
-_VERSION = 5
+_VERSION = 6
 
 
 class Unit(IntEnum):
@@ -77,7 +77,7 @@ _REQUEST = struct.Struct("=11q")
 
 # Those of Int8Request and Bf16Request.
 _INT8_REQUEST = struct.Struct("=12q")
-_BF16_REQUEST = struct.Struct("=11q")
+_BF16_REQUEST = struct.Struct("=13q")
 
 _STORED = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 STORED_DTYPES = tuple(_STORED)
@@ -188,16 +188,20 @@ class NativeLibrary:
         bias: Tensor | None,
         outputs: Tensor,
         *,
+        groups: Tensor | None = None,
         unit: Bf16Unit | None,
     ) -> None:
         """Multiply bfloat16 values on as many threads as torch has. Nothing is checked here.
 
         Args:
             operation: With what.
-            panels: Of ``cpu_layout``, 2:4 or dense, in bfloat16.
+            panels: Of ``cpu_layout``, 2:4 or dense, in bfloat16; of several weights of one shape
+                after another, where there are ``groups``.
             inputs: ``[batch, columns]``; for a 2:4 weight columns are a multiple of 4.
-            bias: ``[rows]`` or None.
+            bias: ``[rows]`` or None; with ``groups`` ``[weights, rows]``.
             outputs: ``[batch, rows]``.
+            groups: int64 ``[groups, 3]``: the number of a weight, the first of the tokens that it
+                multiplies, and how many; None is one weight for all tokens.
             unit: Which vector unit, which the processor must have; None is the best.
         """
         batch, rows = outputs.shape
@@ -208,7 +212,9 @@ class NativeLibrary:
             inputs.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             outputs.data_ptr(),
-            batch,
+            0 if groups is None else groups.data_ptr(),
+            batch if groups is None else len(groups),
+            0 if groups is None else panels[0].nbytes,
             rows,
             inputs.shape[1],
             torch.get_num_threads(),

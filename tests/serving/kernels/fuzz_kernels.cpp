@@ -55,17 +55,27 @@ int bf16_calls(std::mt19937& random) {
       if (operation == 2 && unit && sparseserve_tiles()) continue;
       const std::int64_t rows = 1 + random() % 100;
       const std::int64_t columns = dense ? 1 + random() % 700 : 4 * (1 + random() % 170);
-      const std::int64_t batch = number % 8 ? random() % 70 : 250 + random() % 20;
+      const std::int64_t weights = 1 + number % 5;
+      std::vector<std::int64_t> groups;  // Bf16Group of library.cpp
+      std::int64_t batch = 0;
+      for (std::int64_t i = 0; i < weights; ++i, batch += groups.back()) {
+        groups.push_back(random() % weights);
+        groups.push_back(batch);
+        groups.push_back(number % 8 ? random() % 40 : 250 + random() % 20);
+      }
       const std::int64_t panels = (rows + 31) / 32, blocks = (columns + 31) / 32;
-      std::vector<std::uint8_t> weight(panels * blocks * (dense ? 2048 : 1152));
+      const std::int64_t weight_bytes = panels * blocks * (dense ? 2048 : 1152);
+      std::vector<std::uint8_t> weight(weights * weight_bytes);
       for (auto& byte : weight) byte = static_cast<std::uint8_t>(random());
-      std::vector<std::uint16_t> inputs(batch * columns, 0x3f80), bias(rows, 0x3f80);
+      std::vector<std::uint16_t> inputs(batch * columns, 0x3f80), bias(weights * rows, 0x3f80);
       std::vector<std::uint16_t> outputs(batch * rows);
+      const bool grouped = weights > 1;
       // Bf16Request of library.cpp.
       const std::int64_t request[] = {
           unit, operation, address(weight.data()), address(inputs.data()),
-          number % 4 ? address(bias.data()) : 0, address(outputs.data()), batch, rows, columns,
-          1, 0};
+          number % 4 ? address(bias.data()) : 0, address(outputs.data()),
+          grouped ? address(groups.data()) : 0, grouped ? weights : batch, weight_bytes, rows,
+          columns, 1, 0};
       if (sparseserve_bf16(reinterpret_cast<const char*>(request))) return -1;
       ++calls;
     }

@@ -17,7 +17,7 @@ import torch
 
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import engine_options
-from sparseserve.serving.measure.worker import generate, start
+from sparseserve.serving.measure.worker import generate, layer_choices, start
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -35,8 +35,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         windows = job["windows"]
         found = log_probabilities(engine, windows) if job["log_probabilities"] else None
         tokens = generate(engine, {"prompts": windows, "new_tokens": job["new_tokens"]})["tokens"]
+        layers = [layer["name"] for layer in layer_choices(engine, {})["layers"]]
         del engine
-        return {"log_probabilities": found, "tokens": tokens}
+        return {"log_probabilities": found, "tokens": tokens, "layers": layers}
     except Exception as error:  # the test asserts on it
         return {"error": f"{type(error).__name__}: {error}"}
     finally:

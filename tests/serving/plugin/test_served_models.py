@@ -35,6 +35,7 @@ NEW_TOKENS = 8
 PARTLY = "llama, some modules dense"
 INDICES = "model.layers.1.self_attn.v_proj.weight_indices"
 EMBEDDING = "model.embed_tokens.weight"
+EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2"
 # Computed in float32 like the others; embedding and output head are kept in 16 bits.
 SIXTEEN_BITS = {"16-bit values": "llama", "16-bit values, tied": "qwen2"}
 
@@ -117,6 +118,11 @@ def served(
     folders[DENSE_LORA] = (llama, llama, "sparseserve")
     folders["embedding left out"] = (llama, without(folders["llama"][1], EMBEDDING), None)
     folders["indices left out"] = (llama, without(folders["llama"][1], INDICES), None)
+    mixtral = two_four_folder("mixtral")
+    packed = pack_folder(mixtral)
+    for leaf in ("weight", "weight_indices"):
+        packed = without(packed, f"{EXPERT}.{leaf}")
+    folders["expert left out"] = (mixtral, packed, None)
     results = run_engines(folders, tmp_path_factory.mktemp("jobs"))
     return {
         name: Served(dense, result)
@@ -223,6 +229,9 @@ def test_vllm_computes_what_transformers_computes_of_every_family(
     served: dict[str, Served], family: str
 ) -> None:
     require_what_transformers_computes(served[family], TOLERANCES.get(family, TOLERANCE))
+    if family in EXPERT_TINY_FAMILIES and missing_library() is None:
+        layers = served[family].result["layers"]
+        assert any(name.endswith("experts.w13") for name in layers), layers
 
 
 @pytest.mark.parametrize("case", QUANTISED)
@@ -286,6 +295,12 @@ def test_a_dense_checkpoint_that_is_not_two_four_is_refused_by_its_first_tensor(
 def test_a_packed_module_without_its_indices_is_refused(served: dict[str, Served]) -> None:
     error = served["indices left out"].result["error"]
     assert error.startswith(f"ServingError: {INDICES} is missing")
+
+
+def test_a_missing_expert_is_refused(served: dict[str, Served]) -> None:
+    error = served["expert left out"].result["error"]
+    assert error.startswith("ServingError: model.layers.1.block_sparse_moe.experts: w2 of expert 2")
+    assert "is missing" in error
 
 
 def test_an_embedding_that_no_file_holds_is_refused(served: dict[str, Served]) -> None:

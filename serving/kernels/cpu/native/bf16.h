@@ -15,6 +15,7 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "bf16_call.h"
@@ -46,12 +47,12 @@ class Tiles16 {
  public:
   const std::int64_t count, blocks, tiles;
 
-  Tiles16(const Bf16Call& call, std::int64_t first, std::int64_t count)
+  Tiles16(const std::uint16_t* inputs, std::int64_t columns, std::int64_t count)
       : count(count),
-        blocks((call.columns + kColumns16 - 1) / kColumns16),
+        blocks((columns + kColumns16 - 1) / kColumns16),
         tiles((count + kTokens16 - 1) / kTokens16),
-        call_(call),
-        first_(first),
+        inputs_(inputs),
+        columns_(columns),
         values_(new std::uint16_t[count * blocks * kColumns16]) {}
   // As even as it goes: a tile of one token takes a third of the time of one of twelve.
   std::int64_t first(std::int64_t tile) const { return tile * count / tiles; }
@@ -63,18 +64,18 @@ class Tiles16 {
     const std::int64_t own = first(tile + 1) - first(tile);
     for (std::int64_t token = 0; token < own; ++token) {
       std::uint16_t* to = values_.get() + first(tile) * blocks * kColumns16 + token * 4;
-      const std::uint16_t* from = call_.inputs + (first_ + first(tile) + token) * call_.columns;
+      const std::uint16_t* from = inputs_ + (first(tile) + token) * columns_;
       std::int64_t column = 0;
-      for (; column + 4 <= call_.columns; column += 4, to += own * 4)
+      for (; column + 4 <= columns_; column += 4, to += own * 4)
         std::memcpy(to, from + column, 4 * sizeof *to);
       for (; column < blocks * kColumns16; column += 4, to += own * 4)
-        for (int i = 0; i < 4; ++i) to[i] = column + i < call_.columns ? from[column + i] : 0;
+        for (int i = 0; i < 4; ++i) to[i] = column + i < columns_ ? from[column + i] : 0;
     }
   }
 
  private:
-  const Bf16Call& call_;
-  std::int64_t first_;
+  const std::uint16_t* inputs_;
+  std::int64_t columns_;
   std::unique_ptr<std::uint16_t[]> values_;
 };
 
@@ -246,35 +247,81 @@ void picked_panel16(const std::uint8_t* panel, const Tiles16& tokens, float* sum
 
 // Some rows of the outputs: the sums plus the bias, rounded.
 template <class V>
-void finish16(const Bf16Call& call, std::int64_t first_token, std::int64_t tokens,
-              std::int64_t first_row, const float* sums) {
-  const int count = static_cast<int>(std::min<std::int64_t>(kPanel16, call.rows - first_row));
+void finish16(const Bf16Product& product, std::int64_t rows, std::int64_t first_row,
+              const float* sums) {
+  const int count = static_cast<int>(std::min<std::int64_t>(kPanel16, rows - first_row));
   float bias[kPanel16] = {};
-  if (call.bias != nullptr)
-    for (int i = 0; i < count; ++i) bias[i] = as_float(call.bias[first_row + i]);
-  for (std::int64_t token = 0; token < tokens; ++token)
-    V::write(sums + token * kPanel16, call.bias == nullptr ? nullptr : bias, count,
-             call.outputs + (first_token + token) * call.rows + first_row);
+  if (product.bias != nullptr)
+    for (int i = 0; i < count; ++i) bias[i] = as_float(product.bias[first_row + i]);
+  for (std::int64_t token = 0; token < product.batch; ++token)
+    V::write(sums + token * kPanel16, product.bias == nullptr ? nullptr : bias, count,
+             product.outputs + token * rows + first_row);
+}
+
+// Products with few enough tokens to be copied at once.
+template <class Tokens>
+struct Round {
+  std::vector<Bf16Product> products;
+  std::vector<Tokens> tokens;
+  std::vector<std::pair<Tokens*, std::int64_t>> tiles;
+
+  Round(const Bf16Call& call, std::vector<Bf16Product> taken) : products(std::move(taken)) {
+    for (const Bf16Product& product : products)
+      tokens.emplace_back(product.inputs, call.columns, product.batch);
+    for (Tokens& own : tokens)
+      for (std::int64_t tile = 0; tile < own.tiles; ++tile) tiles.emplace_back(&own, tile);
+  }
+};
+
+// Calls multiply(weight of a panel, tokens), which returns their sums, for every panel of every
+// product. A thread takes one panel of one product at a time, so experts share all threads.
+template <class V, class Tokens, class Multiply>
+void in_rounds(const Bf16Call& call, std::int64_t held, int block_bytes, const Multiply& multiply) {
+  const std::int64_t panels = (call.rows + kPanel16 - 1) / kPanel16;
+  std::vector<Bf16Product> taken;
+  std::int64_t tokens = 0;
+  const auto run = [&] {
+    Round<Tokens> round(call, std::move(taken));
+    // A few short tokens are copied before other threads would have woken up.
+    const int threads = tokens * call.columns < 16384 ? 1 : call.threads;
+    each(static_cast<std::int64_t>(round.tiles.size()), threads, call.parallel,
+         [&](std::int64_t tile) { round.tiles[tile].first->fill(round.tiles[tile].second); });
+    each(panels * static_cast<std::int64_t>(round.products.size()), call.threads, call.parallel,
+         [&](std::int64_t item) {
+           const Bf16Product& product = round.products[item / panels];
+           const Tokens& own = round.tokens[item / panels];
+           const std::int64_t panel = item % panels;
+           const std::uint8_t* weight = product.weight + panel * own.blocks * block_bytes;
+           finish16<V>(product, call.rows, panel * kPanel16, multiply(weight, own).data());
+         });
+    taken.clear();
+    tokens = 0;
+  };
+  for (Bf16Product left : call.products)
+    while (left.batch > 0) {
+      Bf16Product part = left;
+      part.batch = std::min(held - tokens, left.batch);
+      left.batch -= part.batch;
+      left.inputs += part.batch * call.columns;
+      left.outputs += part.batch * call.rows;
+      tokens += part.batch;
+      taken.push_back(part);
+      if (tokens == held) run();
+    }
+  if (tokens > 0) run();
 }
 
 template <class V, class W>
 void multiply16(const Bf16Call& call) {
-  const std::int64_t panels = (call.rows + kPanel16 - 1) / kPanel16;
-  for (std::int64_t first = 0; first < call.batch; first += kHeld16) {
-    Tiles16 tokens(call, first, std::min(kHeld16, call.batch - first));
-    // A few short tokens are copied before other threads would have woken up.
-    const int threads = tokens.count * call.columns < 16384 ? 1 : call.threads;
-    each(tokens.tiles, threads, call.parallel, [&](std::int64_t tile) { tokens.fill(tile); });
-    each(panels, call.threads, call.parallel, [&](std::int64_t panel) {
-      std::vector<float> sums(tokens.count * kPanel16, 0.0f);
-      const std::uint8_t* weight = call.weight + panel * tokens.blocks * W::block_bytes;
-      if (std::is_same<W, TwoFour16>::value && tokens.tiles > kFewTiles16)
-        picked_panel16<V>(weight, tokens, sums.data());
-      else
-        panel16<V, W>(weight, tokens, sums.data());
-      finish16<V>(call, first, tokens.count, panel * kPanel16, sums.data());
-    });
-  }
+  in_rounds<V, Tiles16>(call, kHeld16, W::block_bytes,
+                        [](const std::uint8_t* weight, const Tiles16& tokens) {
+    std::vector<float> sums(tokens.count * kPanel16, 0.0f);
+    if (std::is_same<W, TwoFour16>::value && tokens.tiles > kFewTiles16)
+      picked_panel16<V>(weight, tokens, sums.data());
+    else
+      panel16<V, W>(weight, tokens, sums.data());
+    return sums;
+  });
 }
 
 }  // namespace

@@ -25,12 +25,12 @@ class TokenTiles {
  public:
   const std::int64_t count, blocks, tiles;
 
-  TokenTiles(const Bf16Call& call, std::int64_t first, std::int64_t count)
+  TokenTiles(const std::uint16_t* inputs, std::int64_t columns, std::int64_t count)
       : count(count),
-        blocks((call.columns + kColumns16 - 1) / kColumns16),
+        blocks((columns + kColumns16 - 1) / kColumns16),
         tiles((count + kTileTokens - 1) / kTileTokens),
-        call_(call),
-        first_(first),
+        inputs_(inputs),
+        columns_(columns),
         values_(new std::uint16_t[tiles * kTileTokens * blocks * kColumns16]) {}
   const std::uint16_t* at(std::int64_t tile, std::int64_t block) const {
     return values_.get() + (tile * blocks + block) * kTileTokens * kColumns16;
@@ -38,11 +38,11 @@ class TokenTiles {
   void fill(std::int64_t tile) {
     for (int row = 0; row < kTileTokens; ++row) {
       const std::int64_t token = tile * kTileTokens + row;
-      const std::uint16_t* from = call_.inputs + (first_ + token) * call_.columns;
+      const std::uint16_t* from = inputs_ + token * columns_;
       std::uint16_t* to = values_.get() + (tile * blocks * kTileTokens + row) * kColumns16;
       for (std::int64_t column = 0; column < blocks * kColumns16;
            column += kColumns16, to += kTileTokens * kColumns16) {
-        const std::int64_t own = std::min<std::int64_t>(kColumns16, call_.columns - column);
+        const std::int64_t own = std::min<std::int64_t>(kColumns16, columns_ - column);
         if (token >= count || own < kColumns16) std::memset(to, 0, kColumns16 * sizeof *to);
         if (token < count) std::memcpy(to, from + column, own * sizeof *to);
       }
@@ -50,8 +50,8 @@ class TokenTiles {
   }
 
  private:
-  const Bf16Call& call_;
-  std::int64_t first_;
+  const std::uint16_t* inputs_;
+  std::int64_t columns_;
   std::unique_ptr<std::uint16_t[]> values_;
 };
 
@@ -145,18 +145,12 @@ void panel_tiles(const std::uint8_t* panel, const TokenTiles& tokens, float* sum
 
 template <class V, class M>
 void multiply_tiles(const Bf16Call& call) {
-  const std::int64_t panels = (call.rows + kPanel16 - 1) / kPanel16;
-  for (std::int64_t first = 0; first < call.batch; first += kHeldTokens) {
-    TokenTiles tokens(call, first, std::min(kHeldTokens, call.batch - first));
-    const int threads = tokens.count * call.columns < 16384 ? 1 : call.threads;
-    each(tokens.tiles, threads, call.parallel, [&](std::int64_t tile) { tokens.fill(tile); });
-    each(panels, call.threads, call.parallel, [&](std::int64_t panel) {
-      std::vector<float> sums((tokens.tiles + tokens.tiles % 2) * kTileTokens * kPanel16, 0.0f);
-      panel_tiles<V, M>(call.weight + panel * tokens.blocks * TwoFour16::block_bytes, tokens,
-                        sums.data());
-      finish16<V>(call, first, tokens.count, panel * kPanel16, sums.data());
-    });
-  }
+  in_rounds<V, TokenTiles>(call, kHeldTokens, TwoFour16::block_bytes,
+                           [](const std::uint8_t* weight, const TokenTiles& tokens) {
+    std::vector<float> sums((tokens.tiles + tokens.tiles % 2) * kTileTokens * kPanel16, 0.0f);
+    panel_tiles<V, M>(weight, tokens, sums.data());
+    return sums;
+  });
 }
 
 template <class V, class M>

@@ -43,12 +43,18 @@ struct Int8Request {
 
 enum Bf16Unit : int { kBf16Portable = 0, kBf16Avx512 = 1 };
 
-// What sparseserve_bf16 is given.
+// What sparseserve_bf16 is given. `groups` is the address of `count` Bf16Groups; null is one weight
+// for `count` tokens.
 struct Bf16Request {
   std::int64_t unit, operation;
   std::int64_t weight, inputs, bias, outputs;
-  std::int64_t batch, rows, columns;
+  std::int64_t groups, count, weight_bytes, rows, columns;
   std::int64_t threads, parallel;
+};
+
+// Consecutive tokens, and which of the weights, `weight_bytes` apart, multiplies them.
+struct Bf16Group {
+  std::int64_t weight, first, batch;
 };
 
 #if defined(__x86_64__)
@@ -93,7 +99,7 @@ T* address(std::int64_t value) {
 }  // namespace
 
 // Raised whenever the arguments, what they may be, or the layouts change.
-EXPORT int sparseserve_version() { return 5; }
+EXPORT int sparseserve_version() { return 6; }
 
 // The best vector unit of this processor.
 EXPORT int sparseserve_unit() {
@@ -202,15 +208,22 @@ EXPORT int sparseserve_bf16(const char* bytes) {
   using namespace sparseserve;
   Bf16Request request;
   std::memcpy(&request, bytes, sizeof request);
-  const Bf16Call call{address<const std::uint8_t>(request.weight),
-                      address<const std::uint16_t>(request.inputs),
-                      address<const std::uint16_t>(request.bias),
-                      address<std::uint16_t>(request.outputs),
-                      request.batch,
-                      request.rows,
-                      request.columns,
-                      static_cast<int>(request.threads),
-                      reinterpret_cast<Parallel>(static_cast<std::uintptr_t>(request.parallel))};
+  Bf16Call call{{},
+                request.rows,
+                request.columns,
+                static_cast<int>(request.threads),
+                reinterpret_cast<Parallel>(static_cast<std::uintptr_t>(request.parallel))};
+  const auto* groups = address<const Bf16Group>(request.groups);
+  const auto* bias = address<const std::uint16_t>(request.bias);
+  const Bf16Group all{0, 0, request.count};
+  for (std::int64_t i = 0; i < (groups == nullptr ? 1 : request.count); ++i) {
+    const auto [weight, first, batch] = groups == nullptr ? all : groups[i];
+    call.products.push_back(
+        {address<const std::uint8_t>(request.weight) + weight * request.weight_bytes,
+         address<const std::uint16_t>(request.inputs) + first * request.columns,
+         bias == nullptr ? nullptr : bias + weight * request.rows,
+         address<std::uint16_t>(request.outputs) + first * request.rows, batch});
+  }
   const auto wanted = static_cast<Bf16Operation>(request.operation);
   switch (request.unit) {
     case kBf16Portable: return run_bf16_portable(wanted, call) ? 0 : 1;

@@ -1,0 +1,136 @@
+"""Experts as vLLM hands them over, against one expert after the other in float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparseserve.serving.kernels.cpu.experts import pack_experts
+from sparseserve.serving.kernels.cpu.library import missing_library
+from sparseserve.sparsity import TWO_FOUR
+
+pytest.importorskip("vllm")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(missing_library() is not None, reason=str(missing_library())),
+]
+
+EXPERTS, HIDDEN, WIDTH, CHOICES = 6, 64, 96, 2
+
+
+def two_four(rows: int, columns: int) -> Tensor:
+    weights = TWO_FOUR.project(torch.randn(EXPERTS * rows, columns) / columns**0.5)
+    return weights.view(EXPERTS, rows, columns)
+
+
+class Case:
+    """Random experts, tokens and choices of a router."""
+
+    def __init__(self, activation: Any, tokens: int, *, biased: bool = False) -> None:
+        torch.manual_seed(tokens)
+        self.activation = activation
+        self.up, self.down = two_four(2 * WIDTH, HIDDEN), two_four(HIDDEN, WIDTH)
+        self.biases = (torch.randn(EXPERTS, 2 * WIDTH), torch.randn(EXPERTS, HIDDEN))
+        self.biased = biased
+        self.tokens = torch.randn(tokens, HIDDEN)
+        self.shares, self.chosen = torch.rand(tokens, EXPERTS).topk(CHOICES)
+
+    def found(self, *, weighed_before: bool = False) -> Tensor:
+        """Return what our experts make of the tokens."""
+        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.model_executor.layers.fused_moe.config import (
+            FUSED_MOE_UNQUANTIZED_CONFIG,
+            biased_moe_quant_config,
+        )
+
+        from sparseserve.serving.plugin.experts import PackedExperts, TwoFourExperts
+
+        limits = dict.fromkeys(
+            (
+                "swiglu_limit",
+                "swiglu_alpha",
+                "swiglu_beta",
+                "activation_situ_beta",
+                "activation_situ_linear_beta",
+            )
+        )
+        settings = (
+            biased_moe_quant_config(*self.biases) if self.biased else FUSED_MOE_UNQUANTIZED_CONFIG
+        )
+        experts = TwoFourExperts(SimpleNamespace(**limits), settings)
+        packed = PackedExperts(
+            pack_experts("up", self.up, lambda _: None),
+            pack_experts("down", self.down, lambda _: None),
+        )
+        with set_current_vllm_config(VllmConfig()):  # as while a model is loaded
+            experts.take(packed, self.activation)
+        output = torch.full_like(self.tokens, torch.nan)
+        none = torch.empty(0)
+        experts.apply(
+            output=output,
+            hidden_states=self.tokens,
+            w1=packed.up.panels,
+            w2=packed.down.panels,
+            topk_weights=self.shares,
+            topk_ids=self.chosen.int(),
+            activation=self.activation,
+            global_num_experts=EXPERTS,
+            expert_map=None,
+            a1q_scale=None,
+            a2_scale=None,
+            workspace13=none,
+            workspace2=none,
+            expert_tokens_meta=None,
+            apply_router_weight_on_input=weighed_before,
+        )
+        return output
+
+    def expected(self, *, weighed_before: bool = False) -> Tensor:
+        """Return it by the formula."""
+        rows = []
+        for token, shares, chosen in zip(self.tokens, self.shares, self.chosen, strict=True):
+            row = torch.zeros(HIDDEN, dtype=torch.float64)
+            for share, expert in zip(shares.double(), chosen, strict=True):
+                up = self.up[expert].double() @ token.double()
+                up += self.biases[0][expert] if self.biased else 0
+                down = self.down[expert].double() @ self._activated(up)
+                down += self.biases[1][expert] if self.biased else 0
+                row += down if weighed_before else share * down
+            rows.append(row)
+        return torch.stack(rows)
+
+    def _activated(self, up: Tensor) -> Tensor:
+        gate, linear = up[:WIDTH], up[WIDTH:]
+        if self.activation.value == "silu":
+            return gate * gate.sigmoid() * linear
+        if self.activation.value == "swigluoai":  # gpt-oss: side by side, clamped
+            gate, linear = up[::2].clamp(max=7), up[1::2].clamp(-7, 7)
+            return gate * (1.702 * gate).sigmoid() * (linear + 1)
+        approximate = "tanh" if self.activation.value == "gelu_tanh" else "none"
+        return torch.nn.functional.gelu(gate, approximate=approximate) * linear
+
+
+@pytest.mark.usefixtures("kernels_without_timing")
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "swigluoai"])
+@pytest.mark.parametrize("tokens", [1, 7, 600])
+@pytest.mark.parametrize("biased", [False, True])
+def test_each_token_gets_the_weighted_sum_of_its_experts(
+    *, name: str, tokens: int, biased: bool
+) -> None:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    case = Case(MoEActivation.from_str(name), tokens, biased=biased)
+    torch.testing.assert_close(case.found().double(), case.expected(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels_without_timing")
+def test_outputs_are_not_weighed_where_the_inputs_were() -> None:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    case = Case(MoEActivation.SILU, 5)
+    found, expected = case.found(weighed_before=True), case.expected(weighed_before=True)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
