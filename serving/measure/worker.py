@@ -143,7 +143,7 @@ def generate(engine: LLM, request: dict[str, object]) -> dict[str, object]:
     }
 
 
-def layer_choices(engine: LLM, request: dict[str, object]) -> dict[str, list[dict[str, object]]]:
+def layer_choices(engine: LLM, request: dict[str, object]) -> dict[str, object]:
     """Describe how each 2:4 layer is run."""
     from sparseserve.serving.kernels import BATCHES
     from sparseserve.serving.plugin.chosen import chosen_kernels
@@ -164,21 +164,19 @@ def layer_choices(engine: LLM, request: dict[str, object]) -> dict[str, list[dic
     }
 
 
-_OPERATIONS: Mapping[str, Callable[[LLM, dict[str, object]], Mapping[str, object]]] = (
-    MappingProxyType(
-        {
-            "windows": negative_log_likelihoods,
-            "sequences": continuations,
-            "prompts": generate,
-            "layers": layer_choices,
-        }
-    )
+_OPERATIONS: Mapping[str, Callable[[LLM, dict[str, object]], dict[str, object]]] = MappingProxyType(
+    {
+        "windows": negative_log_likelihoods,
+        "sequences": continuations,
+        "prompts": generate,
+        "layers": layer_choices,
+    }
 )
 
 
 def _operation(
     request: dict[str, object],
-) -> Callable[[LLM, dict[str, object]], Mapping[str, object]]:
+) -> Callable[[LLM, dict[str, object]], dict[str, object]]:
     return next(run for key, run in _OPERATIONS.items() if key in request)
 
 

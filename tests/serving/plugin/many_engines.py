@@ -35,7 +35,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         windows = job["windows"]
         found = log_probabilities(engine, windows) if job["log_probabilities"] else None
         tokens = generate(engine, {"prompts": windows, "new_tokens": job["new_tokens"]})["tokens"]
-        layers = [layer["name"] for layer in layer_choices(engine, {})["layers"]]
+        choices: Any = layer_choices(engine, {})["layers"]
+        layers = [layer["name"] for layer in choices]
         del engine
         return {"log_probabilities": found, "tokens": tokens, "layers": layers}
     except Exception as error:  # the test asserts on it
