@@ -66,7 +66,16 @@ def _gain(layer: Any, dense: Any, packed: Any) -> float:
         inputs = torch.randn(tokens, layer.hidden_size).to(layer.w13_weight.dtype)
         shares, chosen = torch.rand(tokens, len(layer.w13_weight)).topk(layer.top_k)
         runs = [
-            partial(_run, experts, inputs, shares, chosen.int(), layer.activation, up=up, down=down)
+            partial(
+                run_experts,
+                experts,
+                inputs,
+                shares,
+                chosen.int(),
+                layer.activation,
+                up=up,
+                down=down,
+            )
             for experts, up, down in weights
         ]
         dense_seconds, packed_seconds = _medians(runs)
@@ -74,7 +83,7 @@ def _gain(layer: Any, dense: Any, packed: Any) -> float:
     return math.exp(statistics.fmean(logs))
 
 
-def _run(
+def run_experts(
     experts: Any,
     inputs: Tensor,
     shares: Tensor,
@@ -83,10 +92,25 @@ def _run(
     *,
     up: Tensor,
     down: Tensor,
-) -> None:
+) -> Tensor:
+    """Run vLLM's experts or ours on all tokens, as vLLM's kernel does.
+
+    Args:
+        experts: Either.
+        inputs: ``[tokens, hidden]``.
+        shares: What each choice counts, float32 ``[tokens, choices]``.
+        chosen: Numbers of experts, int32 ``[tokens, choices]``.
+        activation: Between the linears.
+        up: The first weight as vLLM keeps it for ``experts``.
+        down: The second.
+
+    Returns:
+        ``[tokens, hidden]``.
+    """
+    output = torch.empty_like(inputs)
     none = inputs.new_empty(0)
     experts.apply(
-        output=torch.empty_like(inputs),
+        output=output,
         hidden_states=inputs,
         w1=up,
         w2=down,
@@ -102,9 +126,10 @@ def _run(
         expert_tokens_meta=None,
         apply_router_weight_on_input=False,
     )
+    return output
 
 
-def _medians(runs: Sequence[Callable[[], None]]) -> list[float]:
+def _medians(runs: Sequence[Callable[[], object]]) -> list[float]:
     """Return the median seconds of each, taken in turns, its weights in memory."""
     taken: list[list[float]] = [[] for _ in runs]
     flush = torch.zeros(_FLUSHED_VALUES)
