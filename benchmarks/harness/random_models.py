@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig
 
 from sparseserve.checkpoint.tensors import write_checkpoint
 from sparseserve.huggingface.opening import sketch_model
@@ -25,18 +26,36 @@ def write_random_model(folder: Path, **settings: object) -> int:
         The size of its files.
     """
     tokenizer = tiny_tokenizer()
-    config = LlamaConfig(
-        **settings,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
+    config = LlamaConfig(**settings, **_tokens(), architectures=["LlamaForCausalLM"])
     write_checkpoint(folder, _random_tensors(config))
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def write_random_mixture(folder: Path, **settings: object) -> None:
+    """Write an OLMoE with random bfloat16 weights, which memory must hold, and a tokenizer.
+
+    Args:
+        folder: Where to.
+        settings: Of its configuration.
+    """
+    torch.manual_seed(0)
+    config = OlmoeConfig(**settings, **_tokens())
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    # transformers splits its stacks of experts into the tensors that such models publish.
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def _tokens() -> dict[str, Any]:
+    tokenizer = tiny_tokenizer()
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "dtype": "bfloat16",
+    }
 
 
 def _random_tensors(config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
