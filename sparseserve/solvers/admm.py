@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseserve.solvers.linalg import shifted_inverse
+from sparseserve.solvers.linalg import shifted_factor, shifted_inverse
 from sparseserve.solvers.problem import OperatorProblem
 from sparseserve.sparsity import SparsityPattern
 
@@ -31,27 +31,52 @@ class AdmmResult:
 
     Attributes:
         weight: The last ``Z``, ``[out, in]``, which obeys the pattern.
-        iterations: Updates of ``W``, each one product with an ``[in, in]`` matrix.
-        factorisations: Inverses of ``G + rho I`` that were formed.
+        iterations: Updates of ``W``.
+        gram_products: Cost in products of an ``[out, in]`` with an ``[in, in]`` matrix.
         primal_residual: ``||W - Z||_F / ||Z||_F`` at the end; zero when the two agree.
         settled: Whether the support came to rest before the iterations ran out.
     """
 
     weight: Tensor
     iterations: int
-    factorisations: int
+    gram_products: int
     primal_residual: float
     settled: bool
 
+
+class _Systems:
+    """Solves ``X (G + rho I) = R`` for one ``rho`` after another, each for some ``R``.
+
+    A product with the inverse is faster than two triangular solves. But forming the inverse takes
+    twice as long as the factor that both need, which few rows do not repay.
+    """
+
+    def __init__(self, problem: OperatorProblem, solves: int) -> None:
+        self._gram = problem.gram
+        rows, self._columns = problem.reference.shape
+        self._inverts = solves * rows >= self._columns
+        # Twice their shares by arithmetic, and about what they take on the clock.
+        self._charge = self._columns / rows / (1 if self._inverts else 3)
+        self._charged = 0.0
+        self._solves = 0
+
+    def prepare(self, penalty: float) -> None:
+        """Take ``penalty`` for ``rho`` from now on."""
+        make = shifted_inverse if self._inverts else shifted_factor
+        self._matrix = make(self._gram, penalty)
+        self._charged += self._charge
+
+    def solve(self, right: Tensor) -> Tensor:
+        """Return ``R (G + rho I)^-1``."""
+        self._solves += 1
+        if self._inverts:
+            return right @ self._matrix
+        return torch.cholesky_solve(right.T, self._matrix).T
+
     @property
     def gram_products(self) -> int:
-        """Cost in products of an ``[out, in]`` with an ``[in, in]`` matrix.
-
-        An inverse is charged as ``in / out`` products, a product of two square matrices: twice its
-        share by arithmetic, and about what it takes on the clock.
-        """
-        rows, columns = self.weight.shape
-        return self.iterations + math.ceil(self.factorisations * columns / rows)
+        """What all of it cost."""
+        return self._solves + math.ceil(self._charged)
 
 
 def admm(
@@ -67,7 +92,8 @@ def admm(
     """Tighten the pattern by a growing penalty, starting from the dense weight (ALPS).
 
     The inverse is formed once per penalty, so an iteration is one product; applying an
-    eigendecomposition takes two, and cannot be had for the widest operators.
+    eigendecomposition takes two, and cannot be had for the widest operators. An operator of far
+    fewer outputs than inputs is solved for by the factor alone.
 
     Args:
         problem: The quadratic, best in columns of unit energy.
@@ -85,10 +111,11 @@ def admm(
     auxiliary = pattern.project(dense)
     dual = dense - auxiliary
     support = auxiliary != 0
-    penalty, inverse = first_penalty, shifted_inverse(problem.gram, first_penalty)
-    spent, factorisations, at_rest = 0, 1, False
+    systems, penalty = _Systems(problem, solves=interval), first_penalty
+    systems.prepare(penalty)
+    spent, at_rest = 0, False
     while spent < iterations and not at_rest:
-        primal = (problem.target + penalty * (auxiliary - dual)) @ inverse
+        primal = systems.solve(problem.target + penalty * (auxiliary - dual))
         spent += 1
         auxiliary = pattern.project(primal + dual)
         dual = dual + primal - auxiliary
@@ -99,11 +126,9 @@ def admm(
         if not at_rest:
             # The multiplier itself, rho U, is kept; only its scale changes.
             penalty, dual = penalty * growth, dual / growth
-            inverse = shifted_inverse(problem.gram, penalty)
-            factorisations += 1
-    return AdmmResult(
-        auxiliary, spent, factorisations, relative_distance(primal, auxiliary), at_rest
-    )
+            systems.prepare(penalty)
+    residual = relative_distance(primal, auxiliary)
+    return AdmmResult(auxiliary, spent, systems.gram_products, residual, at_rest)
 
 
 def admm_gradual(
@@ -130,20 +155,21 @@ def admm_gradual(
     Raises:
         NumericalError: ``G + rho I`` cannot be factorised.
     """
-    inverse = shifted_inverse(problem.gram, penalty)
-    primal = problem.reference
+    systems, primal = _Systems(problem, solves=iterations), problem.reference
+    systems.prepare(penalty)
     dual = torch.zeros_like(primal)
     auxiliary, dropped = primal, torch.zeros_like(primal, dtype=torch.bool)
     for step in range(1, iterations + 1):
         if step > 1:
             dual = dual + primal - auxiliary
-            primal = (problem.target + penalty * (auxiliary - dual)) @ inverse
+            primal = systems.solve(problem.target + penalty * (auxiliary - dual))
         sought = primal + dual
         if step <= ramp:
             dropped = _smallest_dropped(sought.abs(), pattern, 1 - (1 - step / ramp) ** 3)
         auxiliary = sought.where(~dropped, 0)
     residual = relative_distance(primal, auxiliary)
-    return AdmmResult(auxiliary, iterations - 1, 1, residual, settled=True)
+    products = systems.gram_products
+    return AdmmResult(auxiliary, iterations - 1, products, residual, settled=True)
 
 
 def relative_distance(first: Tensor, second: Tensor) -> float:

@@ -52,9 +52,20 @@ def shifted_inverse(gram: Tensor, shift: float) -> Tensor:
     Raises:
         NumericalError: ``G + shift I`` is not numerically positive definite; names the remedy.
     """
+    return torch.cholesky_inverse(shifted_factor(gram, shift))
+
+
+def shifted_factor(gram: Tensor, shift: float) -> Tensor:
+    """Return the lower triangular ``L`` with ``L L^T = G + shift I``, in the dtype of ``G``.
+
+    A third of the operations of :func:`shifted_inverse`. What it says of precision holds here, too.
+
+    Raises:
+        NumericalError: ``G + shift I`` is not numerically positive definite; names the remedy.
+    """
     shifted = gram.clone()
     shifted.diagonal().add_(shift)
-    return torch.cholesky_inverse(_cholesky(shifted))
+    return _cholesky(shifted)
 
 
 def _cholesky(gram: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,19 @@ def test_a_pull_adds_its_distance_to_the_dense_weight(case: Any) -> None:
     torch.testing.assert_close(
         problem.pulled(0.3).loss_rows(weight), problem.loss_rows(weight) + 0.15 * distance
     )
+
+
+def test_a_few_rows_are_solved_for_as_they_are_among_many(make_case: Any) -> None:
+    """Many use the inverse, few the factor; in 2:4 no row depends on another."""
+    case = make_case(rows=24, columns=32, corrected=True)
+    problem = scaled_problem(case)
+    whole = solve(problem, TWO_FOUR, settled=-1.0, iterations=30)
+    for first in range(0, 24, 4):
+        rows = slice(first, first + 4)
+        part = replace(problem, reference=problem.reference[rows], target=problem.target[rows])
+        found = solve(part, TWO_FOUR, settled=-1.0, iterations=30)
+        assert found.gram_products == 30 + math.ceil(11 * 32 / 4 / 3)
+        torch.testing.assert_close(found.weight, whole.weight[rows], rtol=1e-9, atol=1e-9)
 
 
 def test_the_shifted_inverse_inverts(make_case: Any) -> None:
