@@ -15,8 +15,12 @@ from benchmarks.quality import compare as quality
 from benchmarks.quality.calibration_memory import calibration_memory_table
 from benchmarks.quality.larger_than_memory import larger_than_memory_table
 from benchmarks.quality.layer_memory import layer_memory_table
-from benchmarks.serving import cpu_bf16_kernels, cpu_int8_kernels, cpu_kernels
-from benchmarks.serving.tables import cpu_bf16_kernels_table, cpu_kernels_table
+from benchmarks.serving import cpu_bf16_kernels, cpu_experts, cpu_int8_kernels, cpu_kernels
+from benchmarks.serving.tables import (
+    cpu_bf16_kernels_table,
+    cpu_experts_table,
+    cpu_kernels_table,
+)
 from sparseserve.testing import save_tiny_model
 from tests.benchmarks.script_runs import smoke_run, table_cells
 from tests.ray_end import quiet_end
@@ -109,6 +113,18 @@ def test_the_table_of_bfloat16_compares_the_fastest_sparse_kernel_with_both_dens
         "| median | 3.00 | 1.90 |",
         "| median against our dense kernel | 1.50 | 1.05 |",
     ]
+
+
+def test_a_smoke_run_times_experts_both_ways_and_finds_them_alike() -> None:
+    run = CliRunner().invoke(cpu_experts.main, ["--smoke"], catch_exceptions=False)
+    rows = [json.loads(line) for line in run.output.splitlines() if line.startswith("{")]
+    assert [row["tokens"] for row in rows] == [1, 32]
+    for row in rows:
+        assert set(row["milliseconds"]) == {"vllm", "packed"}
+        assert 0 < row["difference"] < 0.02
+    lines = cpu_experts_table({"machine": asdict(Machine.here()), "rows": rows}).splitlines()
+    assert lines[0] == "| experts like those of | experts | inputs | width | 1 | 32 |"
+    assert lines[2].startswith("| tiny | 2 of 4 | 64 | 96 | ")
 
 
 def test_processes_are_combined_by_medians_of_each_product() -> None:
