@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig
 
 from sparseserve.checkpoint.tensors import write_checkpoint
 from sparseserve.huggingface.opening import sketch_model
+from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import tiny_tokenizer
 
 
@@ -34,7 +35,9 @@ def write_random_model(folder: Path, **settings: object) -> int:
 
 
 def write_random_mixture(folder: Path, **settings: object) -> None:
-    """Write an OLMoE with random bfloat16 weights, which memory must hold, and a tokenizer.
+    """Write an OLMoE with random 2:4 weights in bfloat16, which memory must hold, and a tokenizer.
+
+    Calibration would leave many experts dense: a random router sends most tokens to a few of them.
 
     Args:
         folder: Where to.
@@ -43,6 +46,10 @@ def write_random_mixture(folder: Path, **settings: object) -> None:
     torch.manual_seed(0)
     config = OlmoeConfig(**settings, **_tokens())
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, parameter in model.model.layers.named_parameters():
+        if parameter.ndim > 1 and not name.endswith("gate.weight"):
+            flat = parameter.data.flatten(0, -2)
+            flat.copy_(TWO_FOUR.project(flat))
     # transformers splits its stacks of experts into the tensors that such models publish.
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, Manifest
 from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.run_folder import Fingerprint, RunFolder
+from sparseserve.checkpoint.stacks import ExpertStack
 from sparseserve.checkpoint.summary import BASE_MODEL
 from sparseserve.checkpoint.tensors import require_space, write_checkpoint, write_json
 from sparseserve.errors import ArtifactError
@@ -23,7 +24,8 @@ from sparseserve.exporters.model_card import finish_checkpoint
 from sparseserve.exporters.side_files import copy_side_files, model_config
 from sparseserve.foreign.source import ForeignCheckpoint
 from sparseserve.huggingface.asked_size import sketch_of
-from sparseserve.huggingface.names import stored_name
+from sparseserve.huggingface.experts import routers_in, unstacked_experts
+from sparseserve.huggingface.names import stored_modules
 from sparseserve.huggingface.opening import open_config
 from sparseserve.models.model_folder import find_model_folder, hub_name
 from sparseserve.sparsity import TWO_FOUR
@@ -87,7 +89,7 @@ class _Seen:
 def _write_dense(
     folder: Path, foreign: ForeignCheckpoint, model: PreTrainedModel, source: str
 ) -> Artifact:
-    linears = _linears(model)
+    linears = _Linears.of(model)
     seen = _Seen()
     write_checkpoint(folder, _watched(foreign, linears, seen))
     if missing := sorted(_expected(model) - seen.names):
@@ -111,25 +113,70 @@ def _write_dense(
         format="dense",
         pattern=str(TWO_FOUR),
         pruned=tuple(seen.pruned),
-        transposed=tuple(name for name in seen.pruned if linears[name]),
+        transposed=tuple(name for name in seen.pruned if linears.transposed.get(name)),
         source=source,
         recipe={},
         calibration={},
         report={"converted": converted, **({BASE_MODEL: name} if name else {})},
         files={},
+        stacks=tuple(
+            stack
+            for stack in linears.stacks.values()
+            if not set(seen.pruned).isdisjoint(stack.modules)
+        ),
     )
     return finish_checkpoint(folder, manifest)
 
 
+@dataclass(frozen=True, slots=True)
+class _Linears:
+    """The linears of a model as a dense checkpoint stores them, but the output head.
+
+    Attributes:
+        transposed: Names on disk of those with a weight of their own, and whether it is stored
+            transposed.
+        stacks: Tensors that hold experts, by name.
+    """
+
+    transposed: dict[str, bool]
+    stacks: dict[str, ExpertStack]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Linears:
+        """Find them in a sketch of the model."""
+        head = model.get_output_embeddings()
+        with unstacked_experts(model):
+            routers = routers_in(model)
+            kinds = {
+                name: isinstance(module, Conv1D)
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear | Conv1D)
+                and module is not head
+                and name not in routers
+            }
+        places = stored_modules(model, list(kinds))
+        return cls(
+            {place.name: kinds[name] for name, place in places.items() if place.stack is None},
+            {place.stack.tensor: place.stack for place in places.values() if place.stack},
+        )
+
+    def weights(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights ``[out, in]`` of linears that a tensor of a checkpoint holds."""
+        if stack := self.stacks.get(name):
+            for module in stack.modules:
+                yield module, stack.weight(tensor, *stack.place(module))
+        module = name.removesuffix(".weight")
+        if name != module and module in self.transposed:
+            yield module, tensor.T if self.transposed[module] else tensor
+
+
 def _watched(
-    foreign: ForeignCheckpoint, linears: dict[str, bool], seen: _Seen
+    foreign: ForeignCheckpoint, linears: _Linears, seen: _Seen
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors, and note what linear weights are."""
     for name, tensor in foreign.tensors():
         seen.names.add(name)
-        module = name.removesuffix(".weight")
-        if name != module and module in linears:
-            weight = tensor.T if linears[module] else tensor
+        for module, weight in linears.weights(name, tensor):
             pruned = _is_two_four(f"{foreign.folder}: {module}", weight, module in foreign.modules)
             (seen.pruned if pruned else seen.dense).append(module)
         yield name, tensor
@@ -153,17 +200,6 @@ def _is_two_four(name: str, weight: Tensor, promised: bool) -> bool:
             "download or prune it again"
         )
     return False
-
-
-def _linears(model: PreTrainedModel) -> dict[str, bool]:
-    """Return the linears but the output head, by name on disk, and whether stored transposed."""
-    head = model.get_output_embeddings()
-    found = {
-        stored_name(model, name): isinstance(module, Conv1D)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
-    return {name: transposed for name, transposed in found.items() if name is not None}
 
 
 def _expected(model: PreTrainedModel) -> set[str]:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from sparseserve.checkpoint.verification import verify
 from sparseserve.errors import ArtifactError
 from sparseserve.exporters import load_dense_state
+from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.sparsity import TWO_FOUR
-from sparseserve.testing import save_tiny_model
+from sparseserve.testing import save_tiny_model, tiny_model, tiny_tokenizer
 from sparseserve.workflow.convert import convert
 from tests.integration.command_line import Cli
 
@@ -121,6 +122,30 @@ def test_dense_weights_with_zeros_in_place_are_packed_and_the_others_named(
     original = load_file(zeros / "model.safetensors")
     assert found.keys() == original.keys()
     assert all(tensor.equal(original[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "olmoe"])
+def test_experts_are_packed_one_by_one_whether_or_not_they_share_a_tensor(
+    family: str, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    with unstacked_experts(model):
+        experts = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and ".experts." in name
+        ]
+        for module in experts[:-1]:
+            module.weight.data.copy_(TWO_FOUR.project(module.weight.data))
+    model.save_pretrained(tmp_path / "zeros")
+    tiny_tokenizer().save_pretrained(tmp_path / "zeros")
+    artifact = verify(convert(str(tmp_path / "zeros"), tmp_path / "out").path)
+    assert len(artifact.manifest.pruned) == len(experts) - 1
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(artifact.path)(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_a_weight_that_is_almost_two_four_is_refused_by_its_first_place(
