@@ -117,7 +117,7 @@ def both(shape: Shape) -> dict[str, Experts]:
 
     return {
         "vllm": experts(dense, layer.get_parameter("w13_weight"), layer.get_parameter("w2_weight")),
-        "packed": experts(ours, packed.up.panels, packed.down.panels),
+        "packed": experts(ours, up, down),  # which it does not read
     }
 
 

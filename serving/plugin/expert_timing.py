@@ -59,7 +59,7 @@ def _gain(layer: Any, dense: Any, packed: Any) -> float:
     dense.process_weights_after_loading(own)
     weights = (
         (dense, own.get_parameter("w13_weight"), own.get_parameter("w2_weight")),
-        (packed, packed.packed.up.panels, packed.packed.down.panels),
+        (packed, layer.w13_weight, layer.w2_weight),
     )
     logs = []
     for tokens in _TOKENS:

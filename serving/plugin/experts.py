@@ -74,7 +74,8 @@ class TwoFourExperts(CPUUnquantizedExperts):  # type: ignore[misc]  # vLLM is ch
         self, a1: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor
     ) -> tuple[int, int, int, int, int]:
         """Return experts, tokens, outputs of the first linears, inputs and choices a token."""
-        return len(w1), a1.shape[-2], self.packed.up.rows, a1.shape[-1], topk_ids.shape[1]
+        up = self.packed.up
+        return up.experts, a1.shape[-2], up.rows, a1.shape[-1], topk_ids.shape[1]
 
     def apply(  # noqa: PLR0917  # vLLM's signature
         self,
@@ -96,7 +97,7 @@ class TwoFourExperts(CPUUnquantizedExperts):  # type: ignore[misc]  # vLLM is ch
     ) -> None:
         """Write what the chosen experts make of each token, weighted and added up."""
         packed = self.packed
-        routed = RoutedTokens.of(topk_ids, len(packed.up.panels))
+        routed = RoutedTokens.of(topk_ids, packed.up.experts)
         inputs = hidden_states.index_select(0, routed.rows)
         hidden = self._activated(packed.up.matmul(inputs, routed.groups, self.w1_bias), activation)
         found = packed.down.matmul(hidden, routed.groups, self.w2_bias)
@@ -153,12 +154,13 @@ class TwoFourExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # 
             logger.info_once("experts run dense: %s", self._refusal)
             super().process_weights_after_loading(layer)
             return
-        self.kernels = {"w13": self._packed.up.kernels, "w2": self._packed.down.kernels}
-        for kernels in self.kernels.values():
-            logger.info_once("2:4 experts: %s", kernels.describe())
-        # vLLM hands these to apply(), and reads the first of their sizes.
-        layer.register_parameter("w13_weight", frozen(self._packed.up.panels))
-        layer.register_parameter("w2_weight", frozen(self._packed.down.panels))
+        for linear, weights in (("w13", self._packed.up), ("w2", self._packed.down)):
+            # vLLM hands the first of these to apply(), which does not need it.
+            for part, ending in zip(weights.parts, ("weight", "weight_dense"), strict=False):
+                layer.register_parameter(f"{linear}_{ending}", frozen(part.panels))
+                kernels = part.kernels
+                logger.info_once("%d experts: %s", len(part.experts), kernels.describe())
+            self.kernels[linear] = weights.parts[0].kernels
         self.experts_cls = TwoFourExperts
         self._init_moe_kernel(layer)
         self.moe_kernel.fused_experts.take(self._packed, layer.activation)

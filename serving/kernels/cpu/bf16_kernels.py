@@ -40,34 +40,29 @@ BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
-class CpuBf16:
-    """Multiplies each pair of kept values by the inputs that its positions pick.
+class _Bf16Kernel:
+    """What all of them share.
 
     Attributes:
         unit: Vector unit; None is the best of the processor, which must not be the portable one.
     """
 
-    layout: ClassVar[str] = "cpu_2of4"
     largest_batch: ClassVar[int | None] = None
-    operation: ClassVar[Bf16Operation] = Bf16Operation.TWO_FOUR
+    operation: ClassVar[Bf16Operation]
+    block_columns: ClassVar[int]
+    block_width: ClassVar[int]
 
     unit: Bf16Unit | None = None
-
-    def unsupported(self, spec: LinearSpec) -> str | None:
-        """Refuse what is not wholly 2:4, other dtypes, and processors that would emulate them."""
-        return _unsupported(spec) if spec.two_four else "a module of the layer is dense"
-
-    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
-        """Return the 2:4 panels."""
-        return (two_four_panels(weight.packed(), BF16),)
 
     def matmul(
         self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
     ) -> Tensor:
         """Multiply any number of rows of inputs."""
-        columns, width = packed[0].shape[1] * BLOCK_COLUMNS, block_values(BF16)
-        check_panels(packed[0], inputs, rows=rows, columns=columns, width=width)
-        return _multiply(self.operation, packed[0], inputs, bias, rows=rows, unit=self.unit)
+        self._check(packed[0], inputs, rows)
+        product = inputs.new_empty(len(inputs), rows)
+        if len(inputs):
+            self._run(packed[0], inputs, None if bias is None else _bias(bias, (rows,)), product)
+        return product
 
     def matmul_groups(
         self,
@@ -88,22 +83,55 @@ class CpuBf16:
         """
         if not groups:
             return
-        rows, width = product.shape[1], block_values(BF16)
-        columns = panels.shape[2] * BLOCK_COLUMNS
-        check_panels(panels[0], inputs, rows=rows, columns=columns, width=width)
-        _require_bf16(panels, inputs)
+        rows = product.shape[1]
+        self._check(panels[0], inputs, rows)
         require_groups(groups, weights=len(panels), tokens=len(inputs))
         if product.dtype is not BF16 or len(product) != len(inputs) or not product.is_contiguous():
             raise ValueError(f"product: {product.dtype} of shape {tuple(product.shape)}")
+        bias = None if bias is None else _bias(bias, (len(panels), rows))
+        self._run(panels, inputs, bias, product, torch.tensor(groups))
+
+    def _check(self, panels: Tensor, inputs: Tensor, rows: int) -> None:
+        columns = panels.shape[1] * self.block_columns
+        check_panels(panels, inputs, rows=rows, columns=columns, width=self.block_width)
+        if panels.dtype is not BF16 or inputs.dtype is not BF16:
+            raise ValueError(f"panels: {panels.dtype}, inputs: {inputs.dtype}: not bfloat16")
+
+    def _run(
+        self,
+        panels: Tensor,
+        inputs: Tensor,
+        bias: Tensor | None,
+        product: Tensor,
+        groups: Tensor | None = None,
+    ) -> None:
         native_library().run_bf16(
             self.operation,
             panels,
             inputs.contiguous(),
-            None if bias is None else _bias(bias, (len(panels), rows)),
+            bias,
             product,
-            groups=torch.tensor(groups),
+            groups=groups,
             unit=self.unit,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CpuBf16(_Bf16Kernel):
+    """Multiplies each pair of kept values by the inputs that its positions pick."""
+
+    layout: ClassVar[str] = "cpu_2of4"
+    operation: ClassVar[Bf16Operation] = Bf16Operation.TWO_FOUR
+    block_columns: ClassVar[int] = BLOCK_COLUMNS
+    block_width: ClassVar[int] = block_values(BF16)
+
+    def unsupported(self, spec: LinearSpec) -> str | None:
+        """Refuse what is not wholly 2:4, other dtypes, and processors that would emulate them."""
+        return _unsupported(spec) if spec.two_four else "a module of the layer is dense"
+
+    def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """Return the 2:4 panels."""
+        return (two_four_panels(weight.packed(), BF16),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,17 +155,13 @@ class CpuBf16Tiles(CpuBf16):
 
 
 @dataclass(frozen=True, slots=True)
-class CpuBf16Dense:
-    """Multiplies by a dense weight in panels: what tells the gain of sparsity from that of layout.
-
-    Attributes:
-        unit: As of :class:`CpuBf16`.
-    """
+class CpuBf16Dense(_Bf16Kernel):
+    """Multiplies by a dense weight in panels: tells the gain of sparsity from that of layout."""
 
     layout: ClassVar[str] = "cpu_dense"
-    largest_batch: ClassVar[int | None] = None
-
-    unit: Bf16Unit | None = None
+    operation: ClassVar[Bf16Operation] = Bf16Operation.DENSE
+    block_columns: ClassVar[int] = 2
+    block_width: ClassVar[int] = PAIR_VALUES
 
     def unsupported(self, spec: LinearSpec) -> str | None:
         """Refuse wholly 2:4 layers, other dtypes, and processors that would emulate them."""
@@ -148,14 +172,6 @@ class CpuBf16Dense:
     def pack(self, weight: LoadedWeight, spec: LinearSpec) -> tuple[Tensor, ...]:
         """Return the dense panels."""
         return (dense_panels(weight.dense(), BF16),)
-
-    def matmul(
-        self, packed: Sequence[Tensor], inputs: Tensor, bias: Tensor | None, rows: int
-    ) -> Tensor:
-        """Multiply any number of rows of inputs."""
-        columns = packed[0].shape[1] * 2
-        check_panels(packed[0], inputs, rows=rows, columns=columns, width=PAIR_VALUES)
-        return _multiply(Bf16Operation.DENSE, packed[0], inputs, bias, rows=rows, unit=self.unit)
 
 
 def _unsupported(spec: LinearSpec) -> str | None:
@@ -170,30 +186,6 @@ def _unsupported(spec: LinearSpec) -> str | None:
     if native_library().bf16_units == (Bf16Unit.PORTABLE,):
         return "this processor has no AVX-512 with BF16"
     return None
-
-
-def _multiply(
-    operation: Bf16Operation,
-    panels: Tensor,
-    inputs: Tensor,
-    bias: Tensor | None,
-    *,
-    rows: int,
-    unit: Bf16Unit | None,
-) -> Tensor:
-    _require_bf16(panels, inputs)
-    if bias is not None:
-        bias = _bias(bias, (rows,))
-    inputs = inputs.contiguous()
-    product = inputs.new_empty(len(inputs), rows)
-    if len(inputs):
-        native_library().run_bf16(operation, panels, inputs, bias, product, unit=unit)
-    return product
-
-
-def _require_bf16(panels: Tensor, inputs: Tensor) -> None:
-    if panels.dtype is not BF16 or inputs.dtype is not BF16:
-        raise ValueError(f"panels: {panels.dtype}, inputs: {inputs.dtype}: not bfloat16")
 
 
 def _bias(bias: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,7 +1,8 @@
-"""Products of a mixture's experts: 2:4 weights of one shape, each with tokens of its own.
+"""Products of a mixture's experts: weights of one shape, each with tokens of its own.
 
 An expert sees few tokens even where a server's batch is large, so most of a step's time goes into
-reading weights, and those are 9/16 of the dense ones' size.
+reading weights, and 2:4 ones are 9/16 of the dense ones' size. A few of the experts may be dense,
+such as one that no calibration token reached.
 """
 
 from __future__ import annotations
@@ -20,11 +21,52 @@ from sparseserve.serving.kernels.choice.choose import (
     allowed_kernels,
     layer_kernels,
 )
-from sparseserve.serving.kernels.cpu.bf16_kernels import CpuBf16
-from sparseserve.serving.kernels.cpu.layout import two_four_panels
+from sparseserve.serving.kernels.cpu.bf16_kernels import CpuBf16, CpuBf16Dense
+from sparseserve.serving.kernels.cpu.layout import dense_panels, two_four_panels
 from sparseserve.serving.kernels.cpu.token_groups import TokenGroup
 from sparseserve.serving.kernels.protocol import LinearKernel, LinearSpec, LoadedWeight, RowBlock
 from sparseserve.serving.kernels.table import KERNELS
+from sparseserve.sparsity import TWO_FOUR
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """Those of the experts that are stored alike, 2:4 or dense.
+
+    Attributes:
+        experts: Their numbers, in the order of the panels.
+        panels: ``[experts, panels, blocks, values]``.
+        kernels: Which kernel multiplies how many tokens of one expert.
+    """
+
+    experts: tuple[int, ...]
+    panels: Tensor
+    kernels: LayerKernels
+
+    def multiply(
+        self, inputs: Tensor, groups: Sequence[TokenGroup], bias: Tensor | None, product: Tensor
+    ) -> None:
+        """Fill the rows of ``product`` whose tokens belong to one of these experts."""
+        place = {expert: number for number, expert in enumerate(self.experts)}
+        by_kernel: dict[str, list[TokenGroup]] = {}
+        for expert, first, tokens in groups:
+            if expert in place:
+                own = by_kernel.setdefault(self.kernels.kernel(tokens), [])
+                own.append(TokenGroup(place[expert], first, tokens))
+        if bias is not None:
+            bias = bias[list(self.experts)]
+        for name, mine in by_kernel.items():
+            kernel = KERNELS[name]
+            if isinstance(kernel, CpuBf16 | CpuBf16Dense):
+                kernel.matmul_groups(self.panels, inputs, mine, bias, product)
+                continue
+            for weight, first, tokens in mine:
+                product[first : first + tokens] = kernel.matmul(
+                    (self.panels[weight],),
+                    inputs[first : first + tokens],
+                    None if bias is None else bias[weight],
+                    product.shape[1],
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +74,17 @@ class ExpertWeights:
     """The weights of all experts' linears of one kind.
 
     Attributes:
-        panels: ``[experts, panels, blocks, values]``.
         rows: Output features of each.
-        kernels: Which kernel multiplies how many tokens of one expert.
+        parts: The 2:4 ones, and the dense ones where there are any.
     """
 
-    panels: Tensor
     rows: int
-    kernels: LayerKernels
+    parts: tuple[ExpertPart, ...]
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return sum(len(part.experts) for part in self.parts)
 
     def matmul(self, inputs: Tensor, groups: Sequence[TokenGroup], bias: Tensor | None) -> Tensor:
         """Return the products of all groups of tokens, each by its expert's weight.
@@ -53,21 +98,8 @@ class ExpertWeights:
             ``[tokens, rows]`` of the inputs' dtype.
         """
         product = inputs.new_empty(len(inputs), self.rows)
-        by_kernel: dict[str, list[TokenGroup]] = {}
-        for group in groups:
-            by_kernel.setdefault(self.kernels.kernel(group.tokens), []).append(group)
-        for name, own in by_kernel.items():
-            kernel = KERNELS[name]
-            if isinstance(kernel, CpuBf16):
-                kernel.matmul_groups(self.panels, inputs, own, bias, product)
-                continue
-            for weight, first, tokens in own:
-                product[first : first + tokens] = kernel.matmul(
-                    (self.panels[weight],),
-                    inputs[first : first + tokens],
-                    None if bias is None else bias[weight],
-                    self.rows,
-                )
+        for part in self.parts:
+            part.multiply(inputs, groups, bias, product)
         return product
 
 
@@ -83,22 +115,44 @@ def pack_experts(
         timed: What this engine has timed already.
 
     Raises:
-        ServingError: No kernel can run them, or the weight of an expert is not 2:4.
+        ServingError: No kernel can run them, or none of the experts is 2:4.
     """
-    experts, rows, columns = weights.shape
-    spec = LinearSpec(rows, columns, weights.dtype, weights.device, two_four=True)
-    kernels = _able(spec)
+    dense = [
+        number
+        for number, weight in enumerate(weights)
+        if weight.shape[1] % TWO_FOUR.group or TWO_FOUR.first_violation(weight)
+    ]
+    two_four = [number for number in range(len(weights)) if number not in dense]
+    if not two_four:
+        raise ServingError("none of them is 2:4")
+    _, rows, columns = weights.shape
     # Experts whose values need more bits than others' would have panels of another dtype.
     stored = LoadedWeight((RowBlock(name, weights),)).storage_dtype()
-    packed = [RowBlock(f"{name}.{number}", weights[number]).packed() for number in range(experts)]
-    example = LoadedWeight((RowBlock(name, packed[0]),))
-    chosen = layer_kernels(spec, example, tell, kernels, timed)
-    panels = torch.stack([two_four_panels(weight, stored) for weight in packed])
-    return ExpertWeights(panels, rows, replace(chosen, packed=()))
+
+    def part(experts: Sequence[int], *, sparse: bool) -> ExpertPart:
+        spec = LinearSpec(rows, columns, weights.dtype, weights.device, two_four=sparse)
+        blocks = [RowBlock(f"{name}.{number}", weights[number]) for number in experts]
+        kernels = layer_kernels(spec, LoadedWeight((blocks[0],)), tell, _able(spec), timed)
+        panels = torch.stack(
+            [
+                two_four_panels(block.packed(), stored)
+                if sparse
+                else dense_panels(block.dense(), stored)
+                for block in blocks
+            ]
+        )
+        return ExpertPart(tuple(experts), panels, replace(kernels, packed=()))
+
+    parts = [part(two_four, sparse=True)]
+    parts += [part(dense, sparse=False)] if dense else []
+    return ExpertWeights(rows, tuple(parts))
 
 
 def _able(spec: LinearSpec) -> Mapping[str, LinearKernel]:
-    reading = {name: k for name, k in allowed_kernels().items() if k.layout == CpuBf16.layout}
+    layout = CpuBf16.layout if spec.two_four else CpuBf16Dense.layout
+    reading = {
+        name: kernel for name, kernel in allowed_kernels().items() if kernel.layout == layout
+    }
     reasons = {name: kernel.unsupported(spec) for name, kernel in reading.items()}
     able = {name: kernel for name, kernel in reading.items() if reasons[name] is None}
     if not able:

@@ -69,7 +69,7 @@ def test_each_group_of_tokens_has_the_product_by_its_own_weight(
     *, kernel: CpuBf16, sizes: list[int], biased: bool
 ) -> None:
     weights = experts(5, 72, 132)
-    panels = packed(weights).panels
+    panels = packed(weights).parts[0].panels
     inputs = torch.randn(sum(sizes), 132).to(BF16)
     groups = consecutive(sizes, [(3 * number + 1) % 5 for number in range(len(sizes))])
     bias = torch.randn(5, 72).to(BF16) if biased else None
@@ -88,7 +88,7 @@ def test_each_group_of_tokens_has_the_product_by_its_own_weight(
 
 @each_kernel
 def test_the_number_of_threads_changes_no_bit_of_grouped_products(kernel: CpuBf16) -> None:
-    panels = packed(experts(4, 100, 1028)).panels
+    panels = packed(experts(4, 100, 1028)).parts[0].panels
     groups = consecutive([9, 1, 40, 130], [2, 0, 3, 1])
     inputs, threads, found = torch.randn(180, 1028).to(BF16), torch.get_num_threads(), []
     try:
@@ -110,7 +110,7 @@ def test_the_number_of_threads_changes_no_bit_of_grouped_products(kernel: CpuBf1
 def test_groups_that_leave_weights_or_tokens_never_reach_native_code(
     group: tuple[int, int, int],
 ) -> None:
-    panels, inputs = packed(experts(2, 32, 32)).panels, torch.ones(4, 32, dtype=BF16)
+    panels, inputs = packed(experts(2, 32, 32)).parts[0].panels, torch.ones(4, 32, dtype=BF16)
     with pytest.raises(ValueError, match=r"TokenGroup.* of 2 weights and 4 tokens"):
         CpuBf16(Bf16Unit.PORTABLE).matmul_groups(
             panels, inputs, [TokenGroup(*group)], None, torch.empty(4, 32, dtype=BF16)
@@ -118,7 +118,7 @@ def test_groups_that_leave_weights_or_tokens_never_reach_native_code(
 
 
 def test_operands_of_groups_that_do_not_fit_never_reach_native_code() -> None:
-    panels, inputs = packed(experts(2, 32, 32)).panels, torch.ones(4, 32, dtype=BF16)
+    panels, inputs = packed(experts(2, 32, 32)).parts[0].panels, torch.ones(4, 32, dtype=BF16)
     good = torch.empty(4, 32, dtype=BF16)
     kernel, groups = CpuBf16(Bf16Unit.PORTABLE), [TokenGroup(0, 0, 4)]
     for product in (good.float(), good[:3], torch.empty(32, 4, dtype=BF16).T, good[:, :1]):
@@ -180,19 +180,39 @@ def test_one_expert_of_more_bits_widens_the_panels_of_all() -> None:
     weights = experts(3, 32, 64).float()
     weights[2] *= 1.0001
     found = packed(weights)
-    assert found.panels.dtype == torch.float32
+    assert found.parts[0].panels.dtype == torch.float32
     inputs = torch.eye(64)
     for number in range(3):
         product = found.matmul(inputs, [TokenGroup(number, 0, 64)], None)
         assert torch.equal(product.T, weights[number])
 
 
-def test_an_expert_that_is_not_two_four_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSESERVE_KERNELS", "cpu_unpacked")
-    weights = experts(3, 8, 8)
-    weights[1, 4] = 1
-    with pytest.raises(ServingError, match=r"experts\.1\.weight: weight is not 2:4 at row 4"):
-        packed(weights)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("kernels", ["cpu_unpacked,cpu_dense", ""])
+def test_experts_that_are_not_two_four_are_multiplied_beside_the_others(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kernels: str
+) -> None:
+    monkeypatch.setenv("SPARSESERVE_KERNELS", kernels)
+    weights = experts(5, 32, 128).to(dtype)
+    weights[1], weights[3] = torch.randn(2, 32, 128).to(dtype)
+    found = packed(weights)
+    assert [part.experts for part in found.parts] == [(0, 2, 4), (1, 3)]
+    assert found.experts == 5
+    inputs, bias = torch.randn(60, 128).to(dtype), torch.randn(5, 32).to(dtype)
+    groups = consecutive([7, 1, 30, 20, 2], [1, 4, 0, 3, 2])
+    product = found.matmul(inputs, groups, bias)
+    for weight, first, tokens in groups:
+        own = slice(first, first + tokens)
+        wanted = inputs[own].double() @ weights[weight].double().T + bias[weight].double()
+        error = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(product[own].double(), wanted, rtol=error, atol=3 * error)
+
+
+def test_experts_of_which_none_is_two_four_are_refused() -> None:
+    with pytest.raises(ServingError, match="none of them is 2:4"):
+        packed(torch.ones(3, 8, 8))
+    with pytest.raises(ServingError, match="none of them is 2:4"):
+        packed(experts(3, 8, 8)[:, :, :7])
 
 
 def test_where_no_kernel_may_run_experts_the_reason_is_told(
@@ -219,4 +239,4 @@ def test_experts_of_one_shape_are_timed_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_kernels_of_experts_keep_nothing_of_the_weight_they_were_timed_with() -> None:
-    assert packed(experts(2, 32, 32)).kernels.packed == ()
+    assert packed(experts(2, 32, 32)).parts[0].kernels.packed == ()

@@ -73,8 +73,8 @@ class Case:
         experts.apply(
             output=output,
             hidden_states=self.tokens,
-            w1=packed.up.panels,
-            w2=packed.down.panels,
+            w1=none,
+            w2=none,
             topk_weights=self.shares,
             topk_ids=self.chosen.int(),
             activation=self.activation,
