@@ -63,8 +63,10 @@ def _gain(layer: Any, dense: Any, packed: Any) -> float:
     )
     logs = []
     for tokens in _TOKENS:
-        inputs = torch.randn(tokens, layer.hidden_size).to(layer.w13_weight.dtype)
-        shares, chosen = torch.rand(tokens, len(layer.w13_weight)).topk(layer.top_k)
+        # While a model is loaded, the default dtype is its own; vLLM's shares are float32.
+        inputs = torch.randn(tokens, layer.hidden_size, dtype=layer.w13_weight.dtype)
+        scores = torch.rand(tokens, len(layer.w13_weight), dtype=torch.float32)
+        shares, chosen = scores.topk(layer.top_k)
         runs = [
             partial(
                 run_experts,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -62,25 +63,51 @@ def pack24(weight: Tensor) -> Packed24:
     Raises:
         ArtifactError: ``weight`` is not 2:4; the message names the first group that is not.
     """
-    if violation := TWO_FOUR.first_violation(weight):
-        raise ArtifactError(f"weight is not 2:4 at {violation}")
-    parts = [_packed_rows(rows) for rows in torch.split(weight, _ROWS)]
+    whole_groups = weight.ndim == 2 and weight.shape[1] % TWO_FOUR.group == 0
+    parts = [_packed_rows(rows) for rows in torch.split(weight, _ROWS)] if whole_groups else [None]
+    if None in parts:
+        raise ArtifactError(f"weight is not 2:4 at {TWO_FOUR.first_violation(weight)}")
     values, indices = zip(*parts, strict=True)
     return Packed24(torch.cat(values), torch.cat(indices))
 
 
-def _packed_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values and indices of some rows; what is needed on the way is larger than either."""
+def _packed_rows(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return values and indices of some rows, or None if they are not 2:4.
+
+    What is needed on the way is larger than either.
+    """
     rows, columns = weight.shape
-    nonzero = weight != 0
-    # Non-zeros first, then the lowest free positions; the two chosen are put in ascending order.
-    chosen = TWO_FOUR.best_mask(nonzero.to(torch.uint8))
-    positions = chosen.reshape(rows, -1, 4).nonzero()[:, 2].reshape(rows, -1, 2)
-    values = (weight.masked_select(chosen) + 0.0).to(weight.dtype).reshape(rows, columns // 2)
-    nibbles = (positions[..., 0] | positions[..., 1] << 2).to(torch.uint8)
+    first, second, crowded = (table.to(weight.device) for table in _tables())
+    # The non-zeros of a group as four bits, from the four bytes that say of each whether it is one.
+    bytes_of_groups = (weight != 0).reshape(rows, -1).view(torch.int32)
+    groups = (
+        bytes_of_groups | bytes_of_groups >> 7 | bytes_of_groups >> 14 | bytes_of_groups >> 21
+    ) & 15
+    if bool(crowded[groups].any()):
+        return None
+    places = torch.stack((first[groups], second[groups]), dim=-1)
+    kept = weight.reshape(rows, -1, 4).gather(-1, places.to(torch.int64))
+    values = (kept + 0.0).to(weight.dtype).reshape(rows, columns // 2)
+    nibbles = places[..., 0] | places[..., 1] << 2
     if nibbles.shape[1] % 2:
         nibbles = torch.nn.functional.pad(nibbles, (0, 1))
     return values, nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+@cache
+def _tables() -> tuple[Tensor, Tensor, Tensor]:
+    """Return by a group's non-zeros, as bits, where its stored values lie and if it has too many.
+
+    Non-zeros come first, then the lowest free places; the two are put in ascending order. Each
+    table is ``[16]``, on the processor whatever the default device of the moment is.
+    """
+    kept = [
+        sorted(sorted(range(4), key=lambda place: (not bits >> place & 1, place))[:2])
+        for bits in range(16)
+    ]
+    first, second = torch.tensor(kept, dtype=torch.uint8, device="cpu").T.contiguous()
+    crowded = [bits.bit_count() > TWO_FOUR.keep for bits in range(16)]
+    return first, second, torch.tensor(crowded, device="cpu")
 
 
 def unpack24(packed: Packed24) -> Tensor:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparseserve.errors import ServingError
+from sparseserve.checkpoint.packed24 import Packed24, pack24
+from sparseserve.checkpoint.quantized24 import Quantized24
+from sparseserve.errors import ArtifactError, RecipeError, ServingError
 from sparseserve.serving.kernels.choice.choose import (
     KERNELS_VARIABLE,
     LayerKernels,
@@ -26,7 +28,8 @@ from sparseserve.serving.kernels.cpu.layout import dense_panels, two_four_panels
 from sparseserve.serving.kernels.cpu.token_groups import TokenGroup
 from sparseserve.serving.kernels.protocol import LinearKernel, LinearSpec, LoadedWeight, RowBlock
 from sparseserve.serving.kernels.table import KERNELS
-from sparseserve.sparsity import TWO_FOUR
+
+_GROUPED = (CpuBf16, CpuBf16Dense)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class ExpertPart:
             bias = bias[list(self.experts)]
         for name, mine in by_kernel.items():
             kernel = KERNELS[name]
-            if isinstance(kernel, CpuBf16 | CpuBf16Dense):
+            if isinstance(kernel, _GROUPED):
                 kernel.matmul_groups(self.panels, inputs, mine, bias, product)
                 continue
             for weight, first, tokens in mine:
@@ -117,35 +120,39 @@ def pack_experts(
     Raises:
         ServingError: No kernel can run them, or none of the experts is 2:4.
     """
-    dense = [
-        number
-        for number, weight in enumerate(weights)
-        if weight.shape[1] % TWO_FOUR.group or TWO_FOUR.first_violation(weight)
-    ]
-    two_four = [number for number in range(len(weights)) if number not in dense]
+    _, rows, columns = weights.shape
+    blocks = [_packed_or_dense(f"{name}.{number}", one) for number, one in enumerate(weights)]
+    dense = [number for number, block in enumerate(blocks) if isinstance(block.weight, Tensor)]
+    two_four = [number for number in range(len(blocks)) if number not in dense]
     if not two_four:
         raise ServingError("none of them is 2:4")
-    _, rows, columns = weights.shape
     # Experts whose values need more bits than others' would have panels of another dtype.
     stored = LoadedWeight((RowBlock(name, weights),)).storage_dtype()
 
     def part(experts: Sequence[int], *, sparse: bool) -> ExpertPart:
         spec = LinearSpec(rows, columns, weights.dtype, weights.device, two_four=sparse)
-        blocks = [RowBlock(f"{name}.{number}", weights[number]) for number in experts]
-        kernels = layer_kernels(spec, LoadedWeight((blocks[0],)), tell, _able(spec), timed)
-        panels = torch.stack(
-            [
-                two_four_panels(block.packed(), stored)
-                if sparse
-                else dense_panels(block.dense(), stored)
-                for block in blocks
-            ]
-        )
+        example = LoadedWeight((blocks[experts[0]],))
+        kernels = layer_kernels(spec, example, tell, _able(spec), timed)
+        panels = torch.stack([_panels(blocks[number].weight, stored) for number in experts])
         return ExpertPart(tuple(experts), panels, replace(kernels, packed=()))
 
     parts = [part(two_four, sparse=True)]
     parts += [part(dense, sparse=False)] if dense else []
     return ExpertWeights(rows, tuple(parts))
+
+
+def _packed_or_dense(name: str, weight: Tensor) -> RowBlock:
+    try:
+        return RowBlock(name, pack24(weight))
+    except (ArtifactError, RecipeError):  # the latter where groups do not divide it
+        return RowBlock(name, weight)
+
+
+def _panels(weight: Packed24 | Quantized24 | Tensor, stored: torch.dtype) -> Tensor:
+    if isinstance(weight, Packed24):
+        return two_four_panels(weight, stored)
+    assert isinstance(weight, Tensor)
+    return dense_panels(weight, stored)
 
 
 def _able(spec: LinearSpec) -> Mapping[str, LinearKernel]:
@@ -158,4 +165,6 @@ def _able(spec: LinearSpec) -> Mapping[str, LinearKernel]:
     if not able:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ServingError(told or f"{KERNELS_VARIABLE} leaves no kernel for them")
-    return able
+    # The others are called expert by expert, which the times of one product do not show.
+    grouped = {name: kernel for name, kernel in able.items() if isinstance(kernel, _GROUPED)}
+    return grouped or able
