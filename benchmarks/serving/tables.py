@@ -150,7 +150,7 @@ def cpu_experts_table(result: Result) -> str:
     lines.append(
         "\nTimes of vLLM's own experts over those of packed ones, one layer; columns are tokens at "
         f"once; medians of at least 3 turns; outputs differ by at most {worst:.1%}; "
-        f"{processor_and_software(machine)}"
+        f"{machine['threads']} thread(s), {processor_and_software(machine)}"
     )
     return "\n".join(lines)
 
@@ -238,6 +238,7 @@ SERVING_TABLES: dict[str, Callable[[Result], str]] = {
     "bench-llama-1b": bench_table,
     "bench-llama-1b-avx512-bf16": bench_table,
     "bench-llama-1b-bfloat16": bench_table,
+    "bench-olmoe-avx512-bf16": bench_table,
     "cpu-bf16-kernels": cpu_bf16_kernels_table,
     "cpu-experts": cpu_experts_table,
     "cpu-int8-kernels": cpu_int8_kernels_table,

@@ -20,6 +20,15 @@ pytestmark = [
 ]
 
 EXPERTS, HIDDEN, WIDTH, CHOICES = 6, 64, 96, 2
+NO_LIMITS: dict[str, None] = dict.fromkeys(
+    (
+        "swiglu_limit",
+        "swiglu_alpha",
+        "swiglu_beta",
+        "activation_situ_beta",
+        "activation_situ_linear_beta",
+    )
+)
 
 
 def two_four(rows: int, columns: int) -> Tensor:
@@ -49,19 +58,10 @@ class Case:
 
         from sparseserve.serving.plugin.experts import PackedExperts, TwoFourExperts
 
-        limits = dict.fromkeys(
-            (
-                "swiglu_limit",
-                "swiglu_alpha",
-                "swiglu_beta",
-                "activation_situ_beta",
-                "activation_situ_linear_beta",
-            )
-        )
         settings = (
             biased_moe_quant_config(*self.biases) if self.biased else FUSED_MOE_UNQUANTIZED_CONFIG
         )
-        experts = TwoFourExperts(SimpleNamespace(**limits), settings)
+        experts = TwoFourExperts(SimpleNamespace(**NO_LIMITS), settings)
         packed = PackedExperts(
             pack_experts("up", self.up, lambda _: None),
             pack_experts("down", self.down, lambda _: None),
@@ -134,3 +134,34 @@ def test_outputs_are_not_weighed_where_the_inputs_were() -> None:
     case = Case(MoEActivation.SILU, 5)
     found, expected = case.found(weighed_before=True), case.expected(weighed_before=True)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernels_without_timing")
+def test_experts_of_one_shape_are_timed_both_ways_once_in_the_dtype_of_their_model() -> None:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.platforms import current_platform
+
+    from sparseserve.serving.plugin.expert_timing import ExpertTimes
+    from sparseserve.serving.plugin.experts import PackedExperts, TwoFourExperts
+
+    current_platform.import_kernels()
+    up, down = (two_four(*shape).bfloat16() for shape in ((2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)))
+    layer = SimpleNamespace(
+        w13_weight=up, w2_weight=down, hidden_size=HIDDEN, top_k=2, activation=MoEActivation.SILU
+    )
+    config = SimpleNamespace(
+        **NO_LIMITS, intermediate_size_per_partition=WIDTH, activation=MoEActivation.SILU
+    )
+    dense = CPUUnquantizedExperts(config, FUSED_MOE_UNQUANTIZED_CONFIG)
+    ours = TwoFourExperts(config, FUSED_MOE_UNQUANTIZED_CONFIG)
+    packed = [pack_experts("experts", weights, lambda _: None) for weights in (up, down)]
+    ours.take(PackedExperts(*packed), MoEActivation.SILU)
+    times, usual = ExpertTimes(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as while vLLM loads such a model
+    try:
+        first = times.is_gain(layer, dense, ours)
+    finally:
+        torch.set_default_dtype(usual)
+    assert times.is_gain(layer, None, None) is first
