@@ -126,6 +126,7 @@ class TwoFourExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # 
     def __init__(self, moe: Any, times: ExpertTimes) -> None:
         super().__init__(moe)
         self._times = times
+        # Shards as vLLM calls them: w1 the gate, w3 the linear beside it, w2 the last one.
         self._missing: set[tuple[str, int]] = set()
         self._loaded = False
         self.kernels: dict[str, LayerKernels] = {}
@@ -169,9 +170,21 @@ class TwoFourExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # 
         """Return ``load``, which packs the experts when it has loaded the last of them."""
 
         @wraps(load)
-        def loader(*args: Any, **kwargs: Any) -> Any:
-            done = load(*args, **kwargs)
-            self._missing.discard((kwargs.get("shard_id", ""), kwargs.get("expert_id", -1)))
+        def loader(  # vLLM's signature
+            param: Tensor,
+            loaded_weight: Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            done = load(param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs)
+            if param is not layer.w13_weight and param is not layer.w2_weight:
+                return done  # a bias
+            # Some models hand over the weights of all experts at once.
+            experts = range(len(param)) if loaded_weight.ndim > param.ndim - 1 else (expert_id,)
+            self._missing.difference_update((shard_id, expert) for expert in experts)
             self._loaded = True
             if not self._missing and self._packed is None and self._refusal is None:
                 self._pack(layer)
@@ -214,4 +227,6 @@ def _refusal(moe: Any) -> str | None:
         return "with expert parallelism each rank holds experts of its own"
     if moe.activation not in _ACTIVATIONS:
         return f"their activation {moe.activation.value} is not known here"
+    if moe.swiglu_limit is not None and moe.activation != MoEActivation.SWIGLUOAI:
+        return f"their gates are limited to {moe.swiglu_limit}, for which vLLM has no operator here"
     return None

@@ -136,6 +136,126 @@ def test_outputs_are_not_weighed_where_the_inputs_were() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+class Layer(torch.nn.Module):
+    """What vLLM's layer of experts offers while it is loaded, and its loader in short."""
+
+    def __init__(self, activation: Any) -> None:
+        super().__init__()
+        self.layer_name, self.activation, self.top_k = "mlp.experts", activation, CHOICES
+        self.hidden_size = HIDDEN
+
+    def load(  # noqa: PLR0917  # vLLM's signature
+        self,
+        param: Tensor,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool:
+        rows = slice(WIDTH, None) if shard_id == "w3" else slice(0, WIDTH)
+        place = param.data if loaded_weight.ndim == param.ndim else param.data[expert_id]
+        if shard_id != "w2":
+            place = place[..., rows, :] if "weight" in weight_name else place[..., rows]
+        place.copy_(loaded_weight)
+        return return_success
+
+
+def new_layer(*, has_bias: bool = False) -> tuple[Any, Any]:
+    """Return a layer with nothing loaded, and the method that we give it."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import (
+        FusedMoEConfig,
+        FusedMoEParallelConfig,
+        RoutingMethodType,
+    )
+
+    from sparseserve.serving.plugin.expert_timing import ExpertTimes
+    from sparseserve.serving.plugin.experts import TwoFourExpertsMethod
+
+    layer: Any = Layer(MoEActivation.SILU)
+    with set_current_vllm_config(VllmConfig()):
+        config = FusedMoEConfig(
+            num_experts=EXPERTS,
+            experts_per_token=CHOICES,
+            hidden_dim=HIDDEN,
+            intermediate_size=WIDTH,
+            num_local_experts=EXPERTS,
+            num_logical_experts=EXPERTS,
+            activation=MoEActivation.SILU,
+            device="cpu",
+            routing_method=RoutingMethodType.Default,
+            moe_parallel_config=FusedMoEParallelConfig.make_no_parallel(),
+            in_dtype=torch.float32,
+            has_bias=has_bias,
+        )
+        method = TwoFourExpertsMethod(config, ExpertTimes())
+        method.create_weights(
+            layer, EXPERTS, HIDDEN, WIDTH, torch.float32, weight_loader=layer.load
+        )
+    return layer, method
+
+
+@pytest.mark.usefixtures("kernels_without_timing")
+def test_dense_experts_are_freed_when_the_last_of_them_was_loaded_and_not_before() -> None:
+    layer, method = new_layer(has_bias=True)
+    up, down = layer.w13_weight, layer.w2_weight
+    gates, linears = two_four(WIDTH, HIDDEN), two_four(WIDTH, HIDDEN)
+    weights = {"w1": gates, "w3": linears, "w2": two_four(HIDDEN, WIDTH)}
+    for expert in range(EXPERTS):
+        for param, bias, shard in (
+            (up, layer.w13_bias, "w1"),
+            (up, layer.w13_bias, "w3"),
+            (down, layer.w2_bias, "w2"),
+        ):
+            weight = weights[shard][expert]
+            # A bias of an expert says nothing of its weight.
+            bias.weight_loader(bias, torch.ones(len(weight)), "bias", shard, expert)
+            assert up.numel()
+            assert down.numel()
+            param.weight_loader(
+                param=param,
+                loaded_weight=weight,
+                weight_name="weight",
+                shard_id=shard,
+                expert_id=expert,
+                return_success=True,
+            )
+    assert not up.numel()
+    assert not down.numel()
+    assert method._packed.up.experts == EXPERTS
+
+
+@pytest.mark.usefixtures("kernels_without_timing")
+def test_experts_may_be_loaded_all_at_once() -> None:
+    layer, method = new_layer()
+    up, down = layer.w13_weight, layer.w2_weight
+    up.weight_loader(up, two_four(WIDTH, HIDDEN), "weight", "w1", 0)
+    up.weight_loader(up, two_four(WIDTH, HIDDEN), "weight", "w3", 0)
+    assert up.numel()
+    down.weight_loader(down, two_four(HIDDEN, WIDTH), "weight", "w2", 0)
+    assert not up.numel()
+    assert method._packed.down.rows == HIDDEN
+
+
+def test_gates_with_a_limit_are_left_to_vllm() -> None:
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    from sparseserve.serving.plugin.experts import _refusal
+
+    config = SimpleNamespace(
+        moe_parallel_config=SimpleNamespace(use_ep=False),
+        activation=MoEActivation.SILU,
+        swiglu_limit=7.0,
+    )
+    assert str(_refusal(config)).startswith("their gates are limited to 7.0")
+    config.swiglu_limit = None
+    assert _refusal(config) is None
+    config.moe_parallel_config.use_ep = True
+    assert str(_refusal(config)).startswith("with expert parallelism")
+
+
 @pytest.mark.usefixtures("kernels_without_timing")
 def test_experts_of_one_shape_are_timed_both_ways_once_in_the_dtype_of_their_model() -> None:
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
