@@ -79,7 +79,7 @@ def _packed_rows(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     rows, columns = weight.shape
     first, second, crowded = (table.to(weight.device) for table in _tables())
     # The non-zeros of a group as four bits, from the four bytes that say of each whether it is one.
-    bytes_of_groups = (weight != 0).reshape(rows, -1).view(torch.int32)
+    bytes_of_groups = (weight != 0).contiguous().view(torch.int32)
     groups = (
         bytes_of_groups | bytes_of_groups >> 7 | bytes_of_groups >> 14 | bytes_of_groups >> 21
     ) & 15

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +31,15 @@ NO_LIMITS: dict[str, None] = dict.fromkeys(
         "activation_situ_linear_beta",
     )
 )
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """Take back what a configuration of vLLM sets for its child processes."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def two_four(rows: int, columns: int) -> Tensor:

@@ -53,6 +53,16 @@ def test_a_width_of_four_modulo_eight_leaves_a_zero_half_byte() -> None:
     assert packed.indices.tolist() == [[2 | 3 << 2]]
 
 
+def test_a_weight_may_lie_in_memory_in_any_order() -> None:
+    weight = TWO_FOUR.project(torch.randn(24, 40))
+    expected = pack24(weight)
+    for turned in (weight.T.contiguous().T, torch.stack((weight, weight), dim=-1)[..., 0]):
+        found = pack24(turned)
+        assert not turned.is_contiguous()
+        assert torch.equal(found.values, expected.values)
+        assert torch.equal(found.indices, expected.indices)
+
+
 def test_packing_refuses_a_weight_that_is_not_two_four() -> None:
     with pytest.raises(ArtifactError, match="not 2:4 at row 0, columns from 4: 3 non-zeros"):
         pack24(torch.tensor([[0.0, 0, 0, 0, 1, 2, 3, 0]]))
