@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,12 +14,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from sparseserve.serving.kernels.choice.choose import TimedLayers
+from sparseserve.serving.kernels.choice.timing import flushing, medians_in_turns
 
 logger = init_logger("vllm.sparseserve")
 
 _TOKENS = (1, 8, 64, 256)
-_REPEATS = 5
-_FLUSHED_VALUES = 8 * 2**20
 
 
 class ExpertTimes:
@@ -57,31 +54,24 @@ def _gain(layer: Any, dense: Any, packed: Any) -> float:
     for name in ("w13_weight", "w2_weight"):
         own.register_parameter(name, frozen(getattr(layer, name).data))
     dense.process_weights_after_loading(own)
-    weights = (
-        (dense, own.get_parameter("w13_weight"), own.get_parameter("w2_weight")),
-        (packed, layer.w13_weight, layer.w2_weight),
-    )
+    weights = {
+        "dense": (dense, own.get_parameter("w13_weight"), own.get_parameter("w2_weight")),
+        "packed": (packed, layer.w13_weight, layer.w2_weight),
+    }
+    flush = flushing(layer.w13_weight.device)
     logs = []
     for tokens in _TOKENS:
         # While a model is loaded, the default dtype is its own; vLLM's shares are float32.
         inputs = torch.randn(tokens, layer.hidden_size, dtype=layer.w13_weight.dtype)
         scores = torch.rand(tokens, len(layer.w13_weight), dtype=torch.float32)
         shares, chosen = scores.topk(layer.top_k)
-        runs = [
-            partial(
-                run_experts,
-                experts,
-                inputs,
-                shares,
-                chosen.int(),
-                layer.activation,
-                up=up,
-                down=down,
-            )
-            for experts, up, down in weights
-        ]
-        dense_seconds, packed_seconds = _medians(runs)
-        logs.append(math.log(dense_seconds / packed_seconds))
+        routed = (inputs, shares, chosen.int(), layer.activation)
+        runs = {
+            name: partial(run_experts, experts, *routed, up=up, down=down)
+            for name, (experts, up, down) in weights.items()
+        }
+        seconds = medians_in_turns(runs, (flush, inputs))
+        logs.append(math.log(seconds["dense"] / seconds["packed"]))
     return math.exp(statistics.fmean(logs))
 
 
@@ -94,6 +84,7 @@ def run_experts(
     *,
     up: Tensor,
     down: Tensor,
+    weighed_before: bool = False,
 ) -> Tensor:
     """Run vLLM's experts or ours on all tokens, as vLLM's kernel does.
 
@@ -105,6 +96,7 @@ def run_experts(
         activation: Between the linears.
         up: The first weight as vLLM keeps it for ``experts``.
         down: The second.
+        weighed_before: Whether ``inputs`` were weighed already, so that the outputs must not be.
 
     Returns:
         ``[tokens, hidden]``.
@@ -126,24 +118,9 @@ def run_experts(
         workspace13=none,
         workspace2=none,
         expert_tokens_meta=None,
-        apply_router_weight_on_input=False,
+        apply_router_weight_on_input=weighed_before,
     )
     return output
-
-
-def _medians(runs: Sequence[Callable[[], object]]) -> list[float]:
-    """Return the median seconds of each, taken in turns, its weights in memory."""
-    taken: list[list[float]] = [[] for _ in runs]
-    flush = torch.zeros(_FLUSHED_VALUES)
-    for run in runs:
-        run()
-    for _ in range(_REPEATS):
-        for run, seconds in zip(runs, taken, strict=True):
-            flush.sum()
-            started = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - started)
-    return [statistics.median(seconds) for seconds in taken]
 
 
 def frozen(tensor: Tensor) -> Parameter:

@@ -66,6 +66,7 @@ def pack24(weight: Tensor) -> Packed24:
     whole_groups = weight.ndim == 2 and weight.shape[1] % TWO_FOUR.group == 0
     parts = [_packed_rows(rows) for rows in torch.split(weight, _ROWS)] if whole_groups else [None]
     if None in parts:
+        # Of what is no matrix of whole groups, this says so itself.
         raise ArtifactError(f"weight is not 2:4 at {TWO_FOUR.first_violation(weight)}")
     values, indices = zip(*parts, strict=True)
     return Packed24(torch.cat(values), torch.cat(indices))

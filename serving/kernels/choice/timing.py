@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -36,7 +36,7 @@ def measure(
         if kernel.layout not in layouts:
             layouts[kernel.layout] = kernel.pack(weight, spec)
     seconds: dict[str, dict[int, float]] = {name: {} for name in kernels}
-    flush = torch.zeros(_FLUSHING_BYTES[spec.device.type] // 4, device=spec.device)
+    flush = flushing(spec.device)
     for batch in BATCHES:
         for name, median in _medians(kernels, layouts, spec, batch, flush).items():
             seconds[name][batch] = median
@@ -66,19 +66,13 @@ def _medians(
         for name, kernel in kernels.items()
         if batch in batches_of(kernel)
     ]
-    taken: dict[str, list[float]] = {name: [] for name, _ in turns}
     clock = _cuda_seconds if spec.device.type == "cuda" else _cpu_seconds
-    for _, run in turns:
-        run()  # the first run may compile or allocate
-    started = time.perf_counter()
-    for repeat in range(_REPEATS):
-        if repeat >= _FEWEST_REPEATS and time.perf_counter() - started > _SECONDS_A_BATCH:
-            break
-        for name, run in turns:
-            flush.sum()
-            inputs.sum()
-            taken[name].append(clock(run))
-    return {name: statistics.median(found) for name, found in taken.items()}
+    return medians_in_turns(dict(turns), (flush, inputs), clock)
+
+
+def flushing(device: torch.device) -> Tensor:
+    """Return what drives the weights out of the caches of ``device`` where it is read."""
+    return torch.zeros(_FLUSHING_BYTES[device.type] // 4, dtype=torch.float32, device=device)
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:
@@ -95,3 +89,29 @@ def _cuda_seconds(run: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1000
+
+
+def medians_in_turns(
+    runs: Mapping[str, Callable[[], object]],
+    read_before: Sequence[Tensor],
+    clock: Callable[[Callable[[], object]], float] = _cpu_seconds,
+) -> dict[str, float]:
+    """Return the median seconds of each of ``runs``, which take turns.
+
+    Args:
+        runs: By name.
+        read_before: Read before each run, so that the caches hold the last and not the weights.
+        clock: Takes the time of a run.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()  # the first run may compile or allocate
+    started = time.perf_counter()
+    for repeat in range(_REPEATS):
+        if repeat >= _FEWEST_REPEATS and time.perf_counter() - started > _SECONDS_A_BATCH:
+            break
+        for name, run in runs.items():
+            for tensor in read_before:
+                tensor.sum()
+            taken[name].append(clock(run))
+    return {name: statistics.median(found) for name, found in taken.items()}

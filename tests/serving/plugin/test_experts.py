@@ -67,6 +67,7 @@ class Case:
             biased_moe_quant_config,
         )
 
+        from sparseserve.serving.plugin.expert_timing import run_experts
         from sparseserve.serving.plugin.experts import PackedExperts, TwoFourExperts
 
         settings = (
@@ -79,26 +80,16 @@ class Case:
         )
         with set_current_vllm_config(VllmConfig()):  # as while a model is loaded
             experts.take(packed, self.activation)
-        output = torch.full_like(self.tokens, torch.nan)
-        none = torch.empty(0)
-        experts.apply(
-            output=output,
-            hidden_states=self.tokens,
-            w1=none,
-            w2=none,
-            topk_weights=self.shares,
-            topk_ids=self.chosen.int(),
-            activation=self.activation,
-            global_num_experts=EXPERTS,
-            expert_map=None,
-            a1q_scale=None,
-            a2_scale=None,
-            workspace13=none,
-            workspace2=none,
-            expert_tokens_meta=None,
-            apply_router_weight_on_input=weighed_before,
+        return run_experts(
+            experts,
+            self.tokens,
+            self.shares,
+            self.chosen.int(),
+            self.activation,
+            up=self.up,
+            down=self.down,
+            weighed_before=weighed_before,
         )
-        return output
 
     def expected(self, *, weighed_before: bool = False) -> Tensor:
         """Return it by the formula."""
