@@ -46,7 +46,9 @@ def this_machine() -> Machine:
     import torch  # noqa: PLC0415  # takes seconds, and all else here needs none
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else _cpu_bfloat16()
+    native = (
+        torch.cuda.is_bf16_supported(including_emulation=False) if gpu else processor_has_bfloat16()
+    )
     return Machine(
         cpu=processor_name(),
         cores=len(os.sched_getaffinity(0)),
@@ -89,7 +91,8 @@ def processor_name() -> str:
     return match[1] if match else platform.machine()
 
 
-def _cpu_bfloat16() -> bool:
+def processor_has_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16."""
     match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(_CPU_INFO), re.MULTILINE)
     return bool(match and _BFLOAT16_FLAGS & set(match[1].split()))
 

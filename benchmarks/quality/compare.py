@@ -14,7 +14,8 @@ killed goes on from the layer it had reached (``demo/unfinished``)::
 A variant is written ``METHOD:CORRECTION``, then ``@W`` for the weight of ``intra+inter``, then
 ``,reconstruct`` (``@N`` for N epochs, not the default's), ``,retrain`` and ``,distill@N`` (on N
 fresh windows) for the steps after pruning, ``,rotate`` for rotated heads, ``,scramble`` for a
-scrambled copy of each window beside it. The method of a preset has the knobs it has there; one of
+scrambled copy of each window beside it, ``,float32`` or ``,bfloat16`` for what products inside
+layers are computed in. The method of a preset has the knobs it has there; one of
 them can be set in brackets::
 
     --only sparsegpt:sequential --only admm:intra+inter@0.5 --only admm:intra,retrain
@@ -51,6 +52,8 @@ from sparseserve.workflow.job import Job
 from sparseserve.workflow.run import prune_and_export
 
 UNFINISHED = Path("demo/unfinished")
+_COMPUTED = ("float32", "bfloat16")
+_STEPS = {"reconstruct", "retrain", "distill", "rotate", "scramble", *_COMPUTED}
 VARIANTS = (
     "magnitude:none",
     "wanda:sequential",
@@ -113,7 +116,7 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
     method, _, knob = method.rstrip("]").partition("[")
     correction, _, weight = correction.partition("@")
     arguments = dict(step.partition("@")[::2] for step in steps)
-    if unknown := set(arguments) - {"reconstruct", "retrain", "distill", "rotate", "scramble"}:
+    if unknown := set(arguments) - _STEPS:
         raise click.UsageError(f"{variant}: no such step: {', '.join(sorted(unknown))}")
     usual: dict[str, Any] = {
         preset.method: preset.to_json()["method"] for preset in PRESETS.values()
@@ -125,6 +128,7 @@ def recipe_of(variant: str, setting: Setting, seed: int) -> PruneRecipe:
         "error_correction": correction or "none",
         "reconstruction": {"epochs": 0},
         "rotate": "heads" if "rotate" in arguments else "none",
+        "compute_dtype": next((name for name in _COMPUTED if name in arguments), "auto"),
         "calibration": asdict(
             replace(setting.calibration_spec(seed), scrambled=int("scramble" in arguments))
         ),

@@ -17,7 +17,12 @@ from sparseserve.sparsity import SparsityPattern
 
 DENSE = "dense"
 # What is done before a layer's operators are pruned, not after.
-_BESIDE = {"scramble": "scrambled windows", "rotate": "rotated heads"}
+_BESIDE = {
+    "scramble": "scrambled windows",
+    "rotate": "rotated heads",
+    "float32": "products in float32",
+    "bfloat16": "products in bfloat16",
+}
 Run = dict[str, Any]
 Settings = dict[str, Any]
 

@@ -32,6 +32,11 @@ _TEXT = (
         help="Of the stored weights: auto (the model's own), float32, bfloat16 or float16.",
     ),
     click.option(
+        "--compute-dtype",
+        help="Of products inside layers while text runs through them and while they are trained: "
+        "auto (bfloat16 on CPUs made for it), float32 or bfloat16.",
+    ),
+    click.option(
         "--ignore",
         multiple=True,
         help="Regular expression; operators whose name matches stay dense. May be given again.",
@@ -117,6 +122,7 @@ class RecipeOptions:
     seed: int | None = None
     scrambled: int | None = None
     dtype: str | None = None
+    compute_dtype: str | None = None
     ignore: tuple[str, ...] = ()
     experts: str | None = None
     rotate: str | None = None
@@ -163,6 +169,7 @@ class RecipeOptions:
                 error_correction=self.error_correction,
                 inter_weight=self.inter_weight,
                 dtype=self.dtype,
+                compute_dtype=self.compute_dtype,
                 ignore=self.ignore or None,
                 experts=self.experts,
                 rotate=self.rotate,

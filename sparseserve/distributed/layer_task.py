@@ -52,11 +52,11 @@ class Arithmetic:
     releases: tuple[str, ...]
 
     @classmethod
-    def here(cls, device: torch.device) -> Arithmetic:
-        """Describe this process and the ``device`` it would use."""
+    def here(cls, device: torch.device, autocast_to: torch.dtype | None) -> Arithmetic:
+        """Describe this process, the ``device`` it would use, and what rounds products there."""
         versions = installed_versions()
         releases = tuple(f"{name} {versions[name]}" for name in _PACKAGES)
-        return cls(arithmetic_of(device), torch.get_num_threads(), releases)
+        return cls(arithmetic_of(device, autocast_to), torch.get_num_threads(), releases)
 
     def __str__(self) -> str:
         return f"{self.device}, {', '.join(self.releases)}"
@@ -158,7 +158,7 @@ def layer_task(
         output_error=None if errors is None else errors.of_layer(number),
         heads=work.heads[number - 1],
         device=work.device.type,
-        arithmetic=Arithmetic.here(work.device),
+        arithmetic=Arithmetic.here(work.device, call.autocast_to),
     )
 
 
@@ -172,7 +172,7 @@ def prune_task(task: LayerTask) -> PrunedLayer:
     """
     device = torch.device(task.device)
     torch.set_num_threads(task.arithmetic.threads)
-    _require_same(task.arithmetic, Arithmetic.here(device))
+    _require_same(task.arithmetic, Arithmetic.here(device, task.call.autocast_to))
     with tempfile.TemporaryDirectory(prefix="sparseserve-") as scratch:
         folder = Path(scratch)
         varying = [

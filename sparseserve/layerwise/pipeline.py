@@ -32,6 +32,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sparseserve.devices import dtype_name, pruning_dtype
 from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.layerwise.layer import PrunedLayer, prune_layer
 from sparseserve.layerwise.plan import UNSEEN, check_plan, dense_reasons, ignored_modules
@@ -98,11 +99,12 @@ def prune_model(
         NumericalError: Activations, weights or statistics are not finite; names the operator.
     """
     started = time.perf_counter()
+    autocast_to = recipe.autocast_to(device)
     with unstacked_experts(model):
         # A few tokens show the structure; more would only cost logits.
         structure = structure or trace_structure(model, calibration.windows[0][:8])
         check_plan(structure, recipe)
-        calls = capture_layer_calls(model, structure, calibration.windows)
+        calls = capture_layer_calls(model, structure, calibration.windows, autocast_to=autocast_to)
         windows = (*calibration.scrambled, *calibration.windows)
         streams = HiddenStreams.start(
             store.fresh("hidden"),
@@ -140,6 +142,9 @@ def prune_model(
             seconds=done.earlier_seconds + time.perf_counter() - started,
             peak_memory_bytes=_peak_memory(device),
             environment=Environment.here(),
+            compute_dtype=dtype_name(
+                autocast_to or pruning_dtype(next(model.parameters()).dtype, device)
+            ),
         )
 
 

@@ -18,7 +18,7 @@ from sparseserve.models.prediction import prediction_head
 from sparseserve.models.reading import reading_weights
 from sparseserve.models.structure import ModelStructure
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.retraining.checkpointing import checkpointed_layers
+from sparseserve.retraining.checkpointing import autocast_forward, checkpointed_layers
 from sparseserve.retraining.retrain import check_retraining
 from sparseserve.retraining.updates import vector_updates
 from sparseserve.text.calibration import CalibrationSet
@@ -33,6 +33,7 @@ def try_layers(
     structure: ModelStructure,
     recipe: PruneRecipe,
     calibration: CalibrationSet,
+    autocast_to: torch.dtype | None,
 ) -> None:
     """Run one layer of each kind alone, and backwards what ``recipe`` will train.
 
@@ -41,6 +42,7 @@ def try_layers(
         structure: Its layers.
         recipe: Says what is trained: layers, the last one through the head, the whole model.
         calibration: Its windows are cut to a few tokens.
+        autocast_to: What the run will round products inside layers to.
 
     Raises:
         UnsupportedModelError: A layer cannot be called alone, or has no gradient; names it.
@@ -48,7 +50,7 @@ def try_layers(
         NumericalError: A layer's output is not finite.
     """
     windows = [window[:TRIED_TOKENS] for window in calibration.windows[:2]]
-    calls = capture_layer_calls(model, structure, windows)
+    calls = capture_layer_calls(model, structure, windows, autocast_to=autocast_to)
     [hidden] = entering_states(model, structure, windows[:1])
     trained = recipe.reconstruction.epochs > 0
     head: Callable[[Tensor], Tensor] | None = None
@@ -66,7 +68,7 @@ def try_layers(
             _run_backwards(layer, hidden.float(), call, head if last else None)
     if recipe.retraining.epochs:
         check_retraining(model, calibration.for_retraining, recipe.retraining)
-        _retrain_nothing(model, windows[0], recipe)
+        _retrain_nothing(model, windows[0], recipe, autocast_to)
 
 
 def _one_of_each_kind(model: nn.Module, structure: ModelStructure) -> list[int]:
@@ -88,16 +90,19 @@ def _run_backwards(
         torch.autograd.backward([predicted.square().mean()])
 
 
-def _retrain_nothing(model: PreTrainedModel, window: Tensor, recipe: PruneRecipe) -> None:
+def _retrain_nothing(
+    model: PreTrainedModel, window: Tensor, recipe: PruneRecipe, autocast_to: torch.dtype | None
+) -> None:
     """Run the model backwards, to its norms and biases or else its first layer's weights."""
     knobs = recipe.retraining
     found = [update.parameter for update in vector_updates(model, norms=True, biases=True)]
     parameters = found or list(model.parameters())[:1]
+    rounded = autocast_forward(model, autocast_to)
     recomputed = checkpointed_layers(model, window) if knobs.checkpointing else nullcontext()
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with _gradients("the model", "--retrain 0 leaves it as it is pruned"), recomputed:
+        with _gradients("the model", "--retrain 0 leaves it as it is pruned"), rounded, recomputed:
             logits = model(window[None], use_cache=False).logits
             torch.autograd.backward([logits.float().log_softmax(dim=-1).mean()])
     finally:

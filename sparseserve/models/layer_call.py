@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from sparseserve.devices import autocast
 from sparseserve.errors import UnsupportedModelError
 from sparseserve.models.hooks import hidden_argument
 
@@ -31,6 +32,7 @@ class LayerCall:
         hidden_keyword: Keyword of the hidden states; None when they come first by position.
         varying: Which of the others depend on the tokens, by keyword or by place from 1. Their
             values are those of one window.
+        autocast_to: What the layer's products are rounded to; None leaves them alone.
     """
 
     layer: str
@@ -38,6 +40,7 @@ class LayerCall:
     kwargs: Mapping[str, Argument]
     hidden_keyword: str | None = None
     varying: tuple[str, ...] = ()
+    autocast_to: torch.dtype | None = None
 
     @classmethod
     def from_model(
@@ -69,9 +72,10 @@ class LayerCall:
         hidden = hidden.clone()
         args = [_mapped(value, _same) for value in self.args]
         kwargs = {name: _mapped(value, _same) for name, value in self.kwargs.items()}
-        if self.hidden_keyword is not None:
-            return layer(*args, **{**kwargs, self.hidden_keyword: hidden})
-        return layer(hidden, *args, **kwargs)
+        with autocast(hidden.device, self.autocast_to):
+            if self.hidden_keyword is not None:
+                return layer(*args, **{**kwargs, self.hidden_keyword: hidden})
+            return layer(hidden, *args, **kwargs)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerCall:
         """Return the call with its tensors on ``device``, the floating ones as ``dtype``."""

@@ -28,7 +28,11 @@ from sparseserve.models.structure import ModelStructure, Operator, OperatorGroup
 
 
 def capture_layer_calls(
-    model: nn.Module, structure: ModelStructure, windows: Sequence[Tensor]
+    model: nn.Module,
+    structure: ModelStructure,
+    windows: Sequence[Tensor],
+    *,
+    autocast_to: torch.dtype | None = None,
 ) -> tuple[LayerCall, ...]:
     """Record how ``model`` calls its layers: one call for each.
 
@@ -39,6 +43,7 @@ def capture_layer_calls(
         model: The model, in evaluation mode.
         structure: What :func:`~sparseserve.models.structure.trace_structure` found in it.
         windows: Token ids ``[T]`` of one common length.
+        autocast_to: What the calls round products to when they are replayed.
 
     Raises:
         UnsupportedModelError: A layer argument has another form for other tokens, or cannot be
@@ -51,7 +56,10 @@ def capture_layer_calls(
     # One window alone says nothing about other tokens: its reverse stands in for the second.
     second = windows[1] if len(windows) > 1 else windows[0].flip(-1)
     others = [call for _, call in _record(model, names, second)]
-    return tuple(call.compared(other) for call, other in zip(calls, others, strict=True))
+    return tuple(
+        replace(call.compared(other), autocast_to=autocast_to)
+        for call, other in zip(calls, others, strict=True)
+    )
 
 
 def varying_arguments(

@@ -8,7 +8,7 @@ import regex
 import torch
 
 from sparseserve.checkpoint.quantization import Quantization
-from sparseserve.devices import DTYPES
+from sparseserve.devices import COMPUTE_DTYPES, DTYPES, autocast_dtype
 from sparseserve.errors import RecipeError, first_line, unknown_name
 from sparseserve.paths import shown
 from sparseserve.pruners import PRUNERS, Pruner
@@ -47,6 +47,10 @@ class PruneRecipe:
         rotate: ``heads`` rotates the values of each attention head before a layer is pruned, so
             that less is lost; the model computes the same. ``none`` leaves them.
         dtype: Of the stored weights; ``auto`` keeps the model's own.
+        compute_dtype: What products inside layers are computed in while text runs through them and
+            while they are trained: ``float32``, ``bfloat16``, or ``auto``, which is bfloat16 on
+            processors that have instructions for it. Statistics, solvers and the values that
+            training changes are float32 in any case.
     """
 
     pattern: SparsityPattern = TWO_FOUR
@@ -62,12 +66,15 @@ class PruneRecipe:
     experts: str = "prune"
     rotate: str = "none"
     dtype: str = "auto"
+    compute_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         check_numbers(self)
         ErrorCorrection.named(self.error_correction, self.inter_weight)
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise RecipeError(unknown_name("dtype", self.dtype, ("auto", *DTYPES)))
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise RecipeError(unknown_name("compute_dtype", self.compute_dtype, COMPUTE_DTYPES))
         if self.experts not in EXPERTS:
             raise RecipeError(unknown_name("experts", self.experts, EXPERTS))
         if self.rotate not in ROTATIONS:
@@ -106,6 +113,10 @@ class PruneRecipe:
         """The dtype to store weights in; None keeps the model's own."""
         return DTYPES.get(self.dtype)
 
+    def autocast_to(self, device: torch.device) -> torch.dtype | None:
+        """What products inside layers are rounded to on ``device``; None leaves them alone."""
+        return autocast_dtype(self.compute_dtype, device)
+
     def ignores(self, module: str) -> bool:
         """Whether a linear of that full name stays dense.
 
@@ -134,6 +145,7 @@ class PruneRecipe:
             "experts": self.experts,
             "rotate": self.rotate,
             "dtype": self.dtype,
+            "compute_dtype": self.compute_dtype,
             "method": {"name": self.method, **asdict(self.pruner)},  # type: ignore[call-overload]  # every entry of PRUNERS is a dataclass
             "reconstruction": asdict(self.reconstruction),
             "retraining": asdict(self.retraining),

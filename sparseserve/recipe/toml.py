@@ -18,6 +18,7 @@ A TOML file states the same keys. A key that it leaves out has the value of ``de
     ignore = ["layers\\.0\\."]     # regular expressions; matching linears stay dense
     rotate = "none"               # or "heads": the values of attention, before pruning
     dtype = "auto"                # or float32, bfloat16, float16: of the stored weights
+    compute_dtype = "auto"        # or float32, bfloat16: of products inside layers
 
     [method]
     name = "admm"                 # any pruner, with its own knobs below

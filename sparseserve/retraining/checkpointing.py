@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
-from sparseserve.devices import pruning_dtype
+from sparseserve.devices import autocast, pruning_dtype
 from sparseserve.models.layer_list import find_decoder_layers
 
 
@@ -25,6 +27,26 @@ def in_pruning_dtype(model: nn.Module) -> Iterator[dict[nn.Parameter, torch.dtyp
     finally:
         for parameter, dtype in stored_as.items():
             parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def autocast_forward(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
+    """Let products of ``model`` round their factors to ``dtype`` in the block; None lets them be.
+
+    What else is computed in the block, such as the merge of updates, is not touched.
+    """
+    forward = model.forward
+
+    @wraps(forward)
+    def rounded(*args: Any, **kwargs: Any) -> Any:
+        with autocast(model.device, dtype):
+            return forward(*args, **kwargs)
+
+    model.forward = rounded
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 @contextmanager

@@ -29,7 +29,11 @@ from transformers import PreTrainedModel
 
 from sparseserve.errors import NumericalError, RecipeError
 from sparseserve.report import HeldOutLoss, RetrainReport
-from sparseserve.retraining.checkpointing import checkpointed_layers, in_pruning_dtype
+from sparseserve.retraining.checkpointing import (
+    autocast_forward,
+    checkpointed_layers,
+    in_pruning_dtype,
+)
 from sparseserve.retraining.losses import DensePrediction, Example, prediction_loss
 from sparseserve.retraining.settings import Retraining
 from sparseserve.retraining.updates import (
@@ -73,6 +77,7 @@ def retrain(
     knobs: Retraining,
     *,
     dense: Sequence[DensePrediction] = (),
+    autocast_to: torch.dtype | None = None,
     on_window: OnWindow = lambda done, total, loss: None,
 ) -> RetrainReport:
     """Retrain ``model`` in place where it lies; what is zero in ``operators`` stays zero.
@@ -82,11 +87,12 @@ def retrain(
 
     Args:
         model: A pruned causal language model in evaluation mode, without gradients. On the CPU it
-            computes in float32 whatever its dtype.
+            computes in float32 whatever its dtype, but for ``autocast_to``.
         operators: Full names of the pruned linears.
         windows: Token ids ``[T]``, at least two windows.
         knobs: How; at least one epoch.
         dense: The dense model's predictions in these windows; needed for distillation.
+        autocast_to: What products are rounded to; None leaves them alone.
         on_window: Told how many windows were trained on, of how many in all, and the last loss.
 
     Raises:
@@ -100,6 +106,7 @@ def retrain(
     parameters = [parameter for update in updates for parameter in update.change.parameters()]
     with ExitStack() as stack:
         stored_as = stack.enter_context(in_pruning_dtype(model))
+        stack.enter_context(autocast_forward(model, autocast_to))
         if knobs.checkpointing:
             stack.enter_context(checkpointed_layers(model, windows[0]))
         measure = partial(_held_out_loss, model, held_out, knobs.distillation)

@@ -66,7 +66,7 @@ def needs_of(
     item = pruning_dtype(next(loaded.model.parameters()).dtype, device).itemsize
     with unstacked_experts(loaded.model):
         largest = max(
-            _layer_bytes(loaded.model.get_submodule(layer.name), layer, recipe, calibration, item)
+            _layer_bytes(loaded.model.get_submodule(layer.name), layer, job, calibration, item)
             for layer in structure.layers
         )
     largest = max(largest, _retraining_bytes(loaded.model, structure, recipe))
@@ -100,11 +100,11 @@ def require_memory(needs: Needs, device: torch.device) -> None:
 def _layer_bytes(
     module: nn.Module,
     layer: LayerStructure,
-    recipe: PruneRecipe,
+    job: Job,
     calibration: CalibrationSet,
     item: int,
 ) -> float:
-    parameters = _parameters(module)
+    recipe, parameters = job.recipe, _parameters(module)
     solving = max((_group_bytes(group, layer, recipe) for group in layer.groups), default=0)
     training = 0.0
     if recipe.reconstruction.epochs:
@@ -112,6 +112,9 @@ def _layer_bytes(
         outputs = sum(operator.out_features for operator in layer.operators)
         # What the backward pass keeps: about the inputs and outputs of every operator.
         training = _TRAINED * parameters + 3 * _FLOAT * tokens * outputs
+        if (rounded_to := recipe.autocast_to(job.runs_on)) is not None:
+            # The backward pass keeps the rounded weights.
+            training += rounded_to.itemsize * parameters
     # The dense layer and the pruned one; where values are rotated, the dense one a second time.
     copies = 2 if recipe.rotate == "none" else 3
     return copies * item * parameters + max(solving, training)

@@ -104,7 +104,7 @@ def _fingerprint(
             **parts,
             "calibration": calibration.record.digest,
             "text for retraining": str(calibration.record.fresh_digest),
-            "device": arithmetic_of(device),
+            "device": arithmetic_of(device, recipe.autocast_to(device)),
         }
     )
 

@@ -71,7 +71,7 @@ def rehearse(
     with tempfile.TemporaryDirectory(prefix="sparseserve-") as scratch:
         _rehearse_writing(loaded, structure, recipe, Path(scratch) / "model")
     with unstacked_experts(model):
-        try_layers(model, structure, recipe, calibration)
+        try_layers(model, structure, recipe, calibration, recipe.autocast_to(job.runs_on))
     return structure, needs
 
 

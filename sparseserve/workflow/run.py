@@ -192,7 +192,15 @@ def _retrained(
     operators = [operator.name for operator in report.operators]
     model.to(opening.job.runs_on)
     with unstacked_experts(model):
-        found = retrain(model, operators, windows, knobs, dense=dense, on_window=say)
+        found = retrain(
+            model,
+            operators,
+            windows,
+            knobs,
+            dense=dense,
+            autocast_to=opening.job.recipe.autocast_to(opening.job.runs_on),
+            on_window=say,
+        )
     model.to("cpu")
     return replace(report, retraining=found, seconds=report.seconds + found.seconds)
 

@@ -213,7 +213,7 @@ def test_a_run_that_was_killed_goes_on_under_either_engine(
 def test_what_stops_a_worker_is_one_line_of_the_command(
     model: Path, recipe: PruneRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_task, "arithmetic_of", lambda device: "cpu, ABACUS")
+    monkeypatch.setattr(layer_task, "arithmetic_of", lambda device, rounded: "cpu, ABACUS")
     with pytest.raises(ClusterError, match=r"^node \S+ computes with cpu, .*use nodes of one kind"):
         prune(model, recipe, tmp_path / "out", RayEngine())
 

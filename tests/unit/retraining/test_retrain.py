@@ -300,3 +300,23 @@ def test_the_bias_of_a_router_is_not_trained() -> None:
         assert len(routers) == 2
         assert not {id(router) for router in routers} & trained
         assert id(model.get_submodule("model.layers.0.mlp.experts.0.up_proj")) in trained
+
+
+def test_products_can_be_rounded_while_what_is_trained_stays_float32() -> None:
+    exact, rounded = pruned(), pruned()
+    report = exact.retrained(replace(QUICK, checkpointing=True))
+    found = retrain(
+        rounded.model,
+        rounded.operators,
+        rounded.windows,
+        replace(QUICK, checkpointing=True),
+        dense=rounded.dense,
+        autocast_to=torch.bfloat16,
+    )
+    assert found.kept_epoch == report.kept_epoch > 0
+    assert found.before.loss != report.before.loss
+    gain = report.before.loss - report.after.loss
+    assert found.before.loss - found.after.loss == pytest.approx(gain, rel=0.1)
+    assert {value.dtype for value in rounded.model.parameters()} == {torch.float32}
+    logits = rounded.model(rounded.windows[0][None]).logits
+    assert logits.dtype == torch.float32, "the model computes as before when it is done"
