@@ -215,7 +215,7 @@ class PruneReport:
         peak_memory_bytes: Largest resident size of the process, or of the CUDA allocator.
         environment: Where it ran.
         compute_dtype: What products inside layers were computed in while text ran through them and
-            while they were trained.
+            while they were trained; None where it was not recorded.
         retraining: What training of the whole model did at the end, if there was any.
         dense_reasons: Why, by name, of those of ``dense_modules`` that the recipe did not exclude.
         quantization: What rounding did at the very end, if there was any.
@@ -226,7 +226,7 @@ class PruneReport:
     seconds: float
     peak_memory_bytes: int
     environment: Environment
-    compute_dtype: str = "float32"
+    compute_dtype: str | None = None
     retraining: RetrainReport | None = None
     dense_reasons: Mapping[str, str] = field(default_factory=dict)
     quantization: QuantizationReport | None = None
@@ -256,8 +256,7 @@ class PruneReport:
             seconds=data["seconds"],
             peak_memory_bytes=data["peak_memory_bytes"],
             environment=Environment(**data["environment"]),
-            # The dtype of all runs on a CPU before it was recorded.
-            compute_dtype=data.get("compute_dtype", "float32"),
+            compute_dtype=data.get("compute_dtype"),
             retraining=RetrainReport.from_json(retraining) if retraining else None,
             dense_reasons=data.get("dense_reasons", {}),
             quantization=QuantizationReport(**quantization) if quantization else None,

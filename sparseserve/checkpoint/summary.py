@@ -162,6 +162,8 @@ def _recipe_steps(recipe: Mapping[str, Any], report: PruneReport | None) -> Iter
         )
     yield Fact("training of each layer", _reconstruction(recipe["reconstruction"], report))
     yield Fact("training of the whole model", _retraining(recipe["retraining"], report))
+    if report and report.compute_dtype:
+        yield Fact("products inside layers", f"computed in {report.compute_dtype}")
 
 
 def _pattern(pattern: str) -> str:

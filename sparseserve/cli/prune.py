@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 @engine_options
 @budget_options
 @click.option("--dry-run", is_flag=True, help="Rehearse the run and list what it would prune.")
+@click.option(
+    "--estimate-time",
+    is_flag=True,
+    help="With --dry-run: prune the first layer, keep nothing of it, and tell how long all of them "
+    "would take.",
+)
 @json_option
 def prune_command(
     *,
@@ -43,6 +49,7 @@ def prune_command(
     engine: EngineOptions,
     budget: BudgetOptions,
     dry_run: bool,
+    estimate_time: bool,
     as_json: bool,
 ) -> None:
     """Prune MODEL, a folder or a hub name, and write the checkpoint.
@@ -50,6 +57,10 @@ def prune_command(
     A run that is interrupted goes on when the same command is given again.
     """
     budget.check(dry_run=dry_run)
+    if estimate_time and not dry_run:
+        raise click.UsageError(
+            "--estimate-time goes with --dry-run: a run shows the time it has left"
+        )
     out = None if dry_run else required_output(output)
     # Only now: these load libraries for seconds.
     from sparseserve.cli.console import quiet_libraries
@@ -59,7 +70,7 @@ def prune_command(
     quiet_libraries()
     job = Job(model, recipe.chosen(), export_format, torch_device(device), engine=engine.chosen())
     if out is None:
-        _print_plan(job, output, as_json)
+        _print_plan(job, output, timed=estimate_time, as_json=as_json)
     else:
         _prune(job, out, budget, as_json)
 
@@ -82,23 +93,28 @@ def _prune(job: Job, out: Path, budget: BudgetOptions, as_json: bool) -> None:
         print_budget(report)
 
 
-def _print_plan(job: Job, output: Path | None, as_json: bool) -> None:
+def _print_plan(job: Job, output: Path | None, *, timed: bool, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from sparseserve.workflow.run import plan
+    from sparseserve.workflow.run import AS_ASKED, plan
 
-    found = plan(job, output)
+    found = plan(job, output, timed=timed)
     if as_json:
         click.echo(json.dumps(asdict(found)))
         return
     for name, (rows, columns) in found.operators:
         click.echo(f"prune  {name}  {rows} x {columns}")
     for name in found.dense_modules:
-        click.echo(f"dense  {name}  ({found.dense_reasons.get(name, 'as asked')})")
-    share = found.pruned_parameters / found.total_parameters
-    click.echo(
-        f"{len(found.operators)} operators with {found.pruned_parameters:,} of "
-        f"{found.total_parameters:,} parameters ({share:.1%}) to {job.recipe.pattern}; about "
-        f"{found.needs.memory_bytes / 2**30:.1f} GiB of memory and "
-        f"{found.needs.disk_bytes / 2**30:.1f} GiB of disk"
-    )
+        click.echo(f"dense  {name}  ({found.dense_reasons.get(name, AS_ASKED)})")
+    for line in found.lines:
+        click.echo(line)
+    if found.seconds is not None:
+        click.echo(f"about {_duration(found.seconds)} to prune the layers")
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} seconds"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,10 @@ from sparseserve.workflow.model_files import left_out, pruned_source
 from sparseserve.workflow.needs import Needs
 from sparseserve.workflow.opening import Opening, open_run
 from sparseserve.workflow.quantizing import Rounded, round_weights
+from sparseserve.workflow.time_estimate import estimated_seconds
+
+#: Why a module stays dense that the recipe excludes.
+AS_ASKED = "as asked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +48,47 @@ class PrunePlan:
     """What a run would do.
 
     Attributes:
+        pattern: Where zeros will be.
         operators: Full names and shapes of the linears to prune, in pruning order.
         dense_modules: Linears in decoder layers that stay dense.
         dense_reasons: Why, by name, of those that the recipe does not exclude.
         pruned_parameters: Parameters in the operators, before pruning.
         total_parameters: Parameters of the whole model, tied ones counted once.
         needs: What the run would take of memory and disk, estimated.
+        seconds: What pruning the layers would take, estimated; None where nobody asked.
     """
 
+    pattern: str
     operators: tuple[tuple[str, tuple[int, int]], ...]
     dense_modules: tuple[str, ...]
     dense_reasons: dict[str, str]
     pruned_parameters: int
     total_parameters: int
     needs: Needs
+    seconds: float | None = None
+
+    @property
+    def lines(self) -> Iterator[str]:
+        """What will be pruned, what it takes, and how many modules stay dense for which reason."""
+        share = self.pruned_parameters / self.total_parameters
+        yield (
+            f"{len(self.operators)} operators with {self.pruned_parameters:,} of "
+            f"{self.total_parameters:,} parameters ({share:.1%}) to {self.pattern}; about "
+            f"{self.needs.memory_bytes / 2**30:.1f} GiB of memory and "
+            f"{self.needs.disk_bytes / 2**30:.1f} GiB of disk"
+        )
+        reasons = Counter(self.dense_reasons.get(name, AS_ASKED) for name in self.dense_modules)
+        for reason, count in reasons.items():
+            yield f"{count} matrices of the layers stay dense: {reason}"
 
 
-def plan(job: Job, out: Path | None = None) -> PrunePlan:
-    """Find out what ``job`` would prune; rehearse it, prune nothing.
+def plan(job: Job, out: Path | None = None, *, timed: bool = False) -> PrunePlan:
+    """Find out what ``job`` would prune; rehearse it, write nothing.
 
     Args:
         job: What would be done.
         out: Where the result would go; None asks nothing of the disk.
+        timed: Prune the first layer, to tell how long all of them would take.
 
     Raises:
         SparseServeError: Whatever would stop the run, at its beginning or at its end.
@@ -73,7 +97,12 @@ def plan(job: Job, out: Path | None = None) -> PrunePlan:
     opening = open_run(job, place)
     if place is not None:
         refuse_other_run(place, opening.fingerprint)
-    structure = opening.structure
+    found = _plan_of(opening)
+    return replace(found, seconds=estimated_seconds(opening)) if timed else found
+
+
+def _plan_of(opening: Opening) -> PrunePlan:
+    job, structure = opening.job, opening.structure
     operators = tuple(
         (f"{layer.name}.{item.name}", (item.out_features, item.in_features))
         for layer in structure.layers
@@ -81,6 +110,7 @@ def plan(job: Job, out: Path | None = None) -> PrunePlan:
     )
     parameters = opening.loaded.model.parameters()
     return PrunePlan(
+        pattern=str(job.recipe.pattern),
         operators=operators,
         dense_modules=(*ignored_modules(structure, job.recipe), *dense_reasons(structure)),
         dense_reasons=dense_reasons(structure),
@@ -107,6 +137,8 @@ def prune_and_export(job: Job, out: Path, *, store: LayerStore | None = None) ->
         opening = open_run(job, run.place)
         if run.begin(opening.fingerprint):
             return finished(out, job.stored_as)
+        for line in _plan_of(opening).lines:
+            job.progress.stage(line)
         layers = store or LayerFolder(run.path / "layers", run.path, job.progress)
         report = _prune(opening, run, layers)
         rounded = round_weights(opening, report, run)

@@ -24,6 +24,7 @@ from sparseserve.retraining.settings import Retraining
 from sparseserve.testing import save_tiny_model, tiny_tokenizer
 from sparseserve.workflow.job import Job
 from sparseserve.workflow.run import plan
+from sparseserve.workflow.time_estimate import layer_shares
 from tests.integration.command_line import Cli, prune_arguments, refusal
 from tests.integration.conftest import Prune
 
@@ -60,6 +61,36 @@ def test_a_plan_lists_what_would_be_pruned(tmp_path: Path, quick: PruneRecipe) -
     assert names[:2] == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
     assert found.dense_modules == ("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc")
     assert 0 < found.pruned_parameters < found.total_parameters
+
+
+def test_the_time_of_a_run_is_told_from_its_first_layer(
+    cli: Cli, tmp_path: Path, text: Path
+) -> None:
+    model = save_tiny_model("llama", tmp_path / "m")
+    arguments = prune_arguments(model, text, "--ignore", r"layers\.0\.", "--reconstruct", "1")
+    told = cli(*arguments, "--dry-run", "--estimate-time")
+    assert told.stdout.splitlines()[-1].endswith("to prune the layers")
+    found = json.loads(cli(*arguments, "--dry-run", "--estimate-time", "--json").stdout)
+    assert found["seconds"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "text.txt"]
+    assert json.loads(cli(*arguments, "--dry-run", "--json").stdout)["seconds"] is None
+    alone = cli(*arguments, "-o", tmp_path / "out", "--estimate-time")
+    assert "--estimate-time goes with --dry-run" in alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("weights", "more", "shares"),
+    [
+        ([8, 8, 8], [], 3.0),
+        ([0, 4, 8], [], 3.0),
+        ([8, 8, 8], [1.0, 1.0], 5.0),
+        ([8, 4], [0.5] * 4, 2.25),
+    ],
+)
+def test_layers_cost_as_much_as_they_have_weights(
+    weights: list[int], more: list[float], shares: float
+) -> None:
+    assert layer_shares(weights, more) == shares
 
 
 def test_nothing_left_to_prune_is_an_error(prune: Prune, quick: PruneRecipe) -> None:

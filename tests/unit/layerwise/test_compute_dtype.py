@@ -60,7 +60,8 @@ class Residual(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the sum."""
-        return hidden + self.inner(hidden)
+        product: torch.Tensor = self.inner(hidden)
+        return hidden + product
 
 
 def test_a_call_rounds_the_factors_of_products_and_nothing_else() -> None:
