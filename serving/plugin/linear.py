@@ -133,6 +133,7 @@ class Packed24LinearMethod(TwoFourLinearMethod):
         super().__init__(prefix, modules, timed)
         self._quantization = quantization or Quantization()
         self._read_dtype = read_dtype
+        self._arrives_dense = False
 
     def create_weights(  # noqa: PLR0917  # vLLM's signature
         self,
@@ -196,13 +197,14 @@ class Packed24LinearMethod(TwoFourLinearMethod):
         """Whether the model cuts and places the rows of ``layer`` in a way of its own."""
         return _loader_of(layer) != self._loader
 
-    def become_dense(self, layer: nn.Module) -> None:
-        """Let vLLM load and run ``layer`` as it does without us; nothing is loaded yet."""
+    def let_the_model_load(self, layer: nn.Module) -> None:
+        """Let vLLM load ``layer`` as it does without us, unpacked; nothing is loaded yet."""
         empty, loader = layer.get_parameter("weight"), _loader_of(layer)
         forget(layer)
         dense = torch.full(empty.shape, torch.nan, dtype=empty.dtype)
         register(layer, "weight", dense, loader)
-        layer.quant_method = self._dense
+        self._arrives_dense = True
+        self._spec = replace(self._spec, quantized=None)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that all was loaded and give it to the kernels.
@@ -210,11 +212,25 @@ class Packed24LinearMethod(TwoFourLinearMethod):
         Raises:
             ServingError: A tensor of the checkpoint is missing or damaged.
         """
+        if self._arrives_dense:
+            self._take_over(layer)
+            return
         weight = LoadedWeight(
             tuple(loaded_block(layer, shard, self._spec, self._read_dtype) for shard in self.shards)
         )
         forget(layer)
         self.give(layer, weight)
+
+    def _take_over(self, layer: nn.Module) -> None:
+        """Give what the model loaded to the kernels, if it is 2:4 as a whole."""
+        weight = layer.get_parameter("weight").data
+        if TWO_FOUR.first_violation(weight) is not None:
+            logger.info_once("%s runs dense: not all of it is %s", self.prefix, TWO_FOUR)
+            self._dense.process_weights_after_loading(layer)
+            return
+        require_loaded(f"{self.prefix}.weight", weight)
+        forget(layer)
+        self.give(layer, LoadedWeight((RowBlock(self.prefix, weight),)))
 
 
 @register_weight_loader_v2_supported_method
