@@ -62,6 +62,7 @@ def export_stored(
     *,
     shard_bytes: int,
     quantization: Quantization | None = None,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> Artifact:
     """Write ``artifact``, of any format, to the new ``folder`` in the format ``name``.
 
@@ -76,6 +77,7 @@ def export_stored(
         shard_bytes: Largest size of a file.
         quantization: How to round pruned weights; None keeps what was done to them, where the
             format can hold it.
+        scales: By module, of weights that are codes times these, ``[out, groups]``.
 
     Raises:
         ArtifactError: The format cannot hold the pattern, the artifact is damaged, a weight is too
@@ -84,7 +86,9 @@ def export_stored(
     """
     require_fit(name, artifact.manifest.pattern, quantization)
     artifact.check_hashes()
-    quantised, scales = _quantised(artifact)
+    quantised, own = _quantised(artifact)
+    if scales is None:
+        scales = own if quantization in (None, quantised) else {}
     config = model_config(artifact.path)
     config.pop("quantization_config", None)
     source = DenseSource(
@@ -94,7 +98,7 @@ def export_stored(
         dtype=_pruned_dtype(artifact),
         tensors=dense_tensors(artifact),
         quantization=quantised if quantization is None else quantization,
-        scales=scales if quantization in (None, quantised) else {},
+        scales=scales,
     )
     return write_stored(source, folder, name, dtype, shard_bytes=shard_bytes)
 

@@ -20,6 +20,7 @@ from benchmarks.harness.results import RESEARCH, RESULTS, Result, read_result
 from benchmarks.peers.tables import PEER_TABLES
 from benchmarks.quality.budget import budget_table
 from benchmarks.quality.calibration_memory import calibration_memory_table
+from benchmarks.quality.compute_dtype import compute_dtype_table
 from benchmarks.quality.larger_than_memory import larger_than_memory_table
 from benchmarks.quality.layer_memory import layer_memory_table
 from benchmarks.quality.quantised import quantised_table
@@ -43,6 +44,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "retraining-smollm2-2of4": retraining_table,
     "budget-smollm2-2of4": budget_table,
     "calibration-memory": calibration_memory_table,
+    "compute-dtype": compute_dtype_table,
     "layer-memory": layer_memory_table,
     "larger-than-memory": larger_than_memory_table,
     "quantised-smollm2": quantised_table,

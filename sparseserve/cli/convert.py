@@ -22,7 +22,8 @@ def convert_command(
     """Write SOURCE, a folder or hub name of a 2:4 checkpoint of another tool, as one of ours.
 
     Read are dense weights with zeros in place, and two formats of compressed-tensors that no
-    current release of it opens: sparse-24-bitmask and marlin-24. Quantised weights become floats.
+    current release of it opens: sparse-24-bitmask and marlin-24. Codes of 8 bits
+    are kept where packed24 can hold them; other quantised weights become floats.
     """
     from sparseserve.devices import DTYPES
     from sparseserve.workflow.convert import convert

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,12 +77,14 @@ class ForeignCheckpoint:
         checkpoint: Its tensors as they are stored.
         modules: How the weights are stored that are not plain tensors, by module.
         dtype: What quantised weights are rounded to: that of config.json.
+        config: The object in config.json.
     """
 
     folder: Path
     checkpoint: Checkpoint
     modules: Mapping[str, ForeignFormat]
     dtype: torch.dtype
+    config: Mapping[str, Any]
 
     @classmethod
     def open(cls, folder: Path) -> ForeignCheckpoint:
@@ -109,7 +112,8 @@ class ForeignCheckpoint:
                     f"{folder}: {module}.{unknown[0]} is of a format that is not read here; dense "
                     f"weights, {' and '.join(row.name for row in FORMATS)} are"
                 )
-        return cls(folder, checkpoint, modules, _dtype(folder))
+        config = read_json(folder / "config.json")
+        return cls(folder, checkpoint, modules, _dtype(folder, config), config)
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -190,8 +194,7 @@ def _spread(scale: Tensor, values: Tensor, name: str) -> Tensor:
     return scale.repeat_interleave(columns // scale.shape[1], dim=1)
 
 
-def _dtype(folder: Path) -> torch.dtype:
-    config = read_json(folder / "config.json")
+def _dtype(folder: Path, config: Mapping[str, Any]) -> torch.dtype:
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     named = [part.get("dtype", part.get("torch_dtype")) for part in parts]
     name = next((text for text in named if isinstance(text, str)), "float32")

@@ -13,15 +13,22 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, Manifest
-from sparseserve.checkpoint.formats import require_fit
+from sparseserve.checkpoint.formats import FORMATS, require_fit
 from sparseserve.checkpoint.run_folder import Fingerprint, RunFolder
 from sparseserve.checkpoint.stacks import ExpertStack
 from sparseserve.checkpoint.summary import BASE_MODEL
-from sparseserve.checkpoint.tensors import require_space, write_checkpoint, write_json
+from sparseserve.checkpoint.tensors import (
+    DEFAULT_SHARD_BYTES,
+    require_space,
+    write_checkpoint,
+    write_json,
+)
 from sparseserve.errors import ArtifactError
 from sparseserve.exporters import EXPORTERS
 from sparseserve.exporters.model_card import finish_checkpoint
 from sparseserve.exporters.side_files import copy_side_files, model_config
+from sparseserve.exporters.stored import export_stored
+from sparseserve.foreign.codes import kept_codes
 from sparseserve.foreign.source import ForeignCheckpoint
 from sparseserve.huggingface.asked_size import sketch_of
 from sparseserve.huggingface.experts import routers_in, unstacked_experts
@@ -42,14 +49,15 @@ def convert(
 ) -> Artifact:
     """Write the 2:4 checkpoint ``source`` of another tool to the new folder ``out``.
 
-    Linear weights that are 2:4 along their inputs count as pruned; the others stay dense.
-    Quantised weights become floats: code times scale.
+    Linear weights that are 2:4 along their inputs count as pruned; the others stay dense. Codes of
+    8 bits are kept where packed24 can hold those of all pruned weights (``foreign.codes``). Other
+    quantised weights become floats: code times scale.
 
     Args:
         source: A folder, or a name on the Hugging Face hub.
         out: Must be absent or empty; appears whole at the end.
         export_format: How to store it.
-        dtype: To round all weights to; None keeps theirs.
+        dtype: To round all weights to, which keeps no codes; None keeps theirs.
 
     Raises:
         ArtifactError: The checkpoint is ours already, damaged, of a format that is not read, or has
@@ -72,9 +80,32 @@ def convert(
             return finished(out, export_format)
         artifact = _write_dense(run.fresh("dense"), foreign, model, source)
         if export_format != "dense" or dtype is not None:
-            artifact = EXPORTERS[export_format](artifact, run.fresh(export_format + "-out"), dtype)
+            folder = run.fresh(export_format + "-out")
+            artifact = _exported(artifact, foreign, folder, export_format, dtype)
         run.publish(artifact.path)
     return replace(artifact, path=out)
+
+
+def _exported(
+    dense: Artifact,
+    foreign: ForeignCheckpoint,
+    folder: Path,
+    export_format: str,
+    dtype: torch.dtype | None,
+) -> Artifact:
+    if FORMATS[export_format].quantizes and dtype is None:
+        quantization, scales = kept_codes(foreign, dense.manifest.pruned)
+        if quantization:
+            return export_stored(
+                dense,
+                folder,
+                export_format,
+                None,
+                shard_bytes=DEFAULT_SHARD_BYTES,
+                quantization=quantization,
+                scales=scales,
+            )
+    return EXPORTERS[export_format](dense, folder, dtype)
 
 
 @dataclass(slots=True)
