@@ -31,7 +31,7 @@ from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.exporters.packed24 import export_packed24
-from sparseserve.models.loading import load_model
+from sparseserve.huggingface.opening import open_tokenizer
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import Engine, EngineOptions, engine_options
 from sparseserve.serving.measure.latency import BatchLatency, LatencyPlan, measure_latency
@@ -198,7 +198,7 @@ def main(
     """Serve the model NAME in every way, PACKED being its 2:4 checkpoint."""
     quiet_libraries()
     latencies = LatencyPlan(batch_sizes=(1, 8), repeats=repeats)
-    tokenizer = load_model(str(packed)).tokenizer
+    tokenizer = open_tokenizer(packed)
     source = read_text(text, packaged="evaluation")
     chosen = evaluation_windows(tokenizer, source, sequence_length=_WINDOW, samples=windows)
     with tempfile.TemporaryDirectory(dir="demo") as scratch:

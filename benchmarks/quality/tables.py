@@ -184,6 +184,7 @@ QUALITY_TABLES: dict[str, Callable[[Result], str]] = {
     "quality-qwen-1.5b-mixed": quality_table,
     "quality-smollm2-steps": quality_table,
     "rotation-smollm2": quality_table,
+    "compute-smollm2": quality_table,
     "quality-smollm2-50percent-mixed": patterns_table,
     "quality-smollm2-corrections-50percent": patterns_table,
     "quality-smollm2-samples-8": sizes_table,
