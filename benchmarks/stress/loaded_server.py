@@ -54,22 +54,22 @@ class Reference:
 
     Attributes:
         prompt: The text.
-        tokens: Those it says.
+        tokens: Ids of what it says.
         gaps: By how much each of them is likelier than the next best one, in nats.
     """
 
     prompt: str
-    tokens: tuple[str, ...]
+    tokens: tuple[int, ...]
     gaps: tuple[float, ...]
 
-    def judged(self, text: str) -> str:
-        """Say whether ``text`` is that answer."""
-        said = ""
-        for token, gap in zip(self.tokens, self.gaps, strict=True):
-            if not text.startswith(said + token):
+    def judged(self, said: Sequence[int]) -> str:
+        """Say whether ``said`` is that answer."""
+        if len(said) != len(self.tokens):
+            return WRONG
+        for token, own, gap in zip(said, self.tokens, self.gaps, strict=True):
+            if token != own:
                 return TIE if gap < _TIE else WRONG
-            said += token
-        return RIGHT if text == said else WRONG
+        return RIGHT
 
 
 @dataclass(slots=True)
@@ -93,13 +93,15 @@ class Clients:
 
     async def reference(self, prompt: str) -> Reference:
         """Ask alone."""
-        async with self._session.post(self._url, json=self._body(prompt, logprobs=2)) as reply:
-            choice = (await reply.json())["choices"][0]["logprobs"]
+        # By ids: several tokens may read alike.
+        body = self._body(prompt, logprobs=2, return_tokens_as_token_ids=True)
+        async with self._session.post(self._url, json=body) as reply:
+            choice = (await reply.json())["choices"][0]
         gaps = []
-        for best in choice["top_logprobs"]:
+        for best in choice["logprobs"]["top_logprobs"]:
             first, second = sorted(best.values(), reverse=True)[:2]
             gaps.append(first - second)
-        return Reference(prompt, tuple(choice["tokens"]), tuple(gaps))
+        return Reference(prompt, tuple(choice["token_ids"]), tuple(gaps))
 
     async def ordinary(self, chance: random.Random) -> str:
         """Ask and compare."""
@@ -107,17 +109,17 @@ class Clients:
         async with self._session.post(self._url, json=self._body(asked.prompt)) as reply:
             if reply.status != 200:
                 return FAILED
-            return asked.judged((await reply.json())["choices"][0]["text"])
+            return asked.judged((await reply.json())["choices"][0]["token_ids"])
 
     async def read_slowly(self, chance: random.Random) -> str:
         """Ask for a stream, wait between reads, and compare."""
-        asked, said = chance.choice(self.references), ""
+        asked, said = chance.choice(self.references), list[int]()
         body = self._body(asked.prompt, stream=True)
         async with self._session.post(self._url, json=body) as reply:
             async for row in reply.content:
                 text = row.decode().removeprefix("data:").strip()
                 if text and text != "[DONE]":
-                    said += json.loads(text)["choices"][0]["text"]
+                    said += json.loads(text)["choices"][0]["token_ids"]
                     await asyncio.sleep(_SLOWLY)
         return asked.judged(said)
 
@@ -155,7 +157,8 @@ class Clients:
 
     def _body(self, prompt: str, **more: object) -> dict[str, object]:
         greedy = {"max_tokens": _NEW_TOKENS, "temperature": 0, "ignore_eos": True}
-        return {"model": self._model, "prompt": prompt, **greedy, **more}
+        asked = {"model": self._model, "prompt": prompt, "return_token_ids": True}
+        return {**asked, **greedy, **more}
 
 
 Send = Callable[[random.Random], Awaitable[str]]

@@ -21,19 +21,19 @@ from benchmarks.stress.loaded_server import (
 
 @pytest.mark.parametrize(
     ("said", "verdict"),
-    [("red sky", RIGHT), ("red sea", TIE), ("blue sky", WRONG), ("red sky.", WRONG), ("red", TIE)],
+    [([5, 7], RIGHT), ([5, 8], TIE), ([6, 7], WRONG), ([5, 7, 7], WRONG), ([5], WRONG)],
 )
 def test_another_answer_is_right_only_where_two_tokens_were_as_likely(
-    said: str, verdict: str
+    said: list[int], verdict: str
 ) -> None:
-    assert Reference("At night:", ("red", " sky"), (1.5, 0.001)).judged(said) == verdict
+    assert Reference("At night:", (5, 7), (1.5, 0.001)).judged(said) == verdict
 
 
 @pytest.mark.vllm
 def test_a_loaded_server_answers_refuses_and_stays(
-    two_four_folder: Callable[..., Path], pack_folder: Callable[[Path], Path]
+    two_four_folder: Callable[..., Path],
 ) -> None:
-    folder = pack_folder(two_four_folder("llama"))
+    folder = two_four_folder("llama")
     found = asyncio.run(measure(folder, minutes=0.15, count=24))
     endings: dict[str, set[str]] = {}
     for row in found["rows"]:
