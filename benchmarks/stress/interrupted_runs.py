@@ -1,12 +1,13 @@
-"""Does a run that was killed, or that found the disk full, end in the bytes of an undisturbed one?
+"""Does a run that was killed, or could not write, end in the bytes of an undisturbed one?
 
 `sparseserve prune-and-export` prunes a tiny model. strace lists the calls by which it changes
 files. Then, for one call after the other, a run is killed at that call, or the call fails as on a
-full disk; the same command is given again, and its result is compared, file by file, with that of
-an undisturbed run. Random moments follow. ::
+full disk or in a folder that may only be read; the same command is given again, and its result is
+compared, file by file, with that of an undisturbed run. Then runs are killed at random moments, or
+stopped while the same command runs a second time. ::
 
     python -m benchmarks.stress.interrupted_runs
-    python -m benchmarks.stress.interrupted_runs --kills 1000 --full-disks 500
+    python -m benchmarks.stress.interrupted_runs --kills 1000 --failures 400 --moments 200
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ from benchmarks.stress.traced_run import (
     killed_after,
     require_strace,
     run,
+    run_twice,
     warm_up,
 )
 from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.testing import save_tiny_model
 
-_KILL, _FULL = "signal=SIGKILL", "error=ENOSPC"
+_KILL, _FULL, _READ_ONLY = "signal=SIGKILL", "error=ENOSPC", "error=EROFS"
 # Parts of a report that differ from run to run.
 _MEASURED = frozenset({"seconds", "peak_memory_bytes", "environment", "sha256", "bytes"})
 
@@ -60,6 +62,8 @@ WORKS = (
     Work("packed24, untrained", "llama", (*_SHORT, "--recipe", "untrained")),
     Work("packed24, trained", "llama", (*_SHORT, "--reconstruct", "1")),
     Work("dense, experts", "mixtral", (*_SHORT, "--recipe", "fast", "--format", "dense")),
+    Work("packed24, int8", "qwen3", (*_SHORT, "--recipe", "fast", "--quantize", "int8")),
+    Work("packed24, retrained", "gpt2", (*_SHORT, "--recipe", "fast", "--retrain", "1")),
 )
 
 
@@ -147,12 +151,18 @@ def problem(stage: Stage, first: Ended, expected: dict[str, str]) -> str:
 
 
 def measure(stage: Stage, counts: tuple[int, int, int], seed: int) -> Iterator[Row]:
-    """Disturb one command at so many system calls, full disks and random moments.
+    """Disturb one command.
+
+    Args:
+        stage: The command.
+        counts: Kills at system calls, calls that fail for each of two reasons, and random moments
+            for each of two disturbances.
+        seed: Of the moments.
 
     Raises:
         click.ClickException: The undisturbed command fails.
     """
-    kills, full, moments = counts
+    kills, failures, moments = counts
     warm_up(stage.cleared().arguments, stage.folder)
     started = time.perf_counter()
     undisturbed = run(stage.cleared().arguments, stage.folder)
@@ -166,14 +176,30 @@ def measure(stage: Stage, counts: tuple[int, int, int], seed: int) -> Iterator[R
     places = _spread(found, kills)
     yield _row(stage, "killed at a system call", places, _KILL, expected)
     writes = [event for event in found if event.name in WRITES]
-    yield _row(stage, "disk full", _spread(writes, full), _FULL, expected)
+    for name, fault in (("disk full", _FULL), ("folder read-only", _READ_ONLY)):
+        yield _row(stage, name, _spread(writes, failures), fault, expected)
     chance = random.Random(seed)
-    ends = []
-    for _ in range(moments):
-        seconds = chance.uniform(0, lasts)
-        ended = killed_after(stage.cleared().arguments, stage.folder, seconds)
-        ends.append((ended, problem(stage, ended, expected), f"after {seconds:.3f} s"))
-    yield _summed(stage, "killed at a random moment", ends)
+    times = [chance.uniform(0, lasts) for _ in range(2 * moments)]
+    killed = [_killed(stage, seconds, expected) for seconds in times[:moments]]
+    yield _summed(stage, "killed at a random moment", killed)
+    twice = [_begun_twice(stage, seconds, expected) for seconds in times[moments:]]
+    yield _summed(stage, "a second run of it", twice)
+
+
+def _killed(stage: Stage, seconds: float, expected: dict[str, str]) -> tuple[Ended, str, str]:
+    ended = killed_after(stage.cleared().arguments, stage.folder, seconds)
+    return ended, problem(stage, ended, expected), f"after {seconds:.3f} s"
+
+
+def _begun_twice(stage: Stage, seconds: float, expected: dict[str, str]) -> tuple[Ended, str, str]:
+    """Run the command while it runs; one of the two may be refused, and none be wrong."""
+    other = stage.folder / "other"
+    other.mkdir(exist_ok=True)
+    first, second = run_twice(stage.cleared().arguments, (stage.folder, other), seconds)
+    wrong = problem(stage, first, expected) or problem(stage, second, expected)
+    if not wrong and first.code and second.code:
+        wrong = f"both were refused: {second.output.strip().splitlines()[-1]}"
+    return (first if first.code else second), wrong, f"after {seconds:.3f} s"
 
 
 def _row(
@@ -212,8 +238,9 @@ def interrupted_runs_table(result: Result) -> str:
         counts = (str(row[key]) for key in ("tried", "hit", "same", "refused"))
         lines.append(line(row["work"], row["fault"], *counts))
     lines.append(
-        "\nA run is hit if it did not end by itself and in success. Refused ones said why in one "
-        "line; all others were killed. After either, the same command was given again. "
+        "\nA run is hit if it, or the second one beside it, did not end by itself and in success. "
+        "Refused ones said why in one line; all others were killed. After either, the same command "
+        "was given again. "
         f"{processor_and_software(result['machine'])}"
     )
     return "\n".join(lines)
@@ -221,16 +248,20 @@ def interrupted_runs_table(result: Result) -> str:
 
 @click.command()
 @click.option("--kills", default=150, show_default=True, help="At system calls, all in all.")
-@click.option("--full-disks", default=90, show_default=True, help="Writes that fail, all in all.")
-@click.option("--moments", default=60, show_default=True, help="Random ones, all in all.")
+@click.option(
+    "--failures", default=90, show_default=True, help="Writes that fail, for each of two reasons."
+)
+@click.option(
+    "--moments", default=60, show_default=True, help="Random ones, to kill and to run again."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--smoke", is_flag=True, help="A few of the first command; writes nothing.")
-def main(*, kills: int, full_disks: int, moments: int, seed: int, smoke: bool) -> None:
+def main(*, kills: int, failures: int, moments: int, seed: int, smoke: bool) -> None:
     require_strace()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)  # threads do not live on in a forked process
     works = WORKS[:1] if smoke else WORKS
-    many = (kills // len(works), full_disks // len(works), moments // len(works))
+    many = (kills // len(works), failures // len(works), moments // len(works))
     counts = (2, 1, 1) if smoke else many
     rows = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -111,13 +111,38 @@ def disturbed(arguments: Sequence[str], folder: Path, event: Event, fault: str) 
 
 def killed_after(arguments: Sequence[str], folder: Path, seconds: float) -> Ended:
     """Run ``sparseserve`` and kill it at a moment, wherever it is then."""
+    process = _signalled(arguments, folder, seconds, signal.SIGKILL)
+    return _ended(process, folder)
+
+
+def run_twice(arguments: Sequence[str], folders: Sequence[Path], seconds: float) -> list[Ended]:
+    """Stop ``sparseserve`` at a moment, run it a second time, and let the first go on.
+
+    Args:
+        arguments: Of both.
+        folders: Where the output of the first is kept, and that of the second.
+        seconds: The moment.
+
+    Returns:
+        How each ended.
+    """
+    first = _signalled(arguments, folders[0], seconds, signal.SIGSTOP)
+    try:
+        second = run(arguments, folders[1])
+    finally:
+        os.kill(first, signal.SIGCONT)
+    return [_ended(first, folders[0]), second]
+
+
+def _signalled(arguments: Sequence[str], folder: Path, seconds: float, sign: signal.Signals) -> int:
+    """Run ``sparseserve`` and send it a signal at a moment; return the process."""
     process, start = _forked(arguments, folder)
     os.close(start)
     try:
         subprocess.run(["sleep", f"{seconds:.3f}"], check=True)
     finally:
-        os.kill(process, signal.SIGKILL)
-    return _ended(process, folder)
+        os.kill(process, sign)
+    return process
 
 
 def _traced(arguments: Sequence[str], folder: Path, injection: Sequence[str]) -> tuple[Ended, str]:
