@@ -16,26 +16,26 @@ model, so there this decision is on the cautious side; fresh windows flatter nei
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparseserve.errors import NumericalError, RecipeError
+from sparseserve.errors import RecipeError
 from sparseserve.report import HeldOutLoss, RetrainReport
 from sparseserve.retraining.checkpointing import (
     autocast_forward,
     checkpointed_layers,
     in_pruning_dtype,
 )
-from sparseserve.retraining.losses import DensePrediction, Example, prediction_loss
+from sparseserve.retraining.losses import DensePrediction, prediction_loss
 from sparseserve.retraining.settings import Retraining
+from sparseserve.retraining.state import StateStore
+from sparseserve.retraining.training import Examples, OnWindow, Training, finite
 from sparseserve.retraining.updates import (
     Update,
     installed,
@@ -44,30 +44,6 @@ from sparseserve.retraining.updates import (
     vector_updates,
 )
 from sparseserve.text.held_out import held_out_count, spread_places
-
-OnWindow = Callable[[int, int, float], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Examples:
-    """Some windows with their predictions, which may lie on disk: each is read when it is used."""
-
-    windows: Sequence[Tensor]
-    dense: Sequence[DensePrediction] | None
-    numbers: Sequence[int] = ()
-
-    def of(self, numbers: Sequence[int]) -> _Examples:
-        return replace(self, numbers=numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> Example:
-        number = self.numbers[index]
-        return Example(self.windows[number], self.dense[number] if self.dense is not None else None)
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[index] for index in range(len(self)))
 
 
 def retrain(
@@ -78,6 +54,7 @@ def retrain(
     *,
     dense: Sequence[DensePrediction] = (),
     autocast_to: torch.dtype | None = None,
+    store: StateStore | None = None,
     on_window: OnWindow = lambda done, total, loss: None,
 ) -> RetrainReport:
     """Retrain ``model`` in place where it lies; what is zero in ``operators`` stays zero.
@@ -93,11 +70,14 @@ def retrain(
         knobs: How; at least one epoch.
         dense: The dense model's predictions in these windows; needed for distillation.
         autocast_to: What products are rounded to; None leaves them alone.
+        store: Keeps the state of training now and then, for a run that is killed; what it holds at
+            the start must be of the same model, windows and knobs.
         on_window: Told how many windows were trained on, of how many in all, and the last loss.
 
     Raises:
         RecipeError: There is only one window, so none can be held out.
         NumericalError: The loss is not finite.
+        ArtifactError: The disk is full or cannot be written.
     """
     started = time.perf_counter()
     check_retraining(model, windows, knobs)
@@ -112,7 +92,8 @@ def retrain(
         measure = partial(_held_out_loss, model, held_out, knobs.distillation)
         before = measure()
         with installed(updates):
-            epochs = _train(model, parameters, trained, knobs, measure=measure, on_window=on_window)
+            training = Training(model, parameters, trained, knobs, store)
+            epochs = training.run(measure, on_window)
         after = _merge(updates, stored_as, before, measure)
     losses = [epoch.loss for epoch in epochs]
     return RetrainReport(
@@ -121,7 +102,7 @@ def retrain(
         epochs=epochs,
         kept_epoch=0 if after is before else 1 + losses.index(min(losses)),
         trained_parameters=sum(parameter.numel() for parameter in parameters),
-        steps=_steps(trained, knobs),
+        steps=training.steps,
         seconds=time.perf_counter() - started,
     )
 
@@ -141,11 +122,11 @@ def check_retraining(model: nn.Module, windows: Sequence[Tensor], knobs: Retrain
 
 def _split(
     windows: Sequence[Tensor], dense: Sequence[DensePrediction], knobs: Retraining
-) -> tuple[_Examples, _Examples]:
+) -> tuple[Examples, Examples]:
     """Return the windows to train on and those held out, which are spread evenly over them."""
     if knobs.distillation and len(dense) != len(windows):
         raise ValueError(f"{len(dense)} dense predictions for {len(windows)} windows")
-    examples = _Examples(windows, dense if knobs.distillation else None)
+    examples = Examples(windows, dense if knobs.distillation else None)
     count = min(held_out_count(knobs.held_out, len(windows)), len(windows) - 1)
     chosen = spread_places(count, len(windows))
     trained = [number for number in range(len(windows)) if number not in chosen]
@@ -163,84 +144,13 @@ def _updates(model: nn.Module, operators: Collection[str], knobs: Retraining) ->
     return updates
 
 
-def _train(
-    model: PreTrainedModel,
-    parameters: list[nn.Parameter],
-    examples: _Examples,
-    knobs: Retraining,
-    *,
-    measure: Callable[[], HeldOutLoss],
-    on_window: OnWindow,
-) -> tuple[HeldOutLoss, ...]:
-    """Train ``parameters``, leave them as the best epoch had them; return every epoch's loss."""
-    # Updates that start at nothing need no decay towards it over so few steps.
-    optimizer = torch.optim.AdamW(parameters, lr=knobs.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, partial(_rate, warmup=knobs.warmup, steps=_steps(examples, knobs))
-    )
-    generator = torch.Generator().manual_seed(knobs.seed)
-    losses: list[HeldOutLoss] = []
-    kept: list[Tensor] = []
-    for epoch in range(knobs.epochs):
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        done = epoch * len(examples)
-        for start in range(0, len(order), knobs.batch):
-            batch = [examples[number] for number in order[start : start + knobs.batch]]
-            loss = _backward(model, batch, knobs.distillation)
-            done += len(batch)
-            on_window(done, knobs.epochs * len(examples), loss)
-            nn.utils.clip_grad_norm_(parameters, knobs.clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        reached = measure()
-        if not losses or reached.loss < min(loss.loss for loss in losses):
-            kept = [parameter.detach().clone() for parameter in parameters]
-        losses.append(reached)
-    with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.copy_(value)
-    return tuple(losses)
-
-
-def _backward(model: PreTrainedModel, batch: Sequence[Example], distillation: float) -> float:
-    """Add the gradient of the mean loss of ``batch`` and return that loss."""
-    total = 0.0
-    for example in batch:
-        loss = prediction_loss(model, example, distillation).total / len(batch)
-        total += _finite(loss)
-        torch.autograd.backward([loss])
-    return total
-
-
-def _steps(examples: _Examples, knobs: Retraining) -> int:
-    return knobs.epochs * math.ceil(len(examples) / knobs.batch)
-
-
-def _rate(step: int, *, warmup: float, steps: int) -> float:
-    """Return the share of the learning rate: up in ``warmup * steps`` steps, then down."""
-    rising = warmup * steps
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    return (steps - step) / (steps - rising)
-
-
 @torch.no_grad()
-def _held_out_loss(model: PreTrainedModel, examples: _Examples, distillation: float) -> HeldOutLoss:
+def _held_out_loss(model: PreTrainedModel, examples: Examples, distillation: float) -> HeldOutLoss:
     losses = [prediction_loss(model, example, distillation) for example in examples]
     return HeldOutLoss(
-        loss=sum(_finite(loss.total) for loss in losses) / len(losses),
+        loss=sum(finite(loss.total) for loss in losses) / len(losses),
         cross_entropy=sum(float(loss.cross_entropy) for loss in losses) / len(losses),
     )
-
-
-def _finite(loss: Tensor) -> float:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise NumericalError(
-            f"retraining: the loss is {value}: lower learning_rate, or check the pruned model"
-        )
-    return value
 
 
 @torch.no_grad()

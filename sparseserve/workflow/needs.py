@@ -128,13 +128,20 @@ def _retraining_bytes(model: nn.Module, structure: ModelStructure, recipe: Prune
     operators = [operator for layer in structure.layers for operator in layer.operators]
     # The weight with its update, which the backward pass keeps.
     updated = _FLOAT * sum(item.out_features * item.in_features for item in operators)
-    trained = sum(
+    trained = _TRAINED * _retrained_weights(structure, recipe)
+    return _FLOAT * _parameters(model) + updated + trained
+
+
+def _retrained_weights(structure: ModelStructure, recipe: PruneRecipe) -> int:
+    """Return how many values training of the whole model changes, but for vectors."""
+    knobs = recipe.retraining
+    return sum(
         item.out_features * item.in_features
         if knobs.every_weight
         else knobs.rank * (item.out_features + item.in_features)
-        for item in operators
+        for layer in structure.layers
+        for item in layer.operators
     )
-    return _FLOAT * _parameters(model) + updated + _TRAINED * trained
 
 
 def _group_bytes(group: OperatorGroup, layer: LayerStructure, recipe: PruneRecipe) -> float:
@@ -169,13 +176,16 @@ def _disk_bytes(
     # What enters and leaves a layer, and on a CPU what its operators read.
     hidden = next(width for widths in inputs for width in widths)
     width = 2 * hidden + (max(map(sum, inputs)) if device.type == "cpu" else 0)
-    predictions = 0
+    retraining = 0
+    if recipe.retraining.epochs:
+        # Of each value its own, two moments and the best epoch's; twice while one state is saved.
+        retraining = 2 * 4 * _FLOAT * _retrained_weights(structure, recipe)
     if recipe.retraining.epochs and recipe.retraining.distillation:
         predicted = sum(map(len, calibration.for_retraining))
-        predictions = 12 * (recipe.retraining.likeliest + 1) * predicted
+        retraining += 12 * (recipe.retraining.likeliest + 1) * predicted
     # The layers, and the result; what is not stored as a checkpoint is made from a dense one.
     copies = 3 if FORMATS[job.stored_as].storage is None else 2
     # Layers that are rounded are kept beside the pruned ones until the end.
     copies += bool(recipe.quantization)
-    needed: int = copies * weights + tokens * width * item + predictions
+    needed: int = copies * weights + tokens * width * item + retraining
     return needed

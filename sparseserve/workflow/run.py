@@ -32,6 +32,7 @@ from sparseserve.layerwise.plan import dense_reasons, ignored_modules, planned_o
 from sparseserve.report import PruneReport
 from sparseserve.retraining.losses import DensePrediction, StoredPredictions, dense_predictions
 from sparseserve.retraining.retrain import retrain
+from sparseserve.retraining.state import StateFolder
 from sparseserve.workflow.job import Job
 from sparseserve.workflow.model_files import left_out, pruned_source
 from sparseserve.workflow.needs import Needs
@@ -189,7 +190,7 @@ def _prune(opening: Opening, run: RunFolder, layers: LayerStore) -> PruneReport:
         engine=job.engine,
         structure=opening.structure,
     )
-    return _retrained(opening, report, dense)
+    return _retrained(opening, report, dense, StateFolder(run.path / "training"))
 
 
 def _dense_predictions(opening: Opening, run: RunFolder) -> Sequence[DensePrediction]:
@@ -209,7 +210,7 @@ def _dense_predictions(opening: Opening, run: RunFolder) -> Sequence[DensePredic
 
 
 def _retrained(
-    opening: Opening, report: PruneReport, dense: Sequence[DensePrediction]
+    opening: Opening, report: PruneReport, dense: Sequence[DensePrediction], store: StateFolder
 ) -> PruneReport:
     """Retrain the pruned model in place, if the recipe says so, and add that to the report."""
     model, windows = opening.loaded.model, opening.calibration.for_retraining
@@ -231,6 +232,7 @@ def _retrained(
             knobs,
             dense=dense,
             autocast_to=opening.job.recipe.autocast_to(opening.job.runs_on),
+            store=store,
             on_window=say,
         )
     model.to("cpu")
