@@ -227,6 +227,17 @@ def test_an_unfinished_run_with_other_settings_is_not_mixed_in(
         prune("llama", recipe=with_pruner(SparseGPT()))
 
 
+def test_an_unfinished_run_goes_on_in_the_arithmetic_it_was_begun_with(
+    prune: Any, with_pruner: Any
+) -> None:
+    with pytest.raises(Killed):
+        prune(
+            "llama", recipe=with_pruner(Wanda(), compute_dtype="float32"), progress=KilledAfter(3)
+        )
+    with pytest.raises(ArtifactError, match=r"\(different: .*recipe compute_dtype"):
+        prune("llama", recipe=with_pruner(Wanda(), compute_dtype="bfloat16"))
+
+
 def test_an_output_folder_that_is_not_empty_is_left_alone(prune: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("data")
