@@ -13,7 +13,7 @@ built from source for this processor on the first call::
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +42,38 @@ from sparseserve.workflow.job import Job
 from sparseserve.workflow.run import plan
 
 _WINDOW = 512  # tokens
-LLAMA_KINDS = ("F16", "BF16", "Q8_0", "Q4_0")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A program and a form of the weights.
+
+    Attributes:
+        program: ``llama.cpp``, ``vLLM`` or ``vLLM with sparseserve``.
+        weights: Their form.
+        dtype: That vLLM computes in; None for llama.cpp.
+    """
+
+    program: str
+    weights: str
+    dtype: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        return f"{self.program}, {self.weights}"
+
+
+LLAMA, VLLM, OURS = "llama.cpp", "vLLM", "vLLM with sparseserve"
+DENSE_INT8 = Kind(VLLM, "dense, int8 (W8A8)", torch.bfloat16)
+INT8 = Kind(OURS, "2:4, int8", torch.bfloat16)
+KINDS = (
+    *(Kind(LLAMA, weights) for weights in ("F16", "BF16", "Q8_0", "Q4_0")),
+    Kind(VLLM, "dense, float32", torch.float32),
+    Kind(OURS, "2:4, float32", torch.float32),
+    Kind(VLLM, "dense, bfloat16", torch.bfloat16),
+    Kind(OURS, "2:4, bfloat16", torch.bfloat16),
+    DENSE_INT8,
+    INT8,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +81,14 @@ class System:
     """One way to serve the model.
 
     Attributes:
-        program: ``llama.cpp``, ``vLLM`` or ``vLLM with sparseserve``.
-        weights: Their form.
-        threads: That it computes with; None is what vLLM's server takes.
+        kind: What serves it.
         folder: Folder or file of the model.
-        dtype: That vLLM computes in; None for llama.cpp.
+        threads: That llama.cpp computes with; None is what vLLM's server takes.
     """
 
-    program: str
-    weights: str
-    threads: int | None
+    kind: Kind
     folder: Path
-    dtype: torch.dtype | None = None
+    threads: int | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -78,7 +105,7 @@ def started(
     """Start the engine of ``system``; yield it with the memory that it takes without its cache."""
     largest = max(latencies.batch_sizes)
     length = max(latencies.input_lengths) + latencies.output_length
-    if system.dtype is None:
+    if system.kind.dtype is None:
         with LlamaCpp(
             system.folder,
             sequences=largest,
@@ -102,39 +129,51 @@ def _vllm_options(
         max_num_seqs=largest,
         batch_model_len=length,
         prompt_tokens=max(1024, largest * max(latencies.input_lengths)),
-        dtype=system.dtype,
+        dtype=system.kind.dtype,
         threads_of_server=True,
     )
 
 
-def systems(name: str, packed: Path, threads: tuple[int, ...], scratch: Path) -> Iterator[System]:
-    """Make and yield every system of a model.
+@dataclass(frozen=True, slots=True)
+class Forms:
+    """Makes the forms of a model.
 
-    Args:
+    Attributes:
         name: Of the model in ``benchmarks.demo.assets``.
         packed: Its 2:4 checkpoint.
-        threads: Of llama.cpp, one system for each.
         scratch: Where to put what is made.
     """
-    dense = ASSETS[name](Path("demo"))[0]
-    gguf = fetch_gguf(MODELS[name], scratch)
-    for kind in LLAMA_KINDS:
-        file = quantized(gguf, kind, scratch / f"{kind}.gguf")
-        for count in threads:
-            yield System("llama.cpp", kind, count, file)
-    operators = frozenset(module for module, _ in plan(Job(str(dense))).operators)
-    int8 = write_dense_int8(dense, scratch / "dense-int8", operators)
-    artifact = Artifact.open(packed)
-    narrow = export_packed24(artifact, scratch / "2of4", torch.bfloat16)
-    codes = export_packed24(
-        artifact, scratch / "2of4-int8", torch.bfloat16, quantization=Quantization(to="int8")
-    )
-    for dtype in (torch.float32, torch.bfloat16):
-        form = str(dtype).removeprefix("torch.")
-        yield System("vLLM", f"dense, {form}", None, dense, dtype)
-        yield System("vLLM with sparseserve", f"2:4, {form}", None, narrow.path, dtype)
-    yield System("vLLM", "dense, int8 (W8A8)", None, int8, torch.bfloat16)
-    yield System("vLLM with sparseserve", "2:4, int8", None, codes.path, torch.bfloat16)
+
+    name: str
+    packed: Path
+    scratch: Path
+
+    def of(self, kind: Kind) -> Path:
+        """Make the form that ``kind`` serves."""
+        if kind.program == LLAMA:
+            gguf = self.scratch / f"{MODELS[self.name].folder}.gguf"
+            if not gguf.exists():
+                fetch_gguf(MODELS[self.name], self.scratch)
+            return quantized(gguf, kind.weights, self.scratch / f"{kind.weights}.gguf")
+        if kind.program == VLLM:
+            dense = ASSETS[self.name](Path("demo"))[0]
+            if kind != DENSE_INT8:
+                return dense
+            operators = frozenset(module for module, _ in plan(Job(str(dense))).operators)
+            return write_dense_int8(dense, self.scratch / "dense-int8", operators)
+        return export_packed24(
+            Artifact.open(self.packed),
+            self.scratch / str(kind),
+            torch.bfloat16,
+            quantization=Quantization(to="int8") if kind == INT8 else None,
+        ).path
+
+    def systems(self, kinds: Sequence[Kind], threads: Sequence[int]) -> Iterator[System]:
+        """Make and yield every system; llama.cpp has one for each of ``threads``."""
+        for kind in kinds:
+            folder = self.of(kind)
+            for count in threads if kind.program == LLAMA else (None,):
+                yield System(kind, folder, count)
 
 
 def measure(
@@ -142,29 +181,29 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Start all systems, measure them in turns, and return what was found, as JSON data."""
     with ExitStack() as stack:
-        engines, memories, perplexities = [], [], []
+        engines, memories = [], []
+        perplexities: dict[Kind, float] = {}
         for system in every:
-            click.echo(f"starting {system.program}, {system.weights}", err=True)
+            click.echo(f"starting {system.kind}", err=True)
             engine, memory = stack.enter_context(started(system, latencies, len(windows[0])))
             engines.append(engine)
             memories.append(memory)
-            perplexities.append(engine_perplexity(engine, windows).perplexity)
+            if system.kind not in perplexities:
+                perplexities[system.kind] = engine_perplexity(engine, windows).perplexity
         click.echo("measuring in turns", err=True)
         measured = measure_latency(engines, latencies, vocabulary)
     return [
         {
-            "program": system.program,
-            "weights": system.weights,
+            "program": system.kind.program,
+            "weights": system.kind.weights,
             "threads": system.threads,
             "disk_bytes": system.disk_bytes,
             "memory_bytes": memory,
-            "perplexity": perplexity,
+            "perplexity": perplexities[system.kind],
             "latency": [row.to_json() for row in rows],
             **_rates(rows),
         }
-        for system, memory, perplexity, rows in zip(
-            every, memories, perplexities, measured, strict=True
-        )
+        for system, memory, rows in zip(every, memories, measured, strict=True)
     ]
 
 
@@ -183,6 +222,7 @@ def _rates(rows: tuple[BatchLatency, ...]) -> dict[str, Any]:
 @click.option("--result", required=True, help="Name of the JSON in benchmarks/results.")
 @click.option("--text", help="File whose windows give the perplexity. Default: the packaged text.")
 @click.option("--windows", default=16, show_default=True, help=f"Windows of {_WINDOW} tokens.")
+@click.option("--only", multiple=True, help="A system, such as 'llama.cpp, Q8_0'; default: all.")
 @click.option("--threads", multiple=True, type=int, default=(1, 2), show_default=True)
 @click.option("--repeats", default=5, show_default=True)
 def main(
@@ -192,17 +232,21 @@ def main(
     result: str,
     text: str | None,
     windows: int,
+    only: tuple[str, ...],
     threads: tuple[int, ...],
     repeats: int,
 ) -> None:
     """Serve the model NAME in every way, PACKED being its 2:4 checkpoint."""
+    if unknown := set(only) - set(map(str, KINDS)):
+        raise click.UsageError(f"--only {min(unknown)}: not one of {'; '.join(map(str, KINDS))}")
+    kinds = [kind for kind in KINDS if not only or str(kind) in only]
     quiet_libraries()
     latencies = LatencyPlan(batch_sizes=(1, 8), repeats=repeats)
     tokenizer = open_tokenizer(packed)
     source = read_text(text, packaged="evaluation")
     chosen = evaluation_windows(tokenizer, source, sequence_length=_WINDOW, samples=windows)
     with tempfile.TemporaryDirectory(dir="demo") as scratch:
-        every = list(systems(name, packed, threads, Path(scratch)))
+        every = list(Forms(name, packed, Path(scratch)).systems(kinds, threads))
         vocabulary = ServedModel.open(packed).vocabulary
         found = measure(every, chosen, latencies, vocabulary)
     setting = {"model": name, "text": text or "packaged", "windows": windows, **asdict(latencies)}
