@@ -70,7 +70,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         self.transposed: frozenset[str] = frozenset()
         self.stacks: tuple[ExpertStack, ...] = ()
         self.dense: frozenset[str] | None = None
-        self._timed: TimedLayers | None = None
+        self.timed: TimedLayers | None = None
         self._expert_times: ExpertTimes | None = None
 
     def get_name(self) -> str:
@@ -163,7 +163,11 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
 
         from sparseserve.serving.kernels.choice.choose import TimedLayers
         from sparseserve.serving.plugin.embedding import PanelEmbeddingMethod
-        from sparseserve.serving.plugin.linear import Dense24LinearMethod, Packed24LinearMethod
+        from sparseserve.serving.plugin.linear import (
+            Dense24LinearMethod,
+            Packed24LinearMethod,
+            UnnamedLinearMethod,
+        )
 
         engine = get_current_vllm_config_or_none()
         if engine is not None and engine.lora_config is not None:
@@ -176,14 +180,15 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
         if not isinstance(layer, LinearBase):
             return self._experts_method(layer, prefix) if isinstance(layer, RoutedExperts) else None
         modules = self.checkpoint_modules(prefix)
-        if _is_absorbed(prefix) or not any(module.sparse for module in modules):
-            return UnquantizedLinearMethod()
-        self._timed = self._timed or TimedLayers()
+        self.timed = self.timed or TimedLayers()
+        absorbed = _is_absorbed(prefix)
+        if absorbed or not any(module.sparse for module in modules):
+            return UnquantizedLinearMethod() if absorbed else UnnamedLinearMethod()
         if self.is_packed:
             return Packed24LinearMethod(
-                prefix, modules, self._timed, self.quantization, self.read_dtype
+                prefix, modules, self.timed, self.quantization, self.read_dtype
             )
-        return Dense24LinearMethod(prefix, modules, self._timed)
+        return Dense24LinearMethod(prefix, modules, self.timed)
 
     def checkpoint_modules(self, prefix: str) -> tuple[CheckpointModule, ...]:
         """Return the modules of the checkpoint that vLLM merges into its layer ``prefix``."""

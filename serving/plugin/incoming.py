@@ -23,7 +23,11 @@ from sparseserve.checkpoint.stacks import ExpertStack
 from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.serving.plugin.config import SparseServeConfig
 from sparseserve.serving.plugin.experts import TwoFourExpertsMethod
-from sparseserve.serving.plugin.linear import Packed24LinearMethod
+from sparseserve.serving.plugin.linear import (
+    LoadedDense24LinearMethod,
+    Packed24LinearMethod,
+    UnnamedLinearMethod,
+)
 from sparseserve.serving.plugin.norms import use_fused_norms
 from sparseserve.serving.plugin.parameters import LEAVES
 
@@ -129,7 +133,7 @@ def put_together(weights: Weights, stacks: Iterable[ExpertStack]) -> Iterator[tu
 
 
 def _take_over(model: Any, config: SparseServeConfig) -> None:
-    as_packed, as_dense = _names_run_by_us(model)
+    as_packed, as_dense = _names_run_by_us(model, config)
     taken = frozenset(name for name, known in config.packed.items() if known in as_packed)
     experts = _experts_run_by_us(model)
     left = sorted(
@@ -153,7 +157,7 @@ def _take_over(model: Any, config: SparseServeConfig) -> None:
     model.load_weights = load_weights
 
 
-def _names_run_by_us(model: nn.Module) -> tuple[set[str], set[str]]:
+def _names_run_by_us(model: nn.Module, config: SparseServeConfig) -> tuple[set[str], set[str]]:
     """Return vLLM's names of the packed modules in layers of ours.
 
     Those that are loaded packed, and those that the model loads dense, in a way of its own.
@@ -163,6 +167,13 @@ def _names_run_by_us(model: nn.Module) -> tuple[set[str], set[str]]:
     reordered = _reordered(model)
     for name, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)
+        if isinstance(method, UnnamedLinearMethod):
+            # Some models ask under another name than that which they load by.
+            modules = config.checkpoint_modules(name)
+            found = {module.name for module in modules if module.sparse}
+            if found:
+                layer.quant_method = LoadedDense24LinearMethod(name, modules, config.timed)
+                dense |= found
         if not isinstance(method, Packed24LinearMethod):
             continue
         names = {module.name for module in method.modules if module.sparse}

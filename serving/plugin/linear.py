@@ -118,6 +118,10 @@ class TwoFourLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is ch
         return two_four_linear(x, packed, bias, self._plan, self._spec.rows)
 
 
+class UnnamedLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]  # vLLM is checked as Any
+    """How vLLM runs a layer under whose name the checkpoint holds nothing that is packed."""
+
+
 @register_weight_loader_v2_supported_method
 class Packed24LinearMethod(TwoFourLinearMethod):
     """A layer of a ``packed24`` checkpoint, all or some of whose modules are packed."""
@@ -133,7 +137,6 @@ class Packed24LinearMethod(TwoFourLinearMethod):
         super().__init__(prefix, modules, timed)
         self._quantization = quantization or Quantization()
         self._read_dtype = read_dtype
-        self._arrives_dense = False
 
     def create_weights(  # noqa: PLR0917  # vLLM's signature
         self,
@@ -203,8 +206,7 @@ class Packed24LinearMethod(TwoFourLinearMethod):
         forget(layer)
         dense = torch.full(empty.shape, torch.nan, dtype=empty.dtype)
         register(layer, "weight", dense, loader)
-        self._arrives_dense = True
-        self._spec = replace(self._spec, quantized=None)
+        layer.quant_method = LoadedDense24LinearMethod(self.prefix, self.modules, self._timed)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that all was loaded and give it to the kernels.
@@ -212,23 +214,30 @@ class Packed24LinearMethod(TwoFourLinearMethod):
         Raises:
             ServingError: A tensor of the checkpoint is missing or damaged.
         """
-        if self._arrives_dense:
-            self._take_over(layer)
-            return
         weight = LoadedWeight(
             tuple(loaded_block(layer, shard, self._spec, self._read_dtype) for shard in self.shards)
         )
         forget(layer)
         self.give(layer, weight)
 
-    def _take_over(self, layer: nn.Module) -> None:
-        """Give what the model loaded to the kernels, if it is 2:4 as a whole."""
+
+class LoadedDense24LinearMethod(TwoFourLinearMethod):
+    """A layer that vLLM loads dense, in a way of its own, and that is packed once it is loaded."""
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Register an ordinary weight, as vLLM does."""
+        self._dense.create_weights(*args, **kwargs)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Give the weight to the kernels if it is 2:4 as a whole; else vLLM runs it."""
         weight = layer.get_parameter("weight").data
         if TWO_FOUR.first_violation(weight) is not None:
             logger.info_once("%s runs dense: not all of it is %s", self.prefix, TWO_FOUR)
             self._dense.process_weights_after_loading(layer)
             return
         require_loaded(f"{self.prefix}.weight", weight)
+        rows, columns = weight.shape
+        self._spec = LinearSpec(rows, columns, weight.dtype, weight.device, two_four=True)
         forget(layer)
         self.give(layer, LoadedWeight((RowBlock(self.prefix, weight),)))
 

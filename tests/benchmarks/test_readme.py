@@ -16,6 +16,7 @@ COMMANDS = re.findall(r"`(python -m [^`]+|benchmarks/[^`]+\.sh)`", README)
 # peers.compare starts it in another tool's environment; run.sh calls outcomes.
 STARTED_BY_OTHERS = {
     "benchmarks.families.serve_forms",
+    "benchmarks.peers.llamacpp_worker",
     "benchmarks.peers.worker",
     "benchmarks.gpu.outcomes",
 }

@@ -184,3 +184,28 @@ def test_a_dense_two_four_weight_is_loaded_as_it_is(
         load_dense(layer, weight)
         parts.append(finish(layer))
     assert torch.equal(torch.cat(parts, dim=1), weight)
+
+
+@pytest.mark.parametrize("two_four", [True, False])
+def test_what_the_model_loads_in_its_own_way_is_packed_if_it_is_two_four(
+    monkeypatch: pytest.MonkeyPatch, two_four: bool
+) -> None:
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+    weight = random_two_four(24, 32) if two_four else torch.randn(24, 32)
+
+    def backwards(parameter: Tensor, loaded: Tensor) -> None:
+        parameter.data.copy_(loaded.flip(0))
+
+    for _ in Ranks(monkeypatch, 1):
+        layer = ColumnParallelLinear(
+            32, 24, quant_config=packed_method_config("up_proj"), prefix=f"{PARENT}.up_proj"
+        )
+        method = layer.quant_method
+        assert not method.is_loaded_by_the_model(layer)
+        layer.weight.weight_loader = backwards
+        assert method.is_loaded_by_the_model(layer)
+        method.let_the_model_load(layer)
+        load_dense(layer, weight)
+        assert torch.equal(finish(layer), weight.flip(0))
+        assert (layer.quant_method.kernels is not None) == two_four
