@@ -30,6 +30,7 @@ from benchmarks.research.tables import RESEARCH_TABLES
 from benchmarks.serving.tables import SERVING_TABLES
 from benchmarks.stress.fuzzed_inputs import fuzzed_inputs_table
 from benchmarks.stress.interrupted_runs import interrupted_runs_table
+from benchmarks.stress.loaded_server_table import loaded_server_table
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
@@ -50,6 +51,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "quantised-smollm2": quantised_table,
     "interrupted-runs": interrupted_runs_table,
     "fuzzed-inputs": fuzzed_inputs_table,
+    "loaded-server": loaded_server_table,
     "onnx-smollm2": onnx_table,
     "families": families_table,
     **PEER_TABLES,

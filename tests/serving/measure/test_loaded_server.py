@@ -14,9 +14,9 @@ from benchmarks.stress.loaded_server import (
     TIE,
     WRONG,
     Reference,
-    loaded_server_table,
     measure,
 )
+from benchmarks.stress.loaded_server_table import loaded_server_table
 
 
 @pytest.mark.parametrize(
