@@ -181,7 +181,6 @@ QUALITY_TABLES: dict[str, Callable[[Result], str]] = {
     "quality-smollm2-2of4": quality_table,
     "quality-smollm2-mixed": quality_table,
     "quality-gemma3-mixed": quality_table,
-    "quality-qwen-1.5b-mixed": quality_table,
     "quality-smollm2-steps": quality_table,
     "rotation-smollm2": quality_table,
     "compute-smollm2": quality_table,
