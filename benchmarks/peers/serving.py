@@ -23,10 +23,10 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks.demo.assets import ASSETS, MODELS, fetch_gguf
+from benchmarks.demo.models import MODELS, fetch_gguf, fetch_model
 from benchmarks.harness.results import RESULTS, write_result
 from benchmarks.peers.dense_int8 import write_dense_int8
-from benchmarks.peers.llamacpp import LlamaCpp, quantized
+from benchmarks.peers.llamacpp import LlamaCpp, quantized, running
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.cli.console import quiet_libraries
@@ -106,7 +106,7 @@ def started(
     largest = max(latencies.batch_sizes)
     length = max(latencies.input_lengths) + latencies.output_length
     if system.kind.dtype is None:
-        with LlamaCpp(
+        with running(
             system.folder,
             sequences=largest,
             length=max(length, window),
@@ -156,7 +156,7 @@ class Forms:
                 fetch_gguf(MODELS[self.name], self.scratch)
             return quantized(gguf, kind.weights, self.scratch / f"{kind.weights}.gguf")
         if kind.program == VLLM:
-            dense = ASSETS[self.name](Path("demo"))[0]
+            dense = fetch_model(MODELS[self.name], Path("demo"))
             if kind != DENSE_INT8:
                 return dense
             operators = frozenset(module for module, _ in plan(Job(str(dense))).operators)

@@ -54,8 +54,9 @@ def _create_model(
     model: nn.Module = _MADE_BY_VLLM(loader, vllm_config, *args, **kwargs)
     config = vllm_config.quant_config
     if isinstance(config, SparseServeConfig):
+        renamed = _take_renamed(model, config)
         if config.is_packed:
-            _take_over(model, config)
+            _take_over(model, config, renamed)
         if use_fused_norms(vllm_config):
             logger.info_once("norms run in one operator each")
     return model
@@ -132,8 +133,25 @@ def put_together(weights: Weights, stacks: Iterable[ExpertStack]) -> Iterator[tu
         raise ServingError(f"{min(names)} is missing: check the folder with sparseserve verify")
 
 
-def _take_over(model: Any, config: SparseServeConfig) -> None:
-    as_packed, as_dense = _names_run_by_us(model, config)
+def _take_renamed(model: nn.Module, config: SparseServeConfig) -> set[str]:
+    """Take over layers that vLLM asks for under another name than it loads them by.
+
+    Returns:
+        The names of their 2:4 modules, as vLLM loads them.
+    """
+    taken: set[str] = set()
+    for name, layer in model.named_modules():
+        if isinstance(getattr(layer, "quant_method", None), UnnamedLinearMethod):
+            modules = config.checkpoint_modules(name)
+            if names := {module.name for module in modules if module.sparse}:
+                layer.quant_method = LoadedDense24LinearMethod(name, modules, config.timed)
+                taken |= names
+    return taken
+
+
+def _take_over(model: Any, config: SparseServeConfig, renamed: set[str]) -> None:
+    as_packed, as_dense = _names_run_by_us(model)
+    as_dense |= renamed
     taken = frozenset(name for name, known in config.packed.items() if known in as_packed)
     experts = _experts_run_by_us(model)
     left = sorted(
@@ -157,7 +175,7 @@ def _take_over(model: Any, config: SparseServeConfig) -> None:
     model.load_weights = load_weights
 
 
-def _names_run_by_us(model: nn.Module, config: SparseServeConfig) -> tuple[set[str], set[str]]:
+def _names_run_by_us(model: nn.Module) -> tuple[set[str], set[str]]:
     """Return vLLM's names of the packed modules in layers of ours.
 
     Those that are loaded packed, and those that the model loads dense, in a way of its own.
@@ -167,13 +185,6 @@ def _names_run_by_us(model: nn.Module, config: SparseServeConfig) -> tuple[set[s
     reordered = _reordered(model)
     for name, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)
-        if isinstance(method, UnnamedLinearMethod):
-            # Some models ask under another name than that which they load by.
-            modules = config.checkpoint_modules(name)
-            found = {module.name for module in modules if module.sparse}
-            if found:
-                layer.quant_method = LoadedDense24LinearMethod(name, modules, config.timed)
-                dense |= found
         if not isinstance(method, Packed24LinearMethod):
             continue
         names = {module.name for module in method.modules if module.sparse}

@@ -109,7 +109,7 @@ def _print_plan(job: Job, output: Path | None, *, timed: bool, as_json: bool) ->
     for line in found.lines:
         click.echo(line)
     if found.seconds is not None:
-        click.echo(f"about {_duration(found.seconds)} to prune the layers")
+        click.echo(f"about {_duration(found.seconds)} to prune the layers on this machine")
 
 
 def _duration(seconds: float) -> str:

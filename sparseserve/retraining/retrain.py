@@ -34,7 +34,7 @@ from sparseserve.retraining.checkpointing import (
 )
 from sparseserve.retraining.losses import DensePrediction, prediction_loss
 from sparseserve.retraining.settings import Retraining
-from sparseserve.retraining.state import StateStore
+from sparseserve.retraining.state import StateFolder
 from sparseserve.retraining.training import Examples, OnWindow, Training, finite
 from sparseserve.retraining.updates import (
     Update,
@@ -54,7 +54,7 @@ def retrain(
     *,
     dense: Sequence[DensePrediction] = (),
     autocast_to: torch.dtype | None = None,
-    store: StateStore | None = None,
+    store: StateFolder | None = None,
     on_window: OnWindow = lambda done, total, loss: None,
 ) -> RetrainReport:
     """Retrain ``model`` in place where it lies; what is zero in ``operators`` stays zero.

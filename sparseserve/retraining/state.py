@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -35,23 +36,6 @@ class TrainingState:
     parameters: Sequence[Tensor]
     moments: Sequence[tuple[Tensor, Tensor]]
     kept: Sequence[Tensor]
-
-
-class StateStore(Protocol):
-    """Where a state is kept."""
-
-    @property
-    def every_seconds(self) -> float:
-        """How often it should be saved."""
-        ...
-
-    def load(self) -> TrainingState | None:
-        """Return what was saved last, or None."""
-        ...
-
-    def save(self, state: TrainingState) -> None:
-        """Keep a state, whole or not at all, in place of the last."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +88,9 @@ class StateFolder:
         }
         write_sealed(self.path / _STATE, sealed)
         with writing(self.path):
-            for old in self.path.glob(f"*/{_WEIGHTS}"):
-                if old.parent != folder:
-                    old.unlink()
-                    old.parent.rmdir()
+            for other in self.path.iterdir():
+                if other.is_dir() and other != folder:
+                    shutil.rmtree(other)
 
 
 def _named(state: TrainingState) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from sparseserve.errors import NumericalError
 from sparseserve.report import HeldOutLoss
 from sparseserve.retraining.losses import DensePrediction, Example, prediction_loss
 from sparseserve.retraining.settings import Retraining
-from sparseserve.retraining.state import StateStore, TrainingState
+from sparseserve.retraining.state import StateFolder, TrainingState
 
 OnWindow = Callable[[int, int, float], None]
 
@@ -53,7 +53,7 @@ class Training:
         parameters: Sequence[nn.Parameter],
         examples: Examples,
         knobs: Retraining,
-        store: StateStore | None,
+        store: StateFolder | None,
     ) -> None:
         """Put the parameters where the stored state has them.
 
@@ -72,7 +72,7 @@ class Training:
         self._kept: list[Tensor] = []
         self._taken = 0
         state = store.load() if store else None
-        if state is not None and len(state.parameters) == len(parameters):
+        if state is not None:
             self._restore(state)
         self._saved = time.monotonic()
 

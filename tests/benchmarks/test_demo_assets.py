@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.demo import assets as demo_assets
 from benchmarks.demo import make_packaged_text
-from benchmarks.demo.assets import AssetError, ModelAsset, fetch_model, split_by_hash
+from benchmarks.demo.assets import split_by_hash
+from benchmarks.demo.downloads import AssetError
+from benchmarks.demo.models import ModelAsset, fetch_model
 from sparseserve.text import read_text
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 64, 96, 40

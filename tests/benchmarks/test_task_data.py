@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.demo import task_data
-from benchmarks.demo.assets import AssetError
+from benchmarks.demo.downloads import AssetError
 from benchmarks.demo.task_data import TASK_ASSETS, boolq_row, openbookqa_row, piqa_row
 from benchmarks.quality import tasks
 from sparseserve.evaluation.tasks import TaskScore

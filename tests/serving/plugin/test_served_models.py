@@ -80,6 +80,7 @@ QUANTISED = {
     "gpt_oss, int4": ("gpt_oss", "int4", torch.float32),
     "llama, 16-bit, fp8": ("llama", "fp8", torch.bfloat16),
 }
+RENAMED = "dense 2:4, asked for by other names"
 LORA = "with LoRA"
 DENSE_LORA = "dense 2:4, with LoRA"
 OPTIONS = {
@@ -115,6 +116,8 @@ def served(
     folders[PARTLY] = (partly, pack_folder(partly), None)
     folders["dense 2:4 with a manifest"] = (partly, partly, "sparseserve")
     folders["dense 2:4 without a manifest"] = (bare, bare, "sparseserve")
+    falcon = two_four_folder("falcon_h1")
+    folders[RENAMED] = (falcon, falcon, "sparseserve")
     folders["plain"] = (llama, llama, None)
     folders["not 2:4"] = (partly, without_manifest(partly, tmp_path_factory), "sparseserve")
     folders[BACKEND] = folders["16-bit values, tied"]
@@ -219,6 +222,7 @@ def transformers_tokens(model: PreTrainedModel) -> list[list[int]]:
         PARTLY,
         "dense 2:4 with a manifest",
         "dense 2:4 without a manifest",
+        RENAMED,
         "plain",
         BACKEND,
         SCALED,
@@ -228,6 +232,14 @@ def transformers_tokens(model: PreTrainedModel) -> list[list[int]]:
 )
 def test_vllm_computes_what_transformers_computes(served: dict[str, Served], case: str) -> None:
     require_what_transformers_computes(served[case], TOLERANCES.get(case, TOLERANCE))
+
+
+def test_layers_of_a_dense_checkpoint_run_two_four_whatever_name_vllm_asks_by(
+    served: dict[str, Served],
+) -> None:
+    layers = served[RENAMED].result["layers"]
+    for ending in LOADED_BY_VLLM["falcon_h1"]:
+        assert any(name.endswith(ending) for name in layers), layers
 
 
 @pytest.mark.parametrize("family", representatives(FAMILIES, REPRESENTATIVES))

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from sparseserve.errors import NumericalError, RecipeError
 from sparseserve.huggingface.experts import routers_in, unstacked_experts
-from sparseserve.models.structure import trace_structure
-from sparseserve.report import RetrainReport
 from sparseserve.retraining.checkpointing import checkpointed_layers
 from sparseserve.retraining.losses import (
-    DensePrediction,
     Example,
     StoredPredictions,
     dense_predictions,
@@ -27,49 +21,11 @@ from sparseserve.retraining.losses import (
 )
 from sparseserve.retraining.retrain import retrain
 from sparseserve.retraining.settings import Retraining
-from sparseserve.retraining.state import StateFolder
 from sparseserve.retraining.updates import (
     vector_updates,
 )
-from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import TINY_FAMILIES, tiny_model
-
-QUICK = Retraining(rank=4, learning_rate=3e-3, epochs=2, batch=2, distillation=1.0, likeliest=32)
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A tiny model cut to 2:4 by magnitude, and what its dense self predicts."""
-
-    model: PreTrainedModel
-    operators: list[str]
-    windows: list[Tensor]
-    dense: Sequence[DensePrediction]
-
-    def retrained(self, knobs: Retraining) -> RetrainReport:
-        return retrain(self.model, self.operators, self.windows, knobs, dense=self.dense)
-
-    def state(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.model.state_dict().items()}
-
-
-def pruned(family: str = "llama", dtype: torch.dtype = torch.float32) -> Pruned:
-    model = tiny_model(family).to(dtype)
-    generator = torch.Generator().manual_seed(1)
-    windows = [torch.randint(0, 64, (32,), generator=generator) for _ in range(6)]
-    dense = tuple(dense_predictions(model, windows, QUICK.likeliest))
-    operators = []
-    for layer in trace_structure(model, windows[0]).layers:
-        for operator in layer.operators:
-            operators.append(layer.full_name(operator))
-            weight = model.get_submodule(operators[-1]).get_parameter("weight")
-            stored = weight.data.T if operator.transposed else weight.data
-            stored.copy_(TWO_FOUR.project(stored))
-    return Pruned(model, operators, windows, dense)
-
-
-def bits(values: Tensor) -> bytes:
-    return values.contiguous().view(torch.uint8).numpy().tobytes()
+from tests.unit.retraining.pruned_model import QUICK, bits, pruned
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
@@ -321,55 +277,3 @@ def test_products_can_be_rounded_while_what_is_trained_stays_float32() -> None:
     assert {value.dtype for value in rounded.model.parameters()} == {torch.float32}
     logits = rounded.model(rounded.windows[0][None]).logits
     assert logits.dtype == torch.float32, "the model computes as before when it is done"
-
-
-class Killed(Exception):
-    """Ends training."""
-
-
-@pytest.mark.parametrize("every_weight", [False, True])
-@pytest.mark.parametrize("windows", [2, 4, 5, 7, 10])
-def test_training_that_was_killed_goes_on_and_ends_in_the_same_bytes(
-    tmp_path: Path, every_weight: bool, windows: int
-) -> None:
-    knobs = replace(QUICK, every_weight=every_weight)
-    whole, killed = pruned(), pruned()
-    expected = whole.retrained(knobs)
-    store = StateFolder(tmp_path / "training", every_seconds=0)
-    seen: list[int] = []
-
-    def kill(done: int, total: int, loss: float) -> None:
-        if done == windows:
-            raise Killed
-
-    def see(done: int, total: int, loss: float) -> None:
-        seen.append(done)
-
-    arguments = (killed.operators, killed.windows, knobs)
-    with pytest.raises(Killed):
-        retrain(killed.model, *arguments, dense=killed.dense, store=store, on_window=kill)
-    # A window is told of before the state after it is saved.
-    begun = pruned()
-    found = retrain(begun.model, *arguments, dense=begun.dense, store=store, on_window=see)
-    assert seen[0] == windows
-    assert found.epochs == expected.epochs
-    assert found.after == expected.after
-    for name, value in begun.state().items():
-        assert bits(value) == bits(whole.state()[name]), name
-
-
-def test_a_state_that_is_damaged_counts_as_none(tmp_path: Path) -> None:
-    store = StateFolder(tmp_path / "training", every_seconds=0)
-    case, other = pruned(), pruned()
-    retrain(case.model, case.operators, case.windows, QUICK, dense=case.dense, store=store)
-    [file] = (tmp_path / "training").glob("*/model.safetensors")
-    assert store.load() is not None
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    assert store.load() is None
-    found = retrain(
-        other.model, other.operators, other.windows, QUICK, dense=other.dense, store=store
-    )
-    assert all(bits(value) == bits(other.state()[name]) for name, value in case.state().items())
-    assert found.steps == 6
