@@ -17,7 +17,8 @@ import torch
 
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import engine_options
-from sparseserve.serving.measure.worker import generate, layer_choices, start
+from sparseserve.serving.measure.worker import generate, start
+from sparseserve.serving.plugin.chosen import chosen_kernels
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -35,8 +36,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         windows = job["windows"]
         found = log_probabilities(engine, windows) if job["log_probabilities"] else None
         tokens = generate(engine, {"prompts": windows, "new_tokens": job["new_tokens"]})["tokens"]
-        choices: Any = layer_choices(engine, {})["layers"]
-        layers = [layer["name"] for layer in choices]
+        layers = list(engine.apply_model(chosen_kernels)[0])  # every process has the same
         del engine
         return {"log_probabilities": found, "tokens": tokens, "layers": layers}
     except Exception as error:  # the test asserts on it
