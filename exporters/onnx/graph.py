@@ -44,15 +44,17 @@ def export_graph(model: PreTrainedModel, folder: Path, pruned: Sequence[str]) ->
     Raises:
         ArtifactError: The model keeps more than keys and values, or the exporter fails.
     """
+    import onnx_ir
+
     shapes = _cache_shapes(model)
-    program = _exported(model, _example(model, shapes), len(shapes))
-    graph = program.model.graph
+    made = _exported(model, _example(model, shapes), len(shapes))
+    graph = made.graph
     _rename_cache(graph, len(shapes))
     _name_linears(graph, model, frozenset(pruned))
     # The exporter's notes on its passes are longer than the graph.
     for node in graph:
         node.metadata_props.clear()
-    program.save(str(folder / GRAPH_FILE), external_data=True)
+    onnx_ir.save(made, folder / GRAPH_FILE, external_data=DATA_FILE)
 
 
 def input_shapes(folder: Path) -> dict[str, tuple[int | None, ...]]:
@@ -101,6 +103,7 @@ def _example(model: PreTrainedModel, shapes: Sequence[tuple[int, int, int]]) -> 
 
 
 def _exported(model: PreTrainedModel, example: dict[str, Any], layers: int) -> Any:
+    """Return the model as onnx_ir holds it."""
     from torch.export import Dim
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -112,7 +115,10 @@ def _exported(model: PreTrainedModel, example: dict[str, Any], layers: int) -> A
     }
     try:
         with _quiet():
-            return OnnxExporter().export(model, example, OnnxConfig(dynamic_shapes=shapes))
+            made = OnnxExporter().export(model, example, OnnxConfig(dynamic_shapes=shapes))
+            # transformers has wrapped its models ever deeper, from one release to the next.
+            program = getattr(made, "program", made)
+            return getattr(program, "model", program)
     except Exception as error:  # whatever the tracing of any model's code raises
         raise ArtifactError(
             f"{model.config.model_type}: transformers' ONNX exporter fails on this model "

@@ -116,6 +116,7 @@ def compare(
     *,
     load_plan: LoadPlan | None = None,
     dtype: torch.dtype | None = None,
+    compiled: bool = False,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Comparison:
     """Serve both checkpoints side by side; measure perplexity, latency, memory and size of each.
@@ -127,6 +128,7 @@ def compare(
         plan: What to run for the latencies.
         load_plan: What to put on two servers, afterwards; None is nothing.
         dtype: Of both engines; None is the checkpoint's where the machine has it, else float32.
+        compiled: Whether vLLM compiles both models on a CPU, too.
         on_progress: Told what is going on, and how far it is, as (what, done, total).
 
     Raises:
@@ -141,7 +143,7 @@ def compare(
             f"{folder} has {models[0].vocabulary} tokens and the baseline {baseline} has "
             f"{models[1].vocabulary}: give the dense model it was pruned from"
         )
-    options = [_options(model, windows, plan, dtype) for model in models]
+    options = [_options(model, windows, plan, dtype, compiled=compiled) for model in models]
     measured = _measure(models, options, windows, plan, on_progress)
     return Comparison(
         model=measured[0],
@@ -151,7 +153,11 @@ def compare(
         versions=installed_versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         load_plan=load_plan,
-        http=compare_load(*models, load_plan, dtype, on_progress) if load_plan else (),
+        http=(
+            compare_load(*models, load_plan, dtype, on_progress, compiled=compiled)
+            if load_plan
+            else ()
+        ),
     )
 
 
@@ -184,7 +190,12 @@ def _measure(
 
 
 def _options(
-    model: ServedModel, windows: Sequence[Tensor], plan: LatencyPlan, dtype: torch.dtype | None
+    model: ServedModel,
+    windows: Sequence[Tensor],
+    plan: LatencyPlan,
+    dtype: torch.dtype | None,
+    *,
+    compiled: bool,
 ) -> EngineOptions:
     generated = max(plan.input_lengths) + plan.output_length
     if model.max_positions is not None and generated > model.max_positions:
@@ -202,6 +213,7 @@ def _options(
         prompt_tokens=max(1024, largest * max(plan.input_lengths)),
         dtype=dtype,
         threads_of_server=True,
+        compiled=compiled,
     )
 
 

@@ -88,11 +88,12 @@ def engine_options(
     dtype: torch.dtype | None = None,
     quantization: str | None = None,
     threads_of_server: bool = False,
+    compiled: bool = False,
 ) -> EngineOptions:
     """Return options that hold what is asked for and no more, so that two engines fit.
 
-    On a GPU the engine runs as a server does, with CUDA graphs; on a CPU without compilation,
-    as ``sparseserve serve`` does there.
+    On a GPU the engine runs as a server does, with CUDA graphs; on a CPU without compilation, as
+    ``sparseserve serve`` does there, unless it is to be ``compiled``.
 
     Args:
         model: The checkpoint.
@@ -104,6 +105,7 @@ def engine_options(
         quantization: As vLLM takes it; None leaves it to the checkpoint.
         threads_of_server: Whether to run the model in a process of its own: there vLLM binds its
             threads to cores, and leaves one core free, as in its server.
+        compiled: Whether vLLM compiles the model on a CPU, too.
     """
     machine = this_machine()
     return EngineOptions(
@@ -116,7 +118,7 @@ def engine_options(
         kv_cache_memory_bytes=cache_bytes_for(
             model, max_num_seqs, batch_model_len or max_model_len, longest=max_model_len
         ),
-        enforce_eager=runs_eagerly(machine),
+        enforce_eager=runs_eagerly(machine) and not compiled,
         distributed_executor_backend="mp" if threads_of_server and machine.gpu is None else None,
     )
 

@@ -39,6 +39,8 @@ def compare_load(
     plan: LoadPlan,
     dtype: torch.dtype | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    *,
+    compiled: bool = False,
 ) -> tuple[LoadRow, ...]:
     """Serve both checkpoints and put every level of ``plan`` on both, in turns.
 
@@ -48,6 +50,7 @@ def compare_load(
         plan: What to run.
         dtype: Of both servers; None is the checkpoint's where the machine has it, else float32.
         on_progress: Told what is going on, and how far it is, as (what, done, total).
+        compiled: Whether vLLM compiles both models on a CPU, too.
 
     Raises:
         ServingError: A server cannot be started or ended, or requests failed.
@@ -62,16 +65,21 @@ def compare_load(
         on_progress("HTTP load, in turns", done, total)
 
     on_progress("starting servers", 0, 2)
-    with _server(model, tokenizer, plan, dtype) as sparse:
+    with _server(model, tokenizer, plan, dtype, compiled=compiled) as sparse:
         on_progress("starting servers", 1, 2)
-        with _server(baseline, tokenizer, plan, dtype) as dense:
+        with _server(baseline, tokenizer, plan, dtype, compiled=compiled) as dense:
             on_progress("starting servers", 2, 2)
             on_progress("HTTP load, in turns", done, total)
             return measure_load(sparse, dense, tokenizer, plan, count)
 
 
 def _server(
-    model: ServedModel, tokenizer: Path, plan: LoadPlan, dtype: torch.dtype | None
+    model: ServedModel,
+    tokenizer: Path,
+    plan: LoadPlan,
+    dtype: torch.dtype | None,
+    *,
+    compiled: bool,
 ) -> HttpServer:
     longest = max(plan.input_lengths) + plan.output_length + _SPARE_TOKENS
     options = engine_options(
@@ -90,6 +98,7 @@ def _server(
             *("--gpu-memory-utilization", str(GPU_FRACTION_OF_TWO)),
             # The client warms up with the first of its prompts.
             *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
+            *(("--no-enforce-eager",) if compiled else ()),
         ),
     )
 

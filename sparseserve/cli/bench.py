@@ -58,6 +58,12 @@ Number = TypeVar("Number", int, float)
 @click.option("--request-rate", help="HTTP requests a second, such as 0.5,2, at random times.")
 @click.option("--requests", type=int, help="HTTP requests at each level.  [default: 16]")
 @dtype_option("To compute in; auto is what sparseserve serve takes.")
+@click.option(
+    "--compile",
+    "compiled",
+    is_flag=True,
+    help="Let vLLM compile both models on a CPU, too, which takes minutes.",
+)
 @json_option
 @json_file_option
 def bench_command(
@@ -77,6 +83,7 @@ def bench_command(
     request_rate: str | None,
     requests: int | None,
     dtype: str,
+    compiled: bool,
     as_json: bool,
     output: Path | None,
 ) -> None:
@@ -110,6 +117,7 @@ def bench_command(
             plan,
             load_plan=load_plan,
             dtype=DTYPES.get(dtype),
+            compiled=compiled,
             on_progress=on_progress,
         )
     give_json(found.to_json(), as_json=as_json, output=output)

@@ -75,7 +75,8 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
 
     def __init__(self, quantization_config: Packed24Config, **options: Any) -> None:
         super().__init__(quantization_config, **options)
-        self._replaced: dict[int, tuple[WeightConverter, WeightTransform | None]] = {}
+        # What is done to weights, and what transformers would do to those of the dense model.
+        self._conversions: list[tuple[WeightTransform, WeightTransform | None]] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._stacks: tuple[StackPlace, ...] = ()
         self._dtype = read_dtype(vars(quantization_config))
@@ -90,17 +91,33 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
         return True
 
     def update_weight_conversions(
-        self, conversions: list[WeightTransform]
+        self, conversions: list[WeightTransform], model: PreTrainedModel | None = None
     ) -> list[WeightTransform]:
         """Unpack before anything that transformers does to the weights of this model.
 
         Some models keep in one tensor what their files hold in many, such as experts; each of the
-        many may be packed.
+        many may be packed. Older releases do not give the ``model``.
         """
         unpacking = WeightConverter([*_PARTS], [packed24.VALUES], [_UnpackOne(self._dtype)])
         added = [*(_stacking(place, self._dtype) for place in self._stacks), unpacking]
-        self._replaced |= {id(conversion): (conversion, None) for conversion in added}
-        return [*map(self._unpacking_first, conversions), *added]
+        self._conversions = [
+            *((self._unpacking_first(conversion), conversion) for conversion in conversions),
+            *((conversion, None) for conversion in added),
+        ]
+        return [conversion for conversion, _ in self._conversions]
+
+    def get_new_dtype(
+        self, converter: WeightTransform, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """Return what transformers rounds a tensor to on its way to ``converter``; None is nothing.
+
+        Older releases do not ask, and leave the scales of codes as they are stored.
+        """
+        operations = getattr(converter, "operations", ())
+        if self._dtype and any(isinstance(each, _UnpackOne | _UnpackMany) for each in operations):
+            return None
+        rounded: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return rounded
 
     def _unpacking_first(self, conversion: WeightTransform) -> WeightTransform:
         suffix = f".{packed24.VALUES}"
@@ -127,7 +144,6 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
             conversion.scope_prefix,
             conversion.base_model_prefix,
         )
-        self._replaced[id(ours)] = (ours, conversion)
         return ours
 
     def _process_model_before_weight_loading(
@@ -157,11 +173,11 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
                     f"{list(self._shapes[name])}: its indices are missing, or it was stored for "
                     "another model: copy or export the checkpoint again"
                 )
-        kept = []
-        for conversion in model._weight_conversions or ():
-            _, original = self._replaced.get(id(conversion), (None, conversion))
-            kept += [original] if original is not None else []
-        model._weight_conversions = kept
+        model._weight_conversions = [
+            original
+            for conversion, original in self._conversions
+            if original is not None and conversion.was_used()
+        ]
         return model
 
 
@@ -200,10 +216,9 @@ class _UnpackOne(ConversionOps):  # type: ignore[misc]  # likewise
         if _POSITIONS.keys() & input_dict.keys():
             module = model.get_submodule(full_layer_name.rpartition(".")[0])
             weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
-        if f"{packed24.VERSION_1_VALUES}$" in input_dict or _SCALE in input_dict:
-            # transformers leaves the dtype of renamed tensors alone, and of integers.
-            weight = weight.to(model.get_parameter_or_buffer(full_layer_name).dtype)
-        return {full_layer_name: weight}
+        # transformers leaves the dtype of renamed tensors alone, and of codes.
+        wanted = model.get_parameter_or_buffer(full_layer_name).dtype
+        return {full_layer_name: weight.to(wanted)}
 
 
 class _UnpackMany(ConversionOps):  # type: ignore[misc]  # likewise
@@ -233,12 +248,10 @@ class _UnpackMany(ConversionOps):  # type: ignore[misc]  # likewise
                 together.setdefault(self._sources[name], {})[leaf] = tensors
             else:  # such as biases
                 dense[name] = tensors
-        wanted = model.get_parameter_or_buffer(full_layer_name).dtype
         for source, parts in together.items():
-            weights = _unpacked(full_layer_name, parts, self._dtype)
-            quantised = any(name.endswith(_SCALE) for name in parts)
-            dense[source] = [weight.to(wanted) for weight in weights] if quantised else weights
-        return dense
+            dense[source] = _unpacked(full_layer_name, parts, self._dtype)
+        wanted = model.get_parameter_or_buffer(full_layer_name).dtype
+        return {name: [each.to(wanted) for each in tensors] for name, tensors in dense.items()}
 
 
 class _PutTogether(ConversionOps):  # type: ignore[misc]  # likewise

@@ -108,8 +108,8 @@ def is_run(shown: Shown) -> bool:
 def page_cases() -> list[ParameterSet]:
     cases = []
     for page in dict.fromkeys(shown.page for shown in SHOWN if is_run(shown)):
-        engines = any(s.page == page and s.name in ENGINES and is_run(s) for s in SHOWN)
-        marks: list[pytest.MarkDecorator] = [pytest.mark.vllm] if engines else []
+        vllm = any(s.page == page and s.name in {*ENGINES, "serve"} and is_run(s) for s in SHOWN)
+        marks: list[pytest.MarkDecorator] = [pytest.mark.vllm] if vllm else []
         marks += [pytest.mark.further] if page in SLOW else []
         cases.append(pytest.param(page, marks=[*marks, pytest.mark.timeout(900)], id=page))
     return cases

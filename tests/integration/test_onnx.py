@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
@@ -235,11 +236,15 @@ def test_commands_that_read_weights_refuse_an_export_for_others_in_one_line(
         done = cli(*command)
         assert done.returncode != 0
         assert "made for other programs" in done.stderr
+    assert cli("verify", folder).returncode == 0
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="serving needs vLLM")
+def test_vllm_is_not_given_an_export_for_others(exported: Exported, cli: Cli) -> None:
+    folder = exported("llama")
     done = cli("serve", "--dry-run", folder)
     assert done.returncode != 0
     assert "vLLM serves packed24 and dense checkpoints, not onnx" in done.stderr
-    done = cli("verify", folder)
-    assert done.returncode == 0
 
 
 def test_without_its_packages_the_command_that_brings_them_is_named(

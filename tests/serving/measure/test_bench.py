@@ -111,6 +111,17 @@ def test_bench_puts_every_level_of_load_on_both_servers(
     assert "24 in, concurrency 2: TTFT, p99, ms" in bench[1]
 
 
+@pytest.mark.further
+def test_compiled_models_compute_what_others_do(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    plan = ("--batch-sizes", "1", "--input-length", "8", "--repeats", "1")
+    eager, _ = run_bench(pair, tmp_path / "eager.json", *plan)
+    compiled, _ = run_bench(pair, tmp_path / "compiled.json", *plan, "--compile")
+    for side in ("model", "baseline"):
+        assert eager[side]["engine"]["enforce_eager"]
+        assert not compiled[side]["engine"]["enforce_eager"]
+        assert compiled[side]["perplexity"] == pytest.approx(eager[side]["perplexity"], rel=1e-5)
+
+
 def test_options_of_load_are_refused_without_http() -> None:
     result = CliRunner().invoke(bench_command, ["one", "--baseline", "other", "--concurrency", "2"])
     assert result.exit_code == 2

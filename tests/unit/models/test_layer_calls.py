@@ -15,7 +15,17 @@ from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.layers import capture_layer_calls, entering_states, run_layer
 from sparseserve.models.structure import ModelStructure, trace_structure
 from sparseserve.testing import TINY_FAMILIES, tiny_model
-from tests.unit.models.layer_runs import CPU, ScaledChain, capture, modules_of, windows
+from tests.unit.models.layer_runs import (
+    CPU,
+    LENGTH,
+    ScaledChain,
+    capture,
+    modules_of,
+    windows,
+)
+
+# What layers are handed their cache as, by older and by newer releases of transformers.
+CACHES = ("past_key_values", "cache")
 
 
 def test_moving_a_call_casts_floating_tensors_only() -> None:
@@ -30,7 +40,10 @@ def test_moving_a_call_casts_floating_tensors_only() -> None:
         return [tensor.dtype for tensor in tensors if isinstance(tensor, Tensor)]
 
     assert dtypes(moved.kwargs["position_embeddings"]) == [torch.bfloat16, torch.bfloat16]
-    assert dtypes(moved.kwargs["attention_mask"]) == [torch.bool]
+    mask = call.kwargs["attention_mask"]  # of 0 and -inf, or of bool, as transformers likes
+    assert isinstance(mask, Tensor)
+    expected = torch.bfloat16 if mask.is_floating_point() else torch.bool
+    assert dtypes(moved.kwargs["attention_mask"]) == [expected]
     assert dtypes(moved.kwargs["position_ids"]) == [torch.int64]
 
 
@@ -41,12 +54,18 @@ def test_local_and_global_attention_layers_have_calls_of_their_own(family: str) 
 
     calls = capture_layer_calls(model, structure, windows(2))
 
+    def seen(mask: object) -> int:
+        """Count the pairs of a token and one that it sees; without a mask, those in order."""
+        if not isinstance(mask, Tensor):
+            return LENGTH * (LENGTH + 1) // 2
+        return int((mask if mask.dtype == torch.bool else mask == 0).sum())
+
     # Nothing hides tokens of a short window from global attention but their order.
-    local = [call.kwargs["attention_mask"] is not None for call in calls]
+    local = [seen(call.kwargs["attention_mask"]) < seen(None) for call in calls]
     kinds = TINY_FAMILIES[family]["layer_types"]
     assert isinstance(kinds, list)
     assert local == [kind == "sliding_attention" for kind in kinds]
-    assert all(call.kwargs["past_key_values"] is None for call in calls)
+    assert all(call.kwargs.get(name) is None for call in calls for name in CACHES)
 
 
 def test_capturing_runs_the_layers_for_two_windows_only() -> None:
