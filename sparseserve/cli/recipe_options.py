@@ -48,8 +48,8 @@ _TEXT = (
 )
 _RECIPE = click.option(
     "--recipe",
-    help="A preset (default, parallel, untrained, fast or paper) or FILE.toml. Default: the preset "
-    "default.",
+    help="A preset (default, best, parallel, untrained, fast or paper) or FILE.toml. Default: the "
+    "preset default.",
 )
 _SOLVER = (
     click.option(

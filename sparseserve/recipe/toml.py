@@ -3,7 +3,9 @@ r"""Recipes by name: presets, TOML files, and pruning methods as they were publi
 The presets are
 
 - ``default``: the best setting found that does not retrain the whole model; also ``PruneRecipe()``;
-- ``parallel``: the same with correction ``intra``: layers are pruned and trained on dense inputs.
+- ``best``: ``default`` with rotated heads, and the whole model distilled on as many further windows
+  of text; takes the memory that training the whole model takes;
+- ``parallel``: ``default`` with correction ``intra``: layers are pruned and trained on dense inputs.
   They do not depend on one another, and may be pruned on many machines at once;
 - ``untrained``: ``default`` without training and without scrambled windows;
 - ``fast``: SparseGPT as its authors run it;
@@ -75,6 +77,9 @@ UNTRAINED = PruneRecipe(
 )
 PRESETS = {
     "default": PruneRecipe(),
+    "best": PruneRecipe(
+        rotate="heads", retraining=Retraining().distilling(PruneRecipe().calibration.samples)
+    ),
     "parallel": PruneRecipe(error_correction="intra"),
     "untrained": UNTRAINED,
     "fast": replace(UNTRAINED, pruner=SparseGPT(), error_correction="sequential"),

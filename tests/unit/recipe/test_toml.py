@@ -71,13 +71,13 @@ def test_a_recipe_without_arguments_is_the_default_one() -> None:
     assert PruneRecipe() == load_recipe("default") == named_recipe(None, None)
 
 
-def test_only_the_presets_default_and_parallel_train_and_scramble() -> None:
+def test_only_the_presets_default_best_and_parallel_train_and_scramble() -> None:
     trains = {
         name
         for name, recipe in PRESETS.items()
         if recipe.reconstruction.epochs or recipe.retraining.epochs or recipe.calibration.scrambled
     }
-    assert trains == {"default", "parallel"}
+    assert trains == {"default", "best", "parallel"}
 
 
 def test_parallel_is_the_default_recipe_whose_layers_do_not_depend_on_one_another() -> None:

@@ -30,7 +30,7 @@
 
 // See kernels.h. Where all tiles are inlined in one function, GCC keeps their sums in memory.
 #if defined(__GNUC__)
-#define SPARSESERVE_UNROLL _Pragma("GCC unroll 8")
+#define SPARSESERVE_UNROLL _Pragma("GCC unroll 12")
 #define SPARSESERVE_NOINLINE __attribute__((noinline))
 #else
 #define SPARSESERVE_UNROLL
@@ -106,22 +106,15 @@ void strips8(const Source& source, std::int64_t count, const std::int8_t* tokens
   if constexpr (S + at_once < all) strips8<V, T, S + at_once>(source, count, tokens, sums);
 }
 
-template <class V, class Source>
+// One group of tokens, of which there are at most T.
+template <class V, int T = V::most_tokens, class Source>
 void group8(const Source& source, std::int64_t count, const Tokens& tokens, std::int64_t group,
             std::int64_t block, std::int32_t* sums) {
   const std::int64_t first = tokens.first(group);
-  const std::int8_t* at = tokens.at(group, block);
-  sums += first * kPanel8;
-  switch (tokens.first(group + 1) - first) {
-    case 1: return strips8<V, 1>(source, count, at, sums);
-    case 2: return strips8<V, 2>(source, count, at, sums);
-    case 3: return strips8<V, 3>(source, count, at, sums);
-    case 4: return strips8<V, 4>(source, count, at, sums);
-    case 5: return strips8<V, 5>(source, count, at, sums);
-    case 6: return strips8<V, 6>(source, count, at, sums);
-    case 7: return strips8<V, 7>(source, count, at, sums);
-    default: return strips8<V, 8>(source, count, at, sums);
-  }
+  if constexpr (T > 1)
+    if (tokens.first(group + 1) - first < T)
+      return group8<V, T - 1>(source, count, tokens, group, block, sums);
+  strips8<V, T>(source, count, tokens.at(group, block), sums + first * kPanel8);
 }
 
 // sums[batch][32] = all tokens times one panel.
@@ -178,7 +171,7 @@ bool run_int8_on(const Int8Call& call) {
   const std::int64_t panels = (call.rows + kPanel8 - 1) / kPanel8;
   const std::int64_t blocks = (call.columns + 7) / 8;
   for (std::int64_t first = 0; first < call.batch; first += kHeld) {
-    Tokens tokens(std::min(kHeld, call.batch - first), blocks);
+    Tokens tokens(std::min(kHeld, call.batch - first), blocks, V::most_tokens);
     // A few short tokens are quantized before other threads would have woken up.
     const int threads = tokens.count * call.columns < 8192 ? 1 : call.threads;
     each(tokens.count, threads, call.parallel,

@@ -12,8 +12,9 @@ namespace {
 struct Vector256 {
   static constexpr int rows = 8;
   static constexpr int bytes = 32;
-  // Vectors of sums that registers hold beside codes and tokens, and groups of tokens for which
-  // taking codes apart anew is faster than unpacking them once. As measured.
+  // Tokens of a group, vectors of sums that registers hold beside codes and tokens, and groups for
+  // which taking codes apart anew is faster than unpacking them once. As measured.
+  static constexpr int most_tokens = 8;
   static constexpr int most_sums = 8;
   static constexpr int few_groups = 1;
   using sums = __m256i;

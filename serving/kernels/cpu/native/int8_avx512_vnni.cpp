@@ -25,8 +25,9 @@ namespace {
 struct Avx512Vnni : Vector256 {
   static constexpr int rows = 16;
   static constexpr int bytes = 64;
+  static constexpr int most_tokens = 12;
   static constexpr int most_sums = 24;
-  static constexpr int few_groups = 3;
+  static constexpr int few_groups = 4;
   using sums = __m512i;
   struct Codes {
     __m512i picks, sizes;

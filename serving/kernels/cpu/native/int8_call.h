@@ -16,7 +16,6 @@ namespace sparseserve {
 constexpr int kPanel8 = 32;       // rows of a panel
 constexpr int kBlockBytes = 160;  // eight columns of a panel: 32 bytes of places, 128 of codes
 constexpr int kTokenBytes = 16;   // eight values of a token and their negatives
-constexpr int kGroup8 = 8;        // most tokens that are multiplied at once
 
 struct Int8Call {
   const std::uint8_t* weight;  // [panels][blocks][160]

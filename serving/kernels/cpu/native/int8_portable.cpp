@@ -7,6 +7,7 @@ namespace {
 struct Portable8 {
   static constexpr int rows = 8;
   static constexpr int bytes = 32;
+  static constexpr int most_tokens = 8;
   static constexpr int most_sums = 8;
   static constexpr int few_groups = 1;
   struct Codes {

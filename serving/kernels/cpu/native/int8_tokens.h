@@ -42,18 +42,19 @@ void write_floats(const float (&from)[kPanel8], Stored type, std::int64_t first,
   std::memcpy(static_cast<std::uint16_t*>(to) + first, narrow, count * sizeof(std::uint16_t));
 }
 
-// Tokens in groups of up to eight, as equal as can be. A group's bytes lie in the order in which
+// Tokens in groups of up to `most`, as equal as can be. A group's bytes lie in the order in which
 // they are read: block after block, and in a block token after token.
 struct Tokens {
   std::int64_t count;
   std::int64_t blocks;
+  std::int64_t most;
   std::vector<float> scales;
 
-  Tokens(std::int64_t count, std::int64_t blocks)
-      : count(count), blocks(blocks), scales(count),
+  Tokens(std::int64_t count, std::int64_t blocks, std::int64_t most)
+      : count(count), blocks(blocks), most(most), scales(count),
         bytes(new std::int8_t[count * blocks * kTokenBytes]) {}
 
-  std::int64_t groups() const { return (count + kGroup8 - 1) / kGroup8; }
+  std::int64_t groups() const { return (count + most - 1) / most; }
   std::int64_t first(std::int64_t group) const { return group * count / groups(); }
   const std::int8_t* at(std::int64_t group, std::int64_t block) const {
     const std::int64_t from = first(group);
