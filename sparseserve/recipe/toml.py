@@ -5,8 +5,8 @@ The presets are
 - ``default``: the best setting found that does not retrain the whole model; also ``PruneRecipe()``;
 - ``best``: ``default`` with rotated heads, and the whole model distilled on as many further windows
   of text; takes the memory that training the whole model takes;
-- ``parallel``: ``default`` with correction ``intra``: layers are pruned and trained on dense inputs.
-  They do not depend on one another, and may be pruned on many machines at once;
+- ``parallel``: ``default`` with correction ``intra``: layers are pruned and trained on dense
+  inputs. They do not depend on one another, and may be pruned on many machines at once;
 - ``untrained``: ``default`` without training and without scrambled windows;
 - ``fast``: SparseGPT as its authors run it;
 - ``paper``: FISTAPruner as published.
