@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 VENV := .venv
-PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+RUN_TESTS := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(VENV)/bin/python $(RUN_TESTS)
 INSTALLED := $(VENV)/.installed
 NEWEST := .venv-newest
 
@@ -40,8 +41,8 @@ test-all: $(INSTALLED)
 test-newest:
 	$(PYTHON) -m venv --clear $(NEWEST)
 	.ci/install $(NEWEST) demo,dev,distributed,eval,onnx
-	$(NEWEST)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
-		-m 'not research and not further and not vllm' tests/unit tests/integration
+	$(NEWEST)/bin/python $(RUN_TESTS) -m 'not research and not further and not vllm' \
+		tests/unit tests/integration
 
 wheel: $(INSTALLED)
 	.ci/wheel $(VENV)/bin/python dist

@@ -7,39 +7,34 @@ reading: afterwards the model is an ordinary dense one, which can be trained, sa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
-from transformers.pytorch_utils import Conv1D
+from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparseserve.checkpoint import packed24, semi_structured
 from sparseserve.checkpoint.formats import METHOD
-from sparseserve.checkpoint.packed24 import Packed24
 from sparseserve.checkpoint.quantization import read_dtype
-from sparseserve.checkpoint.quantized24 import from_stored
-from sparseserve.checkpoint.stacks import STACKS_KEY, ExpertStack
+from sparseserve.checkpoint.stacks import STACKS_KEY
 from sparseserve.errors import ArtifactError
 from sparseserve.huggingface.names import StackPlace, stacks_on_disk
+from sparseserve.huggingface.unpacking import (
+    PARTS,
+    POSITIONS,
+    SCALE,
+    VALUE_NAMES,
+    PutTogether,
+    UnpackMany,
+    UnpackOne,
+)
 
 if TYPE_CHECKING:
     # transformers imports its models after its table of quantizers, and this module with the table.
     from transformers import PreTrainedModel
 
-# transformers searches these expressions in the names of tensors, and takes the first that fits.
-_VALUES = (f"{packed24.VALUES}$", f"{packed24.VERSION_1_VALUES}$")
-# What says where the values lie, by format, and what makes the two a packed weight.
-_POSITIONS: dict[str, Callable[[Tensor, Tensor], Packed24]] = {
-    f"{packed24.INDICES}$": Packed24,
-    f"{semi_structured.META}$": semi_structured.from_meta,
-}
-_SCALE = f"{packed24.SCALE}$"
-_PARTS = (*_POSITIONS, _SCALE, *_VALUES)
 _LAYER_NUMBER = re.compile(r".*\.\d+\.(?=\D)")
 _FORMATS = (packed24.FORMAT, semi_structured.FORMAT)
 
@@ -98,7 +93,7 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
         Some models keep in one tensor what their files hold in many, such as experts; each of the
         many may be packed. Older releases do not give the ``model``.
         """
-        unpacking = WeightConverter([*_PARTS], [packed24.VALUES], [_UnpackOne(self._dtype)])
+        unpacking = WeightConverter([*PARTS], [packed24.VALUES], [UnpackOne(self._dtype)])
         added = [*(_stacking(place, self._dtype) for place in self._stacks), unpacking]
         self._conversions = [
             *((self._unpacking_first(conversion), conversion) for conversion in conversions),
@@ -109,12 +104,13 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
     def get_new_dtype(
         self, converter: WeightTransform, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
-        """Return what transformers rounds a tensor to on its way to ``converter``; None is nothing.
+        """Return what ``param`` is rounded to on its way to ``converter``; None is nothing.
 
-        Older releases do not ask, and leave the scales of codes as they are stored.
+        Scales stay as they are stored, and what is made with them is rounded afterwards. Older
+        releases do not ask, and leave scales alone.
         """
-        operations = getattr(converter, "operations", ())
-        if self._dtype and any(isinstance(each, _UnpackOne | _UnpackMany) for each in operations):
+        steps = getattr(converter, "operations", ())
+        if self._dtype and any(isinstance(step, UnpackOne | UnpackMany) for step in steps):
             return None
         rounded: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return rounded
@@ -130,14 +126,14 @@ class Packed24Quantizer(HfQuantizer):  # type: ignore[misc]  # likewise
             if stem == source.removesuffix("$"):
                 sources[source] = source
             else:
-                first = f"{stem}.{_VALUES[0]}"
-                sources |= {f"{stem}.{name}": first for name in (*_VALUES, *_POSITIONS, _SCALE)}
+                first = f"{stem}.{VALUE_NAMES[0]}"
+                sources |= {f"{stem}.{name}": first for name in (*VALUE_NAMES, *POSITIONS, SCALE)}
         if list(sources) == list(conversion._original_source_patterns):
             return conversion
         ours = WeightConverter(
             list(sources),
             list(conversion._original_target_patterns),
-            [_UnpackMany(sources, self._dtype), *conversion.operations],
+            [UnpackMany(sources, self._dtype), *conversion.operations],
             force_cpu=conversion.force_cpu,
         )
         ours.scope_prefix, ours.base_model_prefix = (
@@ -187,135 +183,10 @@ def _stacking(place: StackPlace, dtype: torch.dtype | None) -> WeightConverter:
     # All layers have the same names after their number, and transformers takes care of the rest.
     start = _LAYER_NUMBER.sub("", first.rsplit(".", 2)[0])
     stems = [f"{start}.*.{projection}" for projection in place.projections]
-    sources = {f"{stem}.{name}": stem for stem in stems for name in (*_VALUES, *_POSITIONS, _SCALE)}
+    sources = {
+        f"{stem}.{name}": stem for stem in stems for name in (*VALUE_NAMES, *POSITIONS, SCALE)
+    }
     target = _LAYER_NUMBER.sub("", place.stack.tensor)
     return WeightConverter(
-        list(sources), [target], [_UnpackMany(sources, dtype), _PutTogether(place.stack, stems)]
+        list(sources), [target], [UnpackMany(sources, dtype), PutTogether(place.stack, stems)]
     )
-
-
-class _UnpackOne(ConversionOps):  # type: ignore[misc]  # likewise
-    """The weight of one module from its packed tensors; every other weight as it is.
-
-    ``dtype`` is what quantised weights are rounded to.
-    """
-
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        self._dtype = dtype
-
-    def convert(
-        self,
-        input_dict: dict[str, list[Tensor]],
-        *,
-        full_layer_name: str,
-        model: PreTrainedModel,
-        **_: Any,
-    ) -> dict[str, Tensor]:
-        """Return the weight ``full_layer_name`` in the orientation and dtype of ``model``."""
-        (weight,) = _unpacked(full_layer_name, input_dict, self._dtype)
-        if _POSITIONS.keys() & input_dict.keys():
-            module = model.get_submodule(full_layer_name.rpartition(".")[0])
-            weight = weight.T.contiguous() if isinstance(module, Conv1D) else weight
-        # transformers leaves the dtype of renamed tensors alone, and of codes.
-        wanted = model.get_parameter_or_buffer(full_layer_name).dtype
-        return {full_layer_name: weight.to(wanted)}
-
-
-class _UnpackMany(ConversionOps):  # type: ignore[misc]  # likewise
-    """The weights of many modules, before they are put together.
-
-    ``sources`` gives the name, among those that the next operation knows, that each of ours is for,
-    and ``dtype`` is what quantised weights are rounded to.
-    """
-
-    def __init__(self, sources: dict[str, str], dtype: torch.dtype | None) -> None:
-        self._sources, self._dtype = sources, dtype
-
-    def convert(
-        self,
-        input_dict: dict[str, list[Tensor]],
-        *,
-        full_layer_name: str,
-        model: PreTrainedModel,
-        **_: Any,
-    ) -> dict[str, list[Tensor]]:
-        """Return the dense weights under the names that the next operation knows."""
-        together: dict[str, dict[str, list[Tensor]]] = {}
-        dense: dict[str, list[Tensor]] = {}
-        for name, tensors in input_dict.items():
-            leaf = name.rpartition(".")[2]
-            if leaf in _PARTS:
-                together.setdefault(self._sources[name], {})[leaf] = tensors
-            else:  # such as biases
-                dense[name] = tensors
-        for source, parts in together.items():
-            dense[source] = _unpacked(full_layer_name, parts, self._dtype)
-        wanted = model.get_parameter_or_buffer(full_layer_name).dtype
-        return {name: [each.to(wanted) for each in tensors] for name, tensors in dense.items()}
-
-
-class _PutTogether(ConversionOps):  # type: ignore[misc]  # likewise
-    """The tensor of all experts from the dense weights of each, projection by projection."""
-
-    def __init__(self, stack: ExpertStack, stems: list[str]) -> None:
-        self._stack, self._stems = stack, stems
-
-    def convert(
-        self, input_dict: dict[str, list[Tensor]], *, full_layer_name: str, **_: Any
-    ) -> dict[str, Tensor]:
-        """Return the tensor in the layout that the model has it in."""
-        stack = self._stack
-        weights: list[tuple[str, Tensor]] = []
-        for stem, projection in zip(self._stems, stack.projections, strict=True):
-            if len(found := input_dict.get(stem, ())) != stack.experts:
-                raise ArtifactError(
-                    f"{full_layer_name}: {len(found)} experts instead of {stack.experts}: "
-                    "copy or export the checkpoint again"
-                )
-            weights += [(stack.module(number, projection), w) for number, w in enumerate(found)]
-        return {full_layer_name: stack.put_together(weights)}
-
-
-def _unpacked(name: str, parts: dict[str, list[Tensor]], dtype: torch.dtype | None) -> list[Tensor]:
-    """Return the dense weights of the parameter ``name``, in ``dtype`` what is quantised.
-
-    ``parts`` are lists in the order of the modules. All positions have values, but the values of
-    some modules, such as an expert that stayed dense, may have no positions. Where the packed ones
-    are quantised, each has a scale.
-    """
-    values = [tensor for key in _VALUES for tensor in parts.get(key, ())]
-    for key in _POSITIONS.keys() & parts.keys():
-        positions = list(parts[key])
-        narrow = min(tensor.shape[-1] for tensor in values)
-        packed = [tensor.shape[-1] == narrow for tensor in values]
-        if len(positions) != sum(packed):
-            raise ArtifactError(
-                f"{name}: {sum(packed)} packed weights for {len(positions)} tensors of positions: "
-                "copy or export the checkpoint again"
-            )
-        scales: Sequence[Tensor | None] = parts.get(_SCALE, [])
-        if len(scales) not in {0, len(positions)}:
-            raise ArtifactError(
-                f"{name}: {len(scales)} scales for {len(positions)} packed weights: "
-                "copy or export the checkpoint again"
-            )
-        own = scales if scales else [None] * len(positions)
-        places = iter(zip(positions, own, strict=True))
-        return [
-            _dense(key, tensor, *next(places), dtype) if is_packed else tensor
-            for tensor, is_packed in zip(values, packed, strict=True)
-        ]
-    return values
-
-
-def _dense(
-    key: str, values: Tensor, positions: Tensor, scale: Tensor | None, dtype: torch.dtype | None
-) -> Tensor:
-    """Return the dense weight of one module; ``key`` says what its ``positions`` are."""
-    if (scale is None) != (dtype is None):
-        raise ArtifactError(
-            "config.json and the tensors disagree about whether weights are rounded"
-        )
-    if scale is not None and dtype is not None:
-        return packed24.unpack24(from_stored(values, positions, scale, dtype).dequantized())
-    return packed24.unpack24(_POSITIONS[key](values, positions))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Ernie4_5_MoeConfig
 
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.quantization import Quantization
@@ -21,6 +21,7 @@ from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.recipe.steps import Reconstruction
 from sparseserve.report import OperatorReport, PruneReport
+from sparseserve.testing import tiny_tokenizer
 from sparseserve.workflow.run import export
 from tests.integration.command_line import Cli, refusal
 from tests.integration.conftest import Prune
@@ -74,6 +75,36 @@ def test_a_family_is_pruned_rounded_and_opened_as_its_dense_export_is(
     assert all(torch.equal(wide[0][name], wide[1][name]) for name in one)
     again = export(packed.path, tmp_path / "again", "packed24")
     assert same_tensors(packed, again)
+
+
+def test_a_router_that_its_class_keeps_in_float32_stays_so_beside_codes(
+    prune: Prune, rounding: Callable[[str], PruneRecipe], tmp_path: Path
+) -> None:
+    config = Ernie4_5_MoeConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_layer_start_index=0,
+    )
+    torch.manual_seed(0)
+    source = tmp_path / "ernie"
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    packed = prune(source, recipe=replace(rounding("int8"), dtype="bfloat16"))
+    dense = export(packed.path, tmp_path / "dense", "dense")
+    one, other = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+        for folder in (packed.path, dense.path)
+    )
+    assert one["model.layers.1.mlp.gate.weight"].dtype == torch.float32
+    for name, tensor in other.items():
+        torch.testing.assert_close(one[name], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

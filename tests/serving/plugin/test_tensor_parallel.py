@@ -63,7 +63,8 @@ def served(
     return serve_all(
         cases,
         tmp_path_factory.mktemp("jobs"),
-        # What this machine's NUMA nodes would settle; and the functions that ask for kernels.
+        # A core for each process, whatever NUMA nodes there are. And vLLM sends its processes no
+        # function, such as that which asks for their kernels, unless it is told to.
         VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, CORES)),
         VLLM_ALLOW_INSECURE_SERIALIZATION="1",
     )
