@@ -14,7 +14,14 @@ from benchmarks.harness.markdown import head, line, processor_and_software
 from benchmarks.harness.results import RESULTS, Result, read_result
 from benchmarks.peers.timing import OURS, timing_table
 from benchmarks.quality.compare import default_variant
-from benchmarks.quality.tables import DENSE, by_variant, label, perplexities
+from benchmarks.quality.tables import (
+    DENSE,
+    by_variant,
+    further_windows,
+    label,
+    perplexities,
+    tokens,
+)
 
 
 def peers_table(result: Result) -> str:
@@ -39,9 +46,10 @@ def peers_table(result: Result) -> str:
             shares = _gap_shares(ours[variant], others, ours[DENSE][0], texts)
             name = f"gap of {label(variant)} / {tool.split()[0]} {method}"
             lines.append(f"| | {name} | {shares} | |")
+    but = " but for further windows" if any(map(further_windows, ours)) else ""
     lines.append(
         f"\n`{Path(setting['model']).name}`, {setting['pattern']}, the same "
-        f"{setting['samples'] * setting['sequence_length']:,} calibration tokens a seed for all "
+        f"{tokens(setting):,} calibration tokens a seed for all{but} "
         f"(mean, lowest to highest over seeds; one seed where one figure stands); evaluated alike; "
         f"the other tools' runs by commit {result['machine']['commit']}, "
         f"{result['machine']['date']}."

@@ -147,9 +147,17 @@ def label(variant: str) -> str:
     """Name a variant in words."""
     if variant == default_variant():
         return "the default recipe"
+    if windows := further_windows(variant):
+        return f"the recipe best, with {windows} further windows"
     method, correction = _method(variant)
     name, _, steps = method.partition(", ")
     return ", ".join([f"{name}, error correction {correction}", *([steps] if steps else [])])
+
+
+def further_windows(variant: str) -> int | None:
+    """Return on how many windows more ``variant`` trains if it is the recipe best; else None."""
+    found = re.fullmatch(rf"{re.escape(default_variant())},rotate,distill@(\d+)", variant)
+    return int(found[1]) if found else None
 
 
 def _method(variant: str) -> tuple[str, str]:
@@ -165,7 +173,7 @@ def _method(variant: str) -> tuple[str, str]:
 
 def _in_words(step: str) -> str:
     name, _, amount = step.partition("@")
-    counted = "windows" if name == "distill" else "epochs"
+    counted = "further windows" if name == "distill" else "epochs"
     return f"{name} ({amount} {counted})" if amount else name
 
 

@@ -223,15 +223,22 @@ class LocalEngine:
         streams, store, total = work.streams, work.store, len(work.structure.layers)
         reports = []
         earlier = 0.0
+        last = _last_unfinished(work)
         for number, (layer, call) in enumerate(
             zip(work.structure.layers, work.calls, strict=True), start=1
         ):
             work.progress.layer_started(layer.name, number, total)
             module = work.model.get_submodule(layer.name)
+            pruned = store.load(layer.name)
+            earlier += pruned.report.seconds if pruned else 0.0
+            if pruned and number > last:
+                pruned.write_to(module)
+                reports.append(pruned.report)
+                work.progress.layer_finished(pruned.report)
+                continue
             if number > work.scrambled_layers:
                 streams = streams.without_scrambled()
             context = streams.enter(module, layer, call, work.device)
-            pruned = store.load(layer.name)
             if pruned is None:
                 error = work.errors.of_layer(number) if work.errors else None
                 heads = work.heads[number - 1]
@@ -239,14 +246,19 @@ class LocalEngine:
                 store.save(layer.name, pruned)
                 # What is read from a file is mapped: memory does not grow with the layers.
                 pruned = store.load(layer.name) or pruned
-            else:
-                earlier += pruned.report.seconds
             pruned.write_to(module)
             streams = streams.leave(context, module)
             reports.append(pruned.report)
             give_back_freed_memory()
             work.progress.layer_finished(pruned.report)
         return FinishedLayers(tuple(reports), earlier)
+
+
+def _last_unfinished(work: LayerWork) -> int:
+    """Return the number of the last layer, from 1, that is not stored: none after it need run."""
+    layers = work.structure.layers
+    numbers = range(len(layers), 0, -1)
+    return next((n for n in numbers if work.store.load(layers[n - 1].name) is None), 0)
 
 
 def value_heads(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import tables as quality_tables
-from benchmarks.quality.compare import Setting
+from benchmarks.quality.compare import Setting, default_variant
 from sparseserve.checkpoint.tensors import write_json
 
 SETTING = Setting(
@@ -104,7 +104,12 @@ def test_steps_and_weights_are_written_out() -> None:
     )
 
 
+def test_the_recipe_best_is_named_with_its_further_windows() -> None:
+    variant = f"{default_variant()},rotate,distill@96"
+    assert quality_tables.label(variant) == "the recipe best, with 96 further windows"
+
+
 def test_rotations_come_before_and_distillation_after_with_its_windows() -> None:
     assert quality_tables.label("admm:intra,distill@96,rotate") == (
-        "admm, error correction intra, rotated heads, then distill (96 windows)"
+        "admm, error correction intra, rotated heads, then distill (96 further windows)"
     )

@@ -17,6 +17,7 @@ from sparseserve.checkpoint.tensors import save_tensors
 from sparseserve.checkpoint.verification import verify
 from sparseserve.errors import ArtifactError
 from sparseserve.layerwise.progress import PruneProgress
+from sparseserve.layerwise.streams import HiddenStreams
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.pruners.wanda import Wanda
 from sparseserve.report import OperatorReport, PruneReport
@@ -173,6 +174,25 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     for name in ("model.safetensors", "config.json", CARD_FILE):
         assert (out / name).read_bytes() == (whole.path / name).read_bytes()
     assert not (out.parent / "killed.partial").exists()
+
+
+def test_a_run_killed_after_its_last_layer_runs_no_layer_again(
+    prune: Any, with_pruner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledWhileWriting(PruneProgress):
+        def stage(self, text: str) -> None:
+            if text == "writing the checkpoint":
+                raise Killed
+
+    recipe = with_pruner(Wanda(), error_correction="intra+inter")
+    whole = prune("llama", "whole", recipe=recipe)
+    with pytest.raises(Killed):
+        prune("llama", "killed", recipe=recipe, progress=KilledWhileWriting())
+    monkeypatch.delattr(HiddenStreams, "enter")
+    killed = prune("llama", "killed", recipe=recipe)
+    file = "model.safetensors"
+    assert (killed.path / file).read_bytes() == (whole.path / file).read_bytes()
+    assert len(PruneReport.from_json(killed.manifest.report).layers) == 2
 
 
 def test_a_killed_run_rotates_the_values_of_the_layers_that_are_left(
