@@ -96,6 +96,7 @@ class LayerReport:
         unseen: Full names of the operators of experts that no calibration token reached. They stay
             dense.
         rotations: Where attention values were rotated before pruning.
+        scaled: Full names of the modules whose channels were scaled before rounding.
     """
 
     name: str
@@ -104,6 +105,7 @@ class LayerReport:
     reconstruction: ReconstructionReport | None = None
     unseen: tuple[str, ...] = ()
     rotations: tuple[RotationReport, ...] = ()
+    scaled: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LayerReport:
@@ -119,6 +121,7 @@ class LayerReport:
             ReconstructionReport(**reconstruction) if reconstruction else None,
             tuple(data.get("unseen", ())),
             tuple(RotationReport(**item) for item in data.get("rotations", ())),
+            tuple(data.get("scaled", ())),
         )
 
 
@@ -173,12 +176,15 @@ class QuantizationReport:
         mean_relative_error: Of the outputs of the operators against those of the pruned weights,
             unweighted mean; None where each weight was rounded to the nearest, without any text.
         seconds: Wall time.
+        scaled: Inputs of operators whose channels were scaled first, so that rounding what enters
+            them loses less.
     """
 
     to: str
     group_size: int | None
     mean_relative_error: float | None = None
     seconds: float = 0.0
+    scaled: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from sparseserve.errors import ClusterError
 from sparseserve.layerwise.layer import PrunedLayer, prune_layer
 from sparseserve.layerwise.layer_calls import VaryingArguments
 from sparseserve.layerwise.pipeline import LayerWork
+from sparseserve.layerwise.preparation import Preparation
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.reconstruction import OutputError
 from sparseserve.layerwise.streams import HiddenStreams
@@ -30,7 +31,6 @@ from sparseserve.machine import give_back_freed_memory, installed_versions
 from sparseserve.models.layer_call import LayerCall
 from sparseserve.models.layers import copy_layer
 from sparseserve.models.structure import LayerStructure
-from sparseserve.models.value_heads import ValueHeads
 from sparseserve.recipe.settings import PruneRecipe
 
 _CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ class LayerTask:
         keep_inputs: As in ``HiddenStreams``.
         recipe: How to prune.
         output_error: What training should lower, on the CPU; None for no training.
-        heads: Where the values of its attention are rotated.
+        preparation: What is done to it first.
         device: Where to prune: ``cpu`` or ``cuda``.
         arithmetic: What the result must be computed with.
     """
@@ -124,7 +124,7 @@ class LayerTask:
     keep_inputs: bool
     recipe: PruneRecipe
     output_error: OutputError | None
-    heads: tuple[ValueHeads, ...]
+    preparation: Preparation
     device: str
     arithmetic: Arithmetic
 
@@ -156,7 +156,7 @@ def layer_task(
         keep_inputs=work.streams.keep_inputs,
         recipe=work.recipe,
         output_error=None if errors is None else errors.of_layer(number),
-        heads=work.heads[number - 1],
+        preparation=work.preparations[number - 1],
         device=work.device.type,
         arithmetic=Arithmetic.here(work.device, call.autocast_to),
     )
@@ -189,7 +189,7 @@ def prune_task(task: LayerTask) -> PrunedLayer:
         )
         context = streams.enter(task.module, task.layer, task.call, device)
         error = task.output_error.to(device) if task.output_error else None
-        pruned = prune_layer(context, task.recipe, PruneProgress(), error, task.heads)
+        pruned = prune_layer(context, task.recipe, PruneProgress(), error, task.preparation)
     give_back_freed_memory()
     return pruned
 

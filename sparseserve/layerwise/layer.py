@@ -14,12 +14,13 @@ from sparseserve.huggingface.experts import experts_in
 from sparseserve.layerwise.group_statistics import GroupStatistics
 from sparseserve.layerwise.head_rotation import rotated_heads
 from sparseserve.layerwise.plan import planned_operators
+from sparseserve.layerwise.preparation import Preparation
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.reconstruction import OutputError, reconstruct
+from sparseserve.layerwise.smoothing import smoothed
 from sparseserve.layerwise.streams import LayerContext
 from sparseserve.models.layers import copy_layer, layer_weight, set_layer_weight
 from sparseserve.models.structure import Operator
-from sparseserve.models.value_heads import ValueHeads
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import LayerReport, OperatorReport, ReconstructionReport
 from sparseserve.solvers.statistics import InputStatistics, relative_output_error
@@ -58,7 +59,7 @@ def prune_layer(
     recipe: PruneRecipe,
     progress: PruneProgress,
     output_error: OutputError | None,
-    heads: Sequence[ValueHeads] = (),
+    preparation: Preparation | None = None,
 ) -> PrunedLayer:
     """Prune every planned operator of the layer, in the order in which data reaches them.
 
@@ -67,15 +68,17 @@ def prune_layer(
         recipe: How to prune.
         progress: Told of every operator.
         output_error: What the whole layer is trained to lower afterwards; None for no training.
-        heads: Where its attention values are rotated first.
+        preparation: What is done to it first; None for nothing.
 
     Raises:
         NumericalError: Names the operator.
     """
     started = time.perf_counter()
     planned = planned_operators(context.layer, recipe)
-    with rotated_heads(context, heads, planned, recipe.pattern) as rotated:
-        layer = _prune_planned(rotated.context, planned, recipe, progress, output_error)
+    places = preparation or Preparation()
+    with rotated_heads(context, places.heads, planned, recipe.pattern) as rotated:
+        prepared, scaled = smoothed(rotated.context, places.channels, planned)
+        layer = _prune_planned(prepared, planned, recipe, progress, output_error)
     return PrunedLayer(
         _changed(context, layer.module, layer.planned, recipe),
         LayerReport(
@@ -85,6 +88,7 @@ def prune_layer(
             layer.reconstruction,
             tuple(context.layer.full_name(operator) for operator in layer.unseen),
             rotated.reports,
+            scaled,
         ),
         layer.scales,
     )

@@ -36,6 +36,7 @@ from sparseserve.devices import dtype_name, pruning_dtype
 from sparseserve.huggingface.experts import unstacked_experts
 from sparseserve.layerwise.layer import PrunedLayer, prune_layer
 from sparseserve.layerwise.plan import UNSEEN, check_plan, dense_reasons, ignored_modules
+from sparseserve.layerwise.preparation import Preparation, preparations
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.reconstruction import OutputError, PredictionError, RelativeError
 from sparseserve.layerwise.streams import HiddenStreams
@@ -45,13 +46,9 @@ from sparseserve.models.layers import capture_layer_calls, entering_states
 from sparseserve.models.prediction import prediction_head
 from sparseserve.models.reading import reading_weights
 from sparseserve.models.structure import ModelStructure, trace_structure
-from sparseserve.models.value_heads import ValueHeads, find_value_heads
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import Environment, LayerReport, PruneReport
 from sparseserve.text.calibration import CalibrationSet
-
-# A few tokens show what a layer computes; more would only cost time.
-_TRIED_TOKENS = 8
 
 
 class LayerStore(Protocol):
@@ -127,7 +124,7 @@ def prune_model(
             streams=streams,
             scrambled_layers=calibration.scrambled_layers,
             errors=errors,
-            heads=value_heads(model, structure, recipe, calibration.windows[0], progress),
+            preparations=preparations(model, structure, recipe, calibration.windows[0], progress),
             store=store,
             progress=progress,
             device=device,
@@ -160,7 +157,7 @@ class LayerWork:
         streams: What enters the first layer.
         scrambled_layers: How many layers, from the first on, see the scrambled windows.
         errors: What training each layer should lower; None for no training.
-        heads: For each layer, where the values of its attention are rotated.
+        preparations: What is done to each layer first.
         store: Keeps finished layers.
         progress: Told of every step.
         device: Where layers run and are pruned.
@@ -173,7 +170,7 @@ class LayerWork:
     streams: HiddenStreams
     scrambled_layers: int
     errors: OutputErrors | None
-    heads: Sequence[tuple[ValueHeads, ...]]
+    preparations: Sequence[Preparation]
     store: LayerStore
     progress: PruneProgress
     device: torch.device
@@ -241,8 +238,8 @@ class LocalEngine:
             context = streams.enter(module, layer, call, work.device)
             if pruned is None:
                 error = work.errors.of_layer(number) if work.errors else None
-                heads = work.heads[number - 1]
-                pruned = prune_layer(context, work.recipe, work.progress, error, heads)
+                first = work.preparations[number - 1]
+                pruned = prune_layer(context, work.recipe, work.progress, error, first)
                 store.save(layer.name, pruned)
                 # What is read from a file is mapped: memory does not grow with the layers.
                 pruned = store.load(layer.name) or pruned
@@ -259,22 +256,6 @@ def _last_unfinished(work: LayerWork) -> int:
     layers = work.structure.layers
     numbers = range(len(layers), 0, -1)
     return next((n for n in numbers if work.store.load(layers[n - 1].name) is None), 0)
-
-
-def value_heads(
-    model: nn.Module,
-    structure: ModelStructure,
-    recipe: PruneRecipe,
-    window: Tensor,
-    progress: PruneProgress,
-) -> tuple[tuple[ValueHeads, ...], ...]:
-    """Return where the values of each layer's attention are rotated before it is pruned."""
-    if recipe.rotate == "none":
-        return ((),) * len(structure.layers)
-    found = find_value_heads(model, structure, window[:_TRIED_TOKENS])
-    if not any(found):
-        progress.stage("rotating no heads: nowhere in this model can values be rotated")
-    return found
 
 
 @dataclass(frozen=True, slots=True)

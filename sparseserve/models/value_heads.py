@@ -15,21 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparseserve.models.hooks import hidden_output
-from sparseserve.models.layer_call import LayerCall
-from sparseserve.models.layers import (
-    capture_layer_calls,
-    copy_layer,
-    entering_states,
-    layer_weight,
-)
+from sparseserve.models.layer_behaviour import LayerBehaviour
+from sparseserve.models.layers import capture_layer_calls, entering_states, layer_weight
 from sparseserve.models.structure import LayerStructure, ModelStructure, Operator
 
 # Head widths that models have, the largest first: a part of a head could be rotated, too.
 _WIDTHS = (512, 256, 192, 160, 128, 112, 96, 80, 64, 48, 40, 32, 24, 16, 8)
-# Of what the layer's output changes by when only the values are rotated. Rounding leaves 1e-6.
-_TOLERANCE = 1e-3
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +61,11 @@ class ValueHeads:
             rotations: Orthogonal, ``[heads, width, width]``.
         """
         self.rotate_values(layer, rotations)
+        self.rotate_outputs(layer, rotations)
+
+    @torch.no_grad()
+    def rotate_outputs(self, layer: nn.Module, rotations: Tensor) -> None:
+        """Turn what reads the values alone, in place."""
         outputs = layer_weight(layer, self.outputs)
         outputs.copy_(self.rotate_inputs(outputs.to(rotations.dtype), rotations))
 
@@ -106,73 +102,46 @@ def find_value_heads(
     [hidden] = entering_states(model, structure, [window])
     # Each layer is tried: two of one class may treat their values in different ways.
     return tuple(
-        tuple(_Trial(model.get_submodule(layer.name), layer, hidden, call).found())
+        tuple(_found(LayerBehaviour(model.get_submodule(layer.name), hidden, call), layer))
         for layer, call in zip(structure.layers, calls, strict=True)
     )
 
 
-class _Trial:
-    """A layer in float32, its weights rotated and put back."""
+def _found(behaviour: LayerBehaviour, layer: LayerStructure) -> Iterator[ValueHeads]:
+    """Try all pairs of operators that could be values and what reads them."""
+    read: set[str] = set()
+    groups = layer.common_groups
+    for number, group in enumerate(groups):
+        for outputs in group.operators:
+            for values in (value for group in groups[:number] for value in group.operators):
+                if values.name in read:
+                    continue
+                heads = _heads(behaviour, values, outputs)
+                if heads is not None:
+                    read |= {values.name, outputs.name}
+                    yield heads
+                    break
 
-    def __init__(
-        self, module: nn.Module, layer: LayerStructure, hidden: Tensor, call: LayerCall
-    ) -> None:
-        self._dense = copy_layer(module, _CPU, torch.float32)
-        self._layer = copy_layer(self._dense)
-        self._structure = layer
-        self._hidden = hidden.float()
-        self._call = call.to(_CPU, torch.float32)
-        self._output = self._run()
 
-    def found(self) -> Iterator[ValueHeads]:
-        """Try all pairs of operators that could be values and what reads them."""
-        read: set[str] = set()
-        groups = self._structure.common_groups
-        for number, group in enumerate(groups):
-            for outputs in group.operators:
-                earlier = [value for group in groups[:number] for value in group.operators]
-                for values in earlier:
-                    if values.name in read:
-                        continue
-                    heads = self._heads(values, outputs)
-                    if heads is not None:
-                        read |= {values.name, outputs.name}
-                        yield heads
-                        break
+def _heads(behaviour: LayerBehaviour, values: Operator, outputs: Operator) -> ValueHeads | None:
+    for start, rows in _candidate_rows(values, outputs):
+        # Turned by half a turn, whatever is linear in the values stays: most pairs end here.
+        half = ValueHeads(values, start, rows, outputs, rows)
+        if not _stays(behaviour, half, -torch.eye(rows)[None]):
+            continue
+        for width in (width for width in _WIDTHS if rows % width == 0):
+            heads = ValueHeads(values, start, rows, outputs, width)
+            if _stays(behaviour, heads, _random_rotations(heads.heads, width)):
+                return heads
+    return None
 
-    def _heads(self, values: Operator, outputs: Operator) -> ValueHeads | None:
-        for start, rows in _candidate_rows(values, outputs):
-            # Turned by half a turn, whatever is linear in the values stays: most pairs end here.
-            half = ValueHeads(values, start, rows, outputs, rows)
-            if not self._stays(half, -torch.eye(rows)[None]):
-                continue
-            for width in (width for width in _WIDTHS if rows % width == 0):
-                heads = ValueHeads(values, start, rows, outputs, width)
-                if self._stays(heads, _random_rotations(heads.heads, width)):
-                    return heads
-        return None
 
-    def _stays(self, heads: ValueHeads, rotations: Tensor) -> bool:
-        """Whether the output moves far less than where the values alone are rotated."""
-        heads.rotate_values(self._layer, rotations)
-        moved = _distance(self._run(), self._output)
-        self._put_back(heads.values)
-        heads.rotate(self._layer, rotations)
-        left = _distance(self._run(), self._output)
-        self._put_back(heads.values, heads.outputs)
-        # Values that change nothing show nothing.
-        return moved > 0 and left <= _TOLERANCE * moved
-
-    @torch.no_grad()
-    def _run(self) -> Tensor:
-        output = hidden_output(self._call.apply(self._layer, self._hidden))
-        assert output is not None, "the layers of a structure return hidden states"
-        return output
-
-    def _put_back(self, *operators: Operator) -> None:
-        for operator in operators:
-            dense = self._dense.get_submodule(operator.name)
-            self._layer.get_submodule(operator.name).load_state_dict(dense.state_dict())
+def _stays(behaviour: LayerBehaviour, heads: ValueHeads, rotations: Tensor) -> bool:
+    return behaviour.undone(
+        lambda layer: heads.rotate_values(layer, rotations),
+        lambda layer: heads.rotate_outputs(layer, rotations),
+        {heads.values.name, heads.outputs.name},
+    )
 
 
 def _candidate_rows(values: Operator, outputs: Operator) -> Sequence[tuple[int, int]]:
@@ -191,7 +160,3 @@ def _random_rotations(heads: int, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(width)
     rotations: Tensor = torch.linalg.qr(torch.randn(heads, width, width, generator=generator)).Q
     return rotations
-
-
-def _distance(output: Tensor, other: Tensor) -> float:
-    return float((output.double() - other.double()).norm())

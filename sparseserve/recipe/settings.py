@@ -13,6 +13,7 @@ from sparseserve.errors import RecipeError, first_line, unknown_name
 from sparseserve.paths import shown
 from sparseserve.pruners import PRUNERS, Pruner
 from sparseserve.pruners.admm import Admm
+from sparseserve.pruners.quantize import QuantizeKept
 from sparseserve.recipe.correction import ErrorCorrection
 from sparseserve.recipe.steps import Reconstruction
 from sparseserve.recipe.values import check_numbers
@@ -107,6 +108,11 @@ class PruneRecipe:
     def compares_with_dense(self) -> bool:
         """Whether the hidden states of the dense model are needed beside those of the pruned."""
         return self.correction.needs_dense or self.reconstruction.epochs > 0
+
+    @property
+    def smooths_inputs(self) -> bool:
+        """Whether channels are scaled first: where a server rounds what enters an operator."""
+        return isinstance(self.pruner, QuantizeKept) and self.pruner.quantization.to == "int8"
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

@@ -67,6 +67,7 @@ def round_weights(opening: Opening, report: PruneReport, run: RunFolder) -> Roun
         group_size=quantization.group_size,
         mean_relative_error=found.mean_relative_error,
         seconds=found.seconds,
+        scaled=sum(len(layer.scaled) for layer in found.layers),
     )
     seconds = report.seconds + found.seconds
     return Rounded(replace(report, quantization=rounding, seconds=seconds), scales)

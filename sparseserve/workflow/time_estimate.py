@@ -81,7 +81,7 @@ class _FirstLayer(LocalEngine):
             work,
             structure=replace(work.structure, layers=layers[chosen]),
             calls=work.calls[chosen],
-            heads=work.heads[chosen],
+            preparations=work.preparations[chosen],
         )
         return LocalEngine.prune_layers(self, alone)
 

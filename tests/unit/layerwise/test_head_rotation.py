@@ -9,6 +9,7 @@ import torch
 
 from sparseserve.layerwise.head_rotation import rotated_heads
 from sparseserve.layerwise.layer import prune_layer
+from sparseserve.layerwise.preparation import Preparation
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.layerwise.streams import HiddenStreams, LayerContext
 from sparseserve.models.layers import (
@@ -85,7 +86,7 @@ def test_where_an_operator_stays_dense_nothing_is_rotated(tmp_path: Path, left: 
 
 def test_the_pruned_layer_holds_all_that_was_rotated(tmp_path: Path) -> None:
     context, heads = first_layer(tmp_path, "qwen2", keep_inputs=True)
-    pruned = prune_layer(context, UNTRAINED, PruneProgress(), None, heads)
+    pruned = prune_layer(context, UNTRAINED, PruneProgress(), None, Preparation(heads))
     # Biases of values are turned with them; no other bias changes without training.
     (bias,) = (name for name in pruned.parameters if name.endswith("bias"))
     assert bias == "self_attn.v_proj.bias"

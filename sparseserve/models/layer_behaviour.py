@@ -1,0 +1,65 @@
+"""What changed weights do to what a decoder layer computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sparseserve.models.hooks import hidden_output
+from sparseserve.models.layer_call import LayerCall
+from sparseserve.models.layers import copy_layer
+
+# Of what the layer's output moves by when only half of a change is made. Rounding leaves 1e-6.
+_TOLERANCE = 1e-3
+_CPU = torch.device("cpu")
+
+Change = Callable[[nn.Module], None]
+
+
+class LayerBehaviour:
+    """A copy of a decoder layer in float32 whose weights are changed, tried, and put back."""
+
+    def __init__(self, module: nn.Module, hidden: Tensor, call: LayerCall) -> None:
+        """Run the layer as it is.
+
+        Args:
+            module: The layer, in any dtype on any device; not changed.
+            hidden: What enters it, ``[1, T, hidden]``.
+            call: How it is called besides.
+        """
+        self._dense = copy_layer(module, _CPU, torch.float32)
+        self._layer = copy_layer(self._dense)
+        self._hidden = hidden.float()
+        self._call = call.to(_CPU, torch.float32)
+        self._output = self._run()
+
+    def undone(self, change: Change, remedy: Change, modules: set[str]) -> bool:
+        """Whether ``remedy`` undoes what ``change`` does to the output.
+
+        A change that moves nothing shows nothing, and counts as not undone.
+
+        Args:
+            change: Changes weights in place.
+            remedy: Changes others.
+            modules: The names of all modules that the two change.
+        """
+        change(self._layer)
+        moved = self._distance()
+        remedy(self._layer)
+        left = self._distance()
+        for name in modules:
+            self._layer.get_submodule(name).load_state_dict(
+                self._dense.get_submodule(name).state_dict()
+            )
+        return moved > 0 and left <= _TOLERANCE * moved
+
+    def _distance(self) -> float:
+        return float((self._run().double() - self._output.double()).norm())
+
+    @torch.no_grad()
+    def _run(self) -> Tensor:
+        output = hidden_output(self._call.apply(self._layer, self._hidden))
+        assert output is not None, "the layers of a structure return hidden states"
+        return output
