@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from sparseserve.recipe.settings import PruneRecipe
 
 _TEXT = (
-    click.option("--pattern", help="What stays: 2:4, any N:M, or a share of zeros such as 50%."),
+    click.option(
+        "--pattern",
+        help="What stays: 2:4, any N:M, or a share of zeros such as 50%. The recipe default: 2:4.",
+    ),
     click.option(
         "--calibration",
         help="Text that shows what the model reads: a file, folder or dataset name. "
@@ -23,10 +26,13 @@ _TEXT = (
     click.option(
         "--samples",
         type=int,
-        help="Pieces of that text, called windows; more take longer and lose less.",
+        help="Pieces of that text, called windows; more take longer and lose less. The recipe "
+        "default: 256.",
     ),
-    click.option("--sequence-length", type=int, help="Tokens of each window."),
-    click.option("--seed", type=int, help="Which windows are drawn."),
+    click.option(
+        "--sequence-length", type=int, help="Tokens of each window. The recipe default: 512."
+    ),
+    click.option("--seed", type=int, help="Which windows are drawn. The recipe default: 0."),
     click.option(
         "--dtype",
         help="Of the stored weights: auto (the model's own), float32, bfloat16 or float16.",
@@ -62,20 +68,25 @@ _SOLVER = (
         "--error-correction",
         help="Which earlier errors an operator repairs: none, intra (inside its layer), "
         "intra+inter (also earlier layers), sequential (inputs of the pruned model, nothing "
-        "repaired).",
+        "repaired). The recipe default: intra+inter.",
     ),
     click.option(
         "--inter-weight",
         type=float,
-        help="How much of the earlier layers' errors intra+inter repairs, 0 to 1.",
+        help="How much of the earlier layers' errors intra+inter repairs, 0 to 1. The recipe "
+        "default: 0.5.",
     ),
     click.option(
         "--reconstruct",
         type=int,
-        help="Epochs that each layer is trained after it is pruned; 0 for none.",
+        help="Epochs that each layer is trained after it is pruned; 0 for none. The recipe "
+        "default: 3.",
     ),
     click.option(
-        "--retrain", type=int, help="Epochs that the whole model is trained at the end; 0 for none."
+        "--retrain",
+        type=int,
+        help="Epochs that the whole model is trained at the end; 0 for none. The recipe default: "
+        "0.",
     ),
     click.option(
         "--distill",
@@ -98,7 +109,8 @@ _SOLVER = (
     click.option(
         "--scrambled",
         type=int,
-        help="Copies of each window with random tokens, for the first layers; 0 for none.",
+        help="Copies of each window with random tokens, for the first layers; 0 for none. The "
+        "recipe default: 1.",
     ),
 )
 

@@ -3,8 +3,7 @@
 Xiao et al. 2023, "SmoothQuant". A server rounds each token's inputs with one scale, so a channel
 that is far larger than the others leaves few codes to them. Dividing it by a factor, and
 multiplying the column that reads it, moves a part of the trouble into the weights, whose rounding
-errors are repaired. Factors are powers of two: nothing but a gain that is stored less one is
-rounded by them.
+errors are repaired.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from sparseserve.models.structure import Operator, OperatorGroup
 # Sizes of channels add a pass over so many windows at most, however many there are.
 _WINDOWS = 32
 # The share of a channel's size that goes to the weights.
-_SHARE = 0.6
+_SHARE = 0.4
 # A channel that the calibration text hardly reaches says little: it is scaled no further than this.
 _FARTHEST = 2.0**6
 
@@ -52,7 +51,7 @@ def smoothed(
     ]
     module = copy_layer(context.module)
     for source, factor in zip(chosen, factors, strict=True):
-        source.scale(module, factor)
+        source.scale(module, factor, context.storage_dtype)
     names = tuple(f"{context.layer.name}.{source.module}" for source in chosen)
     # What was kept of its inputs is in the old scale: it is run again instead.
     dense = context.dense and replace(context.dense, inputs=())
@@ -79,7 +78,7 @@ def _column_sizes(module: nn.Module, group: OperatorGroup) -> Tensor:
 
 
 def smoothing_factors(inputs: Tensor, weights: Tensor) -> Tensor:
-    """Return what each channel is divided by, powers of two ``[in]``, about 1 on the mean.
+    """Return what each channel is divided by, ``[in]``, about 1 on the mean.
 
     Args:
         inputs: Root mean squares of the channels, ``[in]``, in any unit.
@@ -91,4 +90,4 @@ def smoothing_factors(inputs: Tensor, weights: Tensor) -> Tensor:
     logarithms = _SHARE * inputs.double().log2() - (1 - _SHARE) * weights.double().log2()
     logarithms = (logarithms - logarithms[known].mean()).where(known, 0)
     farthest = torch.tensor(_FARTHEST).log2()
-    return logarithms.round().clamp(-farthest, farthest).exp2().float()
+    return logarithms.clamp(-farthest, farthest).exp2().float()

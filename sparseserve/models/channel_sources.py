@@ -50,22 +50,35 @@ class ChannelSource:
         """The names of all modules that scaling changes."""
         return {self.module, *(operator.name for operator in self.group.operators)}
 
-    def scale(self, layer: nn.Module, factors: Tensor) -> None:
-        """Divide the channels by ``factors`` ``[in_features]`` where they are made, and undo it."""
-        self.divide(layer, factors)
-        self.multiply(layer, factors)
+    def scale(self, layer: nn.Module, factors: Tensor, stored: torch.dtype = torch.float32) -> None:
+        """Divide the channels by ``factors`` ``[in_features]`` where they are made, and undo it.
+
+        Args:
+            layer: The decoder layer; changed in place.
+            factors: Positive.
+            stored: What gains are rounded to in the end. The columns are multiplied by what the
+                rounded gains really divide by.
+        """
+        self.multiply(layer, self.divide(layer, factors, stored))
 
     @torch.no_grad()
-    def divide(self, layer: nn.Module, factors: Tensor) -> None:
-        """Divide the channels, in place: the layer then computes something else."""
+    def divide(
+        self, layer: nn.Module, factors: Tensor, stored: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Divide the channels, in place, and return by what: the layer computes something else."""
         rows = slice(self.start, self.start + self.group.in_features)
+        vectors = dict(layer.get_submodule(self.module).named_parameters(recurse=False))
+        weight = vectors.pop("weight")
         if self.operator is not None:
             layer_weight(layer, self.operator)[rows].div_(factors[:, None])
-        for name, vector in layer.get_submodule(self.module).named_parameters(recurse=False):
-            if vector.dim() > 1:
-                continue
-            offset = self.offset if name == "weight" else 0.0
-            vector[rows] = ((vector[rows].double() + offset) / factors - offset).to(vector.dtype)
+        else:
+            gains = weight.double() + self.offset
+            weight.copy_((gains / factors - self.offset).to(stored))
+            found = gains / (weight.double() + self.offset)
+            factors = found.where(torch.isfinite(found) & (found > 0), factors.double()).float()
+        for vector in vectors.values():
+            vector[rows] = vector[rows] / factors
+        return factors
 
     @torch.no_grad()
     def multiply(self, layer: nn.Module, factors: Tensor) -> None:
@@ -121,8 +134,7 @@ def _candidates(layer: LayerStructure, module: nn.Module) -> Iterator[ChannelSou
     for number, group in enumerate(groups):
         width = group.in_features
         for name in norms:
-            size = next(module.get_submodule(name).parameters()).numel()
-            if size == width:
+            if module.get_parameter(f"{name}.weight").numel() == width:
                 yield ChannelSource(group, name)
                 yield ChannelSource(group, name, offset=1.0)
         for operator in (each for earlier in groups[:number] for each in earlier.operators):
@@ -133,9 +145,10 @@ def _candidates(layer: LayerStructure, module: nn.Module) -> Iterator[ChannelSou
 
 
 def _is_vector_module(module: nn.Module) -> bool:
-    """Whether it has vectors of one size as parameters, and nothing else."""
-    own = list(module.parameters())
-    return bool(own) and all(p.dim() == 1 for p in own) and len({p.numel() for p in own}) == 1
+    """Whether its own parameters are a weight and others of the same size, all of them vectors."""
+    own = dict(module.named_parameters(recurse=False))
+    sizes = {vector.shape for vector in own.values()}
+    return "weight" in own and len(sizes) == 1 and own["weight"].dim() == 1
 
 
 def _trial_factors(channels: int) -> Tensor:

@@ -15,7 +15,7 @@ from sparseserve.models.layers import copy_layer
 _TOLERANCE = 1e-3
 _CPU = torch.device("cpu")
 
-Change = Callable[[nn.Module], None]
+Change = Callable[[nn.Module], object]
 
 
 class LayerBehaviour:

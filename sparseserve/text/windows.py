@@ -39,9 +39,12 @@ def fit_sequence_length(requested: int | None, *, limit: int | None, default: in
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
-    """Return the longest sequence a model of this ``config`` takes, or None if it does not say."""
+    """Return the longest sequence a model of this ``config`` takes, or None if it does not say.
+
+    XLNet, which takes any, says -1.
+    """
     limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def vocabulary_size(config: PretrainedConfig) -> int | None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.text.calibration import DEFAULT_SEQUENCE_LENGTH
 from tests.integration.command_line import Cli, prune_arguments
 
 
@@ -169,6 +171,26 @@ def test_every_command_has_help(cli: Cli, command: list[str]) -> None:
     done = cli(*command, "--help")
     assert done.returncode == 0
     assert "Usage:" in done.stdout
+
+
+def test_help_says_what_the_default_recipe_does(cli: Cli) -> None:
+    recipe = PruneRecipe()
+    calibration = recipe.calibration
+    shown = {
+        "--pattern": recipe.pattern,
+        "--samples": calibration.samples,
+        "--sequence-length": DEFAULT_SEQUENCE_LENGTH,
+        "--seed": calibration.seed,
+        "--scrambled": calibration.scrambled,
+        "--error-correction": recipe.error_correction,
+        "--inter-weight": recipe.inter_weight,
+        "--reconstruct": recipe.reconstruction.epochs,
+        "--retrain": recipe.retraining.epochs,
+    }
+    text = " ".join(cli("prune-and-export", "--help").stdout.split())
+    for option, value in shown.items():
+        start = text.index(f"{option} ")
+        assert f"The recipe default: {value}. " in text[start : start + 400]
 
 
 def test_help_needs_no_heavy_import() -> None:

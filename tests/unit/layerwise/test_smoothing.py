@@ -73,14 +73,17 @@ def test_the_layer_computes_the_same_and_its_operators_see_other_channels(
     group = context.layer.groups[0]
     for window, call in context.windows(context.entering):
         torch.testing.assert_close(
-            run_layer(prepared.module, window, call), run_layer(context.module, window, call)
+            run_layer(prepared.module, window, call),
+            run_layer(context.module, window, call),
+            rtol=1e-5,
+            atol=1e-4,
         )
         inputs, before = (
             group_input(each.module, window, call, group) for each in (prepared, context)
         )
         factors = before[0] / inputs[0]
         torch.testing.assert_close(inputs * factors, before)
-        assert factors[5] == factors.max() >= 4
+        assert factors[5] == factors.max() >= 2
     if dense:
         *_, last = prepared.dense_group_inputs(group)
         torch.testing.assert_close(last, inputs)
@@ -97,7 +100,7 @@ def test_rounding_the_inputs_of_a_large_channel_loses_less(tmp_path: Path) -> No
         weight = module.get_parameter(f"{group.operators[0].name}.weight")
         return float((inputs @ weight.T - nearest(inputs) @ nearest(weight).T).norm())
 
-    assert loss(prepared.module) < 0.5 * loss(context.module)
+    assert loss(prepared.module) < 0.7 * loss(context.module)
 
 
 def nearest(matrix: Tensor) -> Tensor:
@@ -151,18 +154,16 @@ sizes = st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=40)
 
 
 @given(inputs=sizes, unit=st.floats(1e-3, 1e3))
-def test_factors_are_powers_of_two_that_grow_with_their_channel(
+def test_factors_grow_with_their_channel_and_stay_within_bounds(
     inputs: list[float], unit: float
 ) -> None:
     channels = torch.tensor(inputs)
     factors = smoothing_factors(channels, torch.ones_like(channels))
-    assert torch.equal(factors.log2(), factors.log2().round())
     assert float(factors.min()) >= 2**-6
     assert float(factors.max()) <= 2**6
     known = channels > 0
     assert bool((factors[~known] == 1).all())
     order = channels[known].argsort()
     assert bool((factors[known][order].diff() >= 0).all())
-    # The unit says nothing; at a tie it may decide how one is rounded.
     again = smoothing_factors(channels * unit, torch.ones_like(channels))
-    assert bool(((again / factors).log2().abs() <= 1).all())
+    torch.testing.assert_close(again, factors, rtol=1e-3, atol=0)

@@ -91,16 +91,22 @@ def test_a_norm_that_something_else_reads_is_left() -> None:
     assert "input_layernorm.norm" not in [source.module for source in found[0]]
 
 
-def test_scaling_by_powers_of_two_rounds_nothing_that_is_stored_in_16_bits() -> None:
-    model = tiny_model("llama").to(torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_columns_are_multiplied_by_what_a_gain_stored_in_16_bits_divides_by(family: str) -> None:
+    model = with_random_vectors(tiny_model(family))
     structure = trace_structure(model, WINDOW)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    layer = model.get_submodule(structure.layers[0].name)
-    for source in find_channel_sources(model, structure, WINDOW)[0]:
-        source.scale(layer, factors(source.group.in_features))
-        source.scale(layer, 1 / factors(source.group.in_features))
-    after = model.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    expected = model(IDS).logits
+    for layer, sources in zip(
+        structure.layers, find_channel_sources(model, structure, WINDOW), strict=True
+    ):
+        module = model.get_submodule(layer.name)
+        for source in sources:
+            wanted = 1 + 0.37 * torch.arange(source.group.in_features) % 5
+            source.scale(module, wanted, torch.bfloat16)
+            if source.operator is None:
+                gain = module.get_parameter(f"{source.module}.weight")
+                assert torch.equal(gain, gain.bfloat16().float())
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=2e-5)
 
 
 def with_random_vectors(model: PreTrainedModel) -> PreTrainedModel:

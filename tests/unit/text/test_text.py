@@ -13,7 +13,7 @@ from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from sparseserve.errors import CalibrationError, RecipeError
 from sparseserve.testing import tiny_tokenizer
@@ -22,6 +22,7 @@ from sparseserve.text import (
     calibration_windows,
     evaluation_windows,
     fit_sequence_length,
+    position_limit,
     read_text,
     windows,
 )
@@ -277,6 +278,12 @@ def test_numbers_that_make_no_window_are_refused() -> None:
         evaluation_windows(tiny_tokenizer(), source, sequence_length=10, samples=0)
     with pytest.raises(RecipeError, match="--sequence-length 1 leaves nothing to predict"):
         evaluation_windows(bos_tokenizer(), source, sequence_length=1)
+
+
+@pytest.mark.parametrize(("stated", "limit"), [(64, 64), (-1, None), (0, None), (None, None)])
+def test_a_model_that_takes_any_length_has_no_limit(stated: int | None, limit: int | None) -> None:
+    assert position_limit(PretrainedConfig(max_position_embeddings=stated)) == limit
+    assert position_limit(PretrainedConfig()) is None
 
 
 def test_the_sequence_length_stays_within_the_model() -> None:
