@@ -35,6 +35,36 @@ def operators_table(result: Result) -> str:
     return "\n".join(lines)
 
 
+def admm_schedule_table(result: Result) -> str:
+    """Errors and updates of each schedule as parts of those of the first, by damping."""
+    rows = result["rows"]
+    knobs = ("first_penalty", "growth", "interval")
+    dampings = distinct(row["damping"] for row in rows)
+    columns = ("error", "held-out error", "updates")
+    heads = [f"{column}, damping {each:g}" for each in dampings for column in columns]
+    lines = [head("first penalty", "growth", "updates with one", *heads)]
+    schedules = distinct(tuple(row[knob] for knob in knobs) for row in rows)
+    for schedule in schedules:
+        cells = []
+        for damping in dampings:
+            for key in ("calibration_error", "heldout_error", "updates"):
+                own, first = (
+                    pick(rows, key, damping=damping, **dict(zip(knobs, each, strict=True)))
+                    for each in (schedule, schedules[0])
+                )
+                shares = [one / other for one, other in zip(own, first, strict=True)]
+                digits = 2 if key == "updates" else 4
+                cells.append(f"{statistics.geometric_mean(shares):.{digits}f}")
+        lines.append(line(*(f"{knob:g}" for knob in schedule), *cells))
+    operators = ", ".join(distinct(row["operator"] for row in rows))
+    machine = result["machine"]
+    lines.append(
+        f"\nParts of the first row, geometric means over {operators}; 2:4 after the refit; "
+        f"torch {machine['torch']}, {commit_and_date(machine)}"
+    )
+    return "\n".join(lines)
+
+
 def first_order_table(result: Result) -> str:
     """Objective gaps by products, then errors after rounding to 2:4 and a refit."""
     rows = result["rows"]
