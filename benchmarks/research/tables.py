@@ -275,6 +275,7 @@ def _where(result: Result) -> str:
 
 RESEARCH_TABLES: dict[str, Callable[[Result], str]] = {
     "operators": operators_table,
+    "admm-schedule": admm_schedule_table,
     "first-order": first_order_table,
     "penalty-search": penalty_search_table,
     "gradient-blocks": gradient_blocks_table,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.research import (
+    admm_schedule,
     first_order,
     gradient_blocks,
     operators,
@@ -39,7 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "script",
-    [first_order, operators, stacked_penalties, warm_starts],
+    [admm_schedule, first_order, operators, stacked_penalties, warm_starts],
     ids=lambda script: script.__name__.split(".")[-1],
 )
 def test_a_smoke_run_measures_and_writes_nothing(
