@@ -75,6 +75,21 @@ class ExpertLinears(nn.Module):
             for expert in range(len(self)):
                 yield tuple(f"{expert}.{projection}" for projection in stack.projections)
 
+    def write_back(self, experts: nn.Module) -> None:
+        """Write what has got memory of its own meanwhile into the tensors of ``experts``.
+
+        A linear shares their memory until something, such as another dtype, gives it a new weight.
+        """
+        own = {name: vector.detach() for name, vector in experts.named_parameters(recurse=False)}
+        for stack in self.stacks:
+            biases = own.get(f"{stack.leaf}_bias")
+            for expert in range(stack.experts):
+                for projection in stack.projections:
+                    linear = self.get_submodule(f"{expert}.{projection}")
+                    _keep(stack.weight(own[stack.leaf], expert, projection), linear, "weight")
+                    if biases is not None:
+                        _keep(stack.bias(biases, expert, projection), linear, "bias")
+
     def _run(self, expert: int, rows: Tensor) -> Tensor:
         linears = self.get_submodule(str(expert))
         stack = self.stacks[0]
@@ -144,7 +159,7 @@ def expert_stacks(name: str, experts: nn.Module) -> tuple[ExpertStack, ...]:
 def unstacked_experts(model: nn.Module) -> Iterator[None]:
     """Let every expert of ``model`` be linears in the block; afterwards the model is as it was.
 
-    The weights are shared: what is written into a linear stays.
+    What is written into a linear stays, also where it was given a new weight.
     """
     stacked = {
         name: module for name, module in model.named_modules() if expert_stacks(name, module)
@@ -152,8 +167,10 @@ def unstacked_experts(model: nn.Module) -> Iterator[None]:
     with ExitStack() as restore:
         for name, experts in stacked.items():
             kind = SpreadExpertLinears if _is_spread(experts) else ExpertLinears
-            model.set_submodule(name, kind(experts))
+            linears = kind(experts)
+            model.set_submodule(name, linears)
             restore.callback(model.set_submodule, name, experts)
+            restore.callback(linears.write_back, experts)
         yield
 
 
@@ -254,6 +271,12 @@ def _routing(args: Sequence[Tensor], kwargs: dict[str, Tensor]) -> Routing:
     named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False))
     named |= kwargs
     return named["top_k_index"], named["top_k_weights"]
+
+
+def _keep(place: Tensor, linear: nn.Module, name: str) -> None:
+    value = linear.get_parameter(name).detach()
+    if value.data_ptr() != place.data_ptr():
+        place.copy_(value)
 
 
 def _linear(experts: nn.Module, stack: ExpertStack, expert: int, projection: str) -> nn.Linear:

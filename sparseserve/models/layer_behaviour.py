@@ -33,12 +33,13 @@ class LayerBehaviour:
         self._layer = copy_layer(self._dense)
         self._hidden = hidden.float()
         self._call = call.to(_CPU, torch.float32)
-        self._output = self._run()
+        self._outputs = self._run()
 
     def undone(self, change: Change, remedy: Change, modules: set[str]) -> bool:
         """Whether ``remedy`` undoes what ``change`` does to the output.
 
-        A change that moves nothing shows nothing, and counts as not undone.
+        What the layer hands to later ones besides counts as output: Gemma 3n and Gemma 4 hand their
+        values on. A change that moves nothing shows nothing, and counts as not undone.
 
         Args:
             change: Changes weights in place.
@@ -56,10 +57,12 @@ class LayerBehaviour:
         return moved > 0 and left <= _TOLERANCE * moved
 
     def _distance(self) -> float:
-        return float((self._run().double() - self._output.double()).norm())
+        moved = zip(self._run(), self._outputs, strict=True)
+        return sum(float((one.double() - other.double()).norm()) for one, other in moved)
 
     @torch.no_grad()
-    def _run(self) -> Tensor:
-        output = hidden_output(self._call.apply(self._layer, self._hidden))
+    def _run(self) -> list[Tensor]:
+        returned, handed = self._call.run(self._layer, self._hidden)
+        output = hidden_output(returned)
         assert output is not None, "the layers of a structure return hidden states"
-        return output
+        return [output, *handed]

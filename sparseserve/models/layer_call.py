@@ -69,13 +69,29 @@ class LayerCall:
 
         ``hidden`` and containers are left untouched even by a layer that works in place.
         """
+        return self.run(layer, hidden)[0]
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> tuple[object, list[Tensor]]:
+        """Call ``layer`` and return what it returns, and the tensors that it hands to later ones.
+
+        These are what it put into a container among its arguments.
+        """
         hidden = hidden.clone()
         args = [_mapped(value, _same) for value in self.args]
         kwargs = {name: _mapped(value, _same) for name, value in self.kwargs.items()}
         with autocast(hidden.device, self.autocast_to):
             if self.hidden_keyword is not None:
-                return layer(*args, **{**kwargs, self.hidden_keyword: hidden})
-            return layer(hidden, *args, **kwargs)
+                output = layer(*args, **{**kwargs, self.hidden_keyword: hidden})
+            else:
+                output = layer(hidden, *args, **kwargs)
+        found: list[Tensor] = []
+        given: list[Tensor] = []
+        for value in (*args, *kwargs.values()):
+            _collect(value, found)
+        for _, value in self._named():
+            _collect(value, given)
+        known = {id(tensor) for tensor in given}
+        return output, [tensor for tensor in found if id(tensor) not in known]
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LayerCall:
         """Return the call with its tensors on ``device``, the floating ones as ``dtype``."""
@@ -104,13 +120,8 @@ class LayerCall:
     def varying_tensors(self) -> list[Tensor]:
         """Return the tensors in the varying arguments, in a fixed order."""
         named, found = dict(self._named()), list[Tensor]()
-
-        def keep(tensor: Tensor) -> Tensor:
-            found.append(tensor)
-            return tensor
-
         for name in self.varying:
-            _mapped(named[name], keep)
+            _collect(named[name], found)
         return found
 
     def filled(self, tensors: Iterable[Tensor]) -> LayerCall:
@@ -168,6 +179,16 @@ def _alike_mapping(
     kind: dict[Any, Any] | UserDict[Any, Any], items: dict[str | int, Argument]
 ) -> Argument:
     return type(kind)(items) if isinstance(kind, UserDict) else items
+
+
+def _collect(value: Argument, found: list[Tensor]) -> None:
+    """Append the tensors in ``value`` in a fixed order."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(value, keep)
 
 
 def _same(tensor: Tensor) -> Tensor:

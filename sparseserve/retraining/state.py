@@ -28,6 +28,8 @@ class TrainingState:
         losses: Held-out losses of the epochs that were judged.
         parameters: Their values.
         moments: The two moments of each that AdamW keeps.
+        taken: How many of the steps moved each: without a gradient a step leaves it, such as the
+            weights of an expert that no token reached.
         kept: Values after the best of those epochs; empty before the first is judged.
     """
 
@@ -35,6 +37,7 @@ class TrainingState:
     losses: tuple[HeldOutLoss, ...]
     parameters: Sequence[Tensor]
     moments: Sequence[tuple[Tensor, Tensor]]
+    taken: Sequence[int]
     kept: Sequence[Tensor]
 
 
@@ -68,6 +71,7 @@ class StateFolder:
             losses=tuple(HeldOutLoss(**loss) for loss in sealed["losses"]),
             parameters=[tensors[f"parameter.{place}"] for place in places],
             moments=[(tensors[f"first.{place}"], tensors[f"second.{place}"]) for place in places],
+            taken=[int(taken) for taken in sealed["taken"]],
             kept=[tensors[f"kept.{place}"] for place in places if "kept.0" in tensors],
         )
 
@@ -84,6 +88,7 @@ class StateFolder:
         sealed: dict[str, Any] = {
             "steps": state.steps,
             "losses": [asdict(loss) for loss in state.losses],
+            "taken": list(state.taken),
             "weights": file_sha256(folder / _WEIGHTS),
         }
         write_sealed(self.path / _STATE, sealed)

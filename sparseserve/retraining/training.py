@@ -133,20 +133,30 @@ class Training:
         return loss
 
     def _state(self) -> TrainingState:
-        found = [self._optimizer.state[parameter] for parameter in self._parameters]
+        # AdamW keeps nothing of a parameter that no gradient has reached yet.
+        found = [self._optimizer.state.get(parameter, {}) for parameter in self._parameters]
         return TrainingState(
             steps=self._taken,
             losses=tuple(self._losses),
             parameters=self._parameters,
-            moments=[(each["exp_avg"], each["exp_avg_sq"]) for each in found],
+            moments=[
+                (each["exp_avg"], each["exp_avg_sq"])
+                if each
+                else (torch.zeros_like(parameter), torch.zeros_like(parameter))
+                for parameter, each in zip(self._parameters, found, strict=True)
+            ],
+            taken=[int(each.get("step", 0)) for each in found],
             kept=self._kept,
         )
 
     def _restore(self, state: TrainingState) -> None:
         _set(self._parameters, state.parameters)
-        for parameter, (first, second) in zip(self._parameters, state.moments, strict=True):
+        moved = zip(self._parameters, state.moments, state.taken, strict=True)
+        for parameter, (first, second), taken in moved:
+            if not taken:
+                continue
             self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.steps)),
+                "step": torch.tensor(float(taken)),
                 "exp_avg": first.to(parameter.device),
                 "exp_avg_sq": second.to(parameter.device),
             }

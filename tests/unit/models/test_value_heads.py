@@ -47,6 +47,22 @@ def test_a_rotation_of_every_head_leaves_the_predictions(family: str) -> None:
         assert float((model(IDS).logits - expected).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_values_that_a_later_layer_reads_too_are_left(family: str) -> None:
+    model = tiny_model(family)
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        structure = trace_structure(model, WINDOW)
+        for layer, places in zip(
+            structure.layers, find_value_heads(model, structure, WINDOW), strict=True
+        ):
+            for place in places:
+                rotations = random_rotations(place.heads, place.width)
+                place.rotate(model.get_submodule(layer.name), rotations)
+        found = model(IDS, use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
 def head_width(model: PreTrainedModel) -> int:
     config = model.config
     whole: int = config.hidden_size // config.num_attention_heads

@@ -37,7 +37,10 @@ class Pruned:
 
 
 def pruned(family: str = "llama", dtype: torch.dtype = torch.float32) -> Pruned:
-    model = tiny_model(family).to(dtype)
+    return prune(tiny_model(family).to(dtype))
+
+
+def prune(model: PreTrainedModel) -> Pruned:
     generator = torch.Generator().manual_seed(1)
     windows = [torch.randint(0, 64, (32,), generator=generator) for _ in range(6)]
     dense = tuple(dense_predictions(model, windows, QUICK.likeliest))

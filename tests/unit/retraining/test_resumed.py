@@ -6,10 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import MixtralForCausalLM, PreTrainedModel
 
+from sparseserve.huggingface.experts import unstacked_experts
+from sparseserve.retraining.losses import dense_predictions
 from sparseserve.retraining.retrain import retrain
 from sparseserve.retraining.state import StateFolder
-from tests.unit.retraining.pruned_model import QUICK, bits, pruned
+from sparseserve.testing import tiny_model
+from tests.unit.retraining.pruned_model import QUICK, bits, prune, pruned
 
 
 class Killed(Exception):
@@ -45,6 +50,41 @@ def test_training_that_was_killed_goes_on_and_ends_in_the_same_bytes(
     assert found.after == expected.after
     for name, value in begun.state().items():
         assert bits(value) == bits(whole.state()[name]), name
+
+
+def test_experts_that_only_some_steps_reached_go_on_where_they_were(tmp_path: Path) -> None:
+    knobs = replace(QUICK, every_weight=True, batch=1)
+
+    def run(store: StateFolder | None, killed_at: int = 0) -> dict[str, bytes]:
+        def kill(done: int, total: int, loss: float) -> None:
+            if done == killed_at:
+                raise Killed
+
+        model = many_experts()
+        with unstacked_experts(model):
+            case = prune(model)
+            # Few tokens leave some experts without any.
+            windows = [window[:3] for window in case.windows]
+            dense = tuple(dense_predictions(model, windows, knobs.likeliest))
+            arguments = (case.operators, windows, knobs)
+            retrain(model, *arguments, dense=dense, store=store, on_window=kill)
+        return {name: bits(value) for name, value in model.state_dict().items()}
+
+    store = StateFolder(tmp_path / "training", every_seconds=0)
+    with pytest.raises(Killed):
+        run(store, killed_at=5)
+    state = store.load()
+    assert state is not None
+    assert {0, state.steps} < set(state.taken), "no step missed an expert: the test shows nothing"
+    assert run(store) == run(None)
+
+
+def many_experts() -> PreTrainedModel:
+    """Return a mixture of so many experts that a short text reaches few."""
+    config = tiny_model("mixtral").config
+    config.num_local_experts = 16
+    torch.manual_seed(0)
+    return MixtralForCausalLM(config).eval().requires_grad_(False)
 
 
 def test_a_state_that_is_damaged_counts_as_none(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from sparseserve.retraining.updates import (
     vector_updates,
 )
 from sparseserve.testing import TINY_FAMILIES, tiny_model
-from tests.unit.retraining.pruned_model import QUICK, bits, pruned
+from tests.unit.retraining.pruned_model import QUICK, bits, prune, pruned
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)
@@ -89,6 +89,27 @@ def test_all_kept_weights_can_be_trained_and_zeros_stay() -> None:
         # Weights that no gradient reached are few.
         assert int((weight != old)[old != 0].sum()) > 0.95 * int((old != 0).sum())
     assert report.trained_parameters > kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+def test_trained_experts_stay_when_they_are_one_tensor_again(
+    family: str, dtype: torch.dtype
+) -> None:
+    model = tiny_model(family).to(dtype)
+    with unstacked_experts(model):
+        case = prune(model)
+        before = case.state()
+        report = case.retrained(replace(QUICK, every_weight=True))
+        trained = case.state()
+    assert report.kept_epoch > 0
+    experts = [name for name in case.operators if ".experts." in name]
+    moved = [not torch.equal(before[f"{n}.weight"], trained[f"{n}.weight"]) for n in experts]
+    assert sum(moved) > 0.5 * len(experts)
+    with unstacked_experts(model):
+        assert {name: bits(value) for name, value in case.state().items()} == {
+            name: bits(value) for name, value in trained.items()
+        }
 
 
 def test_without_low_rank_updates_the_operators_keep_their_bytes() -> None:
