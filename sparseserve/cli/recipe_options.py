@@ -60,8 +60,8 @@ _RECIPE = click.option(
 _SOLVER = (
     click.option(
         "--method",
-        help="fista, admm, sparsegpt, wanda and others. Alone: that method as published, without "
-        "training. With --recipe: that recipe with this method as its solver.",
+        help="fista, admm, sparsegpt, wanda and others. Alone: that method without training, "
+        "with the error correction of its paper. With --recipe: that recipe with this method as its solver.",
     ),
     _RECIPE,
     click.option(
