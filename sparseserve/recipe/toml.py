@@ -11,7 +11,8 @@ The presets are
 - ``fast``: SparseGPT as its authors run it;
 - ``paper``: FISTAPruner as published.
 
-A TOML file states the same keys. A key that it leaves out has the value of ``default``::
+A TOML file states the same keys. A key that it leaves out has the value of ``default``, one of
+``[method]`` the method's own::
 
     version = 1
     pattern = "2:4"               # or N:M, or "50%"
@@ -24,6 +25,7 @@ A TOML file states the same keys. A key that it leaves out has the value of ``de
 
     [method]
     name = "admm"                 # any pruner, with its own knobs below
+    first_penalty = 0.3
     damping = 0.1
 
     [reconstruction]
@@ -139,8 +141,8 @@ def named_recipe(recipe: str | None, method: str | None) -> PruneRecipe:
 
     Args:
         recipe: A preset or a TOML file; None where only a method, or nothing, is named.
-        method: A pruner. Alone it is that method as published: untrained, with its own
-            error correction. Beside a recipe it is that recipe with another solver.
+        method: A pruner. Alone it is that method untrained, with the error correction of its
+            paper. Beside a recipe it is that recipe with another solver.
 
     Raises:
         RecipeError: There is no such recipe or method.
