@@ -61,7 +61,8 @@ _SOLVER = (
     click.option(
         "--method",
         help="fista, admm, sparsegpt, wanda and others. Alone: that method without training, "
-        "with the error correction of its paper. With --recipe: that recipe with this method as its solver.",
+        "with the error correction of its paper. With --recipe: that recipe with this method as "
+        "its solver.",
     ),
     _RECIPE,
     click.option(
