@@ -17,7 +17,7 @@ from huggingface_hub import ModelCardData, metadata_load
 
 from sparseserve.checkpoint.artifact import CARD_FILE, Artifact, Manifest, write_manifest
 from sparseserve.checkpoint.summary import Summary, summarise
-from sparseserve.checkpoint.tensors import writing
+from sparseserve.checkpoint.tensors import writing_whole
 from sparseserve.checkpoint.uses import uses_of
 from sparseserve.errors import first_line, printable
 from sparseserve.exporters.side_files import SOURCE_CARD_FILE
@@ -56,10 +56,8 @@ def finish_checkpoint(folder: Path, manifest: Manifest) -> Artifact:
     """
     artifact = write_manifest(folder, manifest)
     card = model_card(artifact)
-    partial = folder / f"{CARD_FILE}.tmp"
-    with writing(folder / CARD_FILE):
+    with writing_whole(folder / CARD_FILE) as partial:
         partial.write_text(card, encoding="utf-8", newline="\n")
-        partial.replace(folder / CARD_FILE)
     return artifact
 
 

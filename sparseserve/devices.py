@@ -1,8 +1,8 @@
 """Where numbers are computed, and in what: devices, dtypes and their names.
 
 One policy for all commands: a GPU computes in whatever the model is stored in; a CPU does so where
-it has instructions for bfloat16, else it computes in float32, because emulated 16-bit arithmetic
-is slow. vLLM's options follow from the same rule (``serving.launch.policy``).
+it has instructions for that, else it computes in float32, because emulated 16-bit arithmetic is
+slow. vLLM's options follow from the same rule (``serving.launch.policy``).
 
 Pruning is the exception on a CPU: weights, hidden states, statistics and solvers are float32 there
 everywhere. Only the products inside decoder layers may be computed in bfloat16, by autocast.
@@ -61,9 +61,13 @@ def torch_device(name: str | None) -> torch.device | None:
     return device
 
 
-def computes_natively(machine: Machine) -> bool:
-    """Whether ``machine`` computes in the 16-bit dtypes of a checkpoint without emulating them."""
-    return machine.gpu is not None or machine.native_bfloat16
+def computes_natively(machine: Machine, dtype: torch.dtype | None) -> bool:
+    """Whether ``machine`` computes in the ``dtype`` of a checkpoint without emulating it.
+
+    None is unknown: vLLM then takes bfloat16.
+    """
+    native = machine.native_float16 if dtype == torch.float16 else machine.native_bfloat16
+    return machine.gpu is not None or native
 
 
 def pruning_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -100,7 +104,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 def evaluation_dtype(stored: torch.dtype | None, machine: Machine) -> torch.dtype:
     """Return what a model stored in ``stored`` (None is unknown) is evaluated in on ``machine``."""
-    return stored if stored is not None and computes_natively(machine) else torch.float32
+    return stored if stored is not None and computes_natively(machine, stored) else torch.float32
 
 
 def arithmetic_of(device: torch.device, autocast_to: torch.dtype | None) -> str:

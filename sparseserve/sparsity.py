@@ -12,6 +12,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 import torch
@@ -51,7 +52,7 @@ class SparsityPattern(ABC):
         if match := re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip()):
             return NMPattern(keep=int(match[1]), group=int(match[2]))
         if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,99})?)%", text.strip()):
-            return UnstructuredPattern(sparsity=float(match[1]) / 100)
+            return UnstructuredPattern(sparsity=float(f"{match[1]}e-2"))
         raise RecipeError(
             f"pattern {shown(text)} is not N:M (such as 2:4) or a percentage (such as 50%)"
         )
@@ -183,8 +184,9 @@ class UnstructuredPattern(SparsityPattern):
             )
 
     def __str__(self) -> str:
-        """Write the pattern as ``parse`` reads it."""
-        return f"{self.sparsity * 100:g}%"
+        """Write the pattern as ``parse`` reads it, to the last bit: ``verify`` counts by it."""
+        # Only the decimal point moves, which rounds nothing.
+        return f"{Decimal(repr(float(self.sparsity))).scaleb(2):f}%"
 
     @property
     def density(self) -> float:

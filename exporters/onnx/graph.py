@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sparseserve.errors import ArtifactError, first_line
 from sparseserve.huggingface.names import stored_name
@@ -30,6 +30,8 @@ DATA_FILE = "model.onnx.data"
 # they have in common for a constant.
 _BATCH, _PAST, _NEW = 2, 7, 3
 _PADDING = 2
+# Not what is derived from them, which keeps more: states, or keys of an index.
+_KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
@@ -42,7 +44,8 @@ def export_graph(model: PreTrainedModel, folder: Path, pruned: Sequence[str]) ->
         pruned: Names of the pruned modules on disk. The node of each gets its name.
 
     Raises:
-        ArtifactError: The model keeps more than keys and values, or the exporter fails.
+        ArtifactError: The model keeps more than keys and values, or those of different shapes, or
+            the exporter fails.
     """
     import onnx_ir
 
@@ -71,17 +74,33 @@ def input_shapes(folder: Path) -> dict[str, tuple[int | None, ...]]:
     }
 
 
+def require_keys_and_values(model: PreTrainedModel) -> None:
+    """Refuse a model whose layers keep what a graph cannot hold; it is run on two tokens.
+
+    Raises:
+        ArtifactError: Names the remedy.
+    """
+    _cache_shapes(model)
+
+
 def _cache_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     """Return heads, and widths of keys and values, of each layer that keeps them."""
     with torch.no_grad():
         made = model(torch.zeros(1, 2, dtype=torch.int64), use_cache=True).past_key_values
     layers = getattr(made, "layers", None)
-    if not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
+    if not layers or not all(type(layer) in _KEYS_AND_VALUES for layer in layers):
         raise ArtifactError(
             f"{model.config.model_type}: what its layers keep of earlier tokens is more than keys "
             "and values, which the ONNX graph has no inputs for: use --format dense"
         )
-    return [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+    shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+    if len(set(shapes)) > 1:
+        raise ArtifactError(
+            f"{model.config.model_type}: its layers have attention heads of different numbers or "
+            "sizes, and genai_config.json beside the ONNX graph has one figure for all: use "
+            "--format dense"
+        )
+    return shapes
 
 
 def _example(model: PreTrainedModel, shapes: Sequence[tuple[int, int, int]]) -> dict[str, Any]:

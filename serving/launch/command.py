@@ -7,6 +7,7 @@ the options the user did not give, and becomes ``vllm serve``.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,12 +104,16 @@ def default_options(
     if machine.gpu or _given(options, "--config"):
         return []
     defaults: list[str] = []
-    if not _given(options, "--dtype") and (dtype := vllm_dtype(machine)) != "auto":
+    if not _given(options, "--dtype") and (dtype := vllm_dtype(machine, model)) != "auto":
         defaults += ["--dtype", dtype]
-    compilation = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O")
+    compilation = (
+        *("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc"),
+        *("--optimization-level", "-O"),
+    )
     if runs_eagerly(machine) and not any(_given(options, flag) for flag in compilation):
         defaults += ["--enforce-eager"]
-    cache_is_given = _given(options, "--kv-cache-memory-bytes") or environment.get(
+    sizes = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")  # the latter on CPUs, too
+    cache_is_given = any(_given(options, flag) for flag in sizes) or environment.get(
         "VLLM_CPU_KVCACHE_SPACE"
     )
     if not cache_is_given:
@@ -137,8 +142,7 @@ def _cache_options(
 
 
 def _bytes_per_number(options: Sequence[str], defaults: Sequence[str]) -> int:
-    everything = [*defaults, *options]
-    return 4 if "float32" in everything or "--dtype=float32" in everything else 2
+    return 4 if _value([*defaults, *options], "--dtype") in {"float32", "float"} else 2
 
 
 def _value(options: Sequence[str], flag: str) -> str | None:
@@ -161,9 +165,10 @@ def _is_loopback(host: str) -> bool:
 def _given(options: Sequence[str], flag: str) -> bool:
     """Whether the user gave ``flag``, in any of the spellings vLLM takes.
 
-    Long ones may have underscores; short ones run on, as in ``-O3`` and ``-cc.mode=0``.
+    Long ones may have underscores and name a part, as in ``--compilation-config.mode``; short ones
+    run on, as in ``-O3`` and ``-cc.mode=0``.
     """
-    names = [option.partition("=")[0] for option in options if option.startswith("-")]
+    names = [re.split("[=.]", option)[0] for option in options if option.startswith("-")]
     if not flag.startswith("--"):
         return any(name.startswith(flag) for name in names)
     return flag in {name.replace("_", "-") for name in names}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparseserve.devices import computes_natively, dtype_name
+from sparseserve.devices import DTYPES, computes_natively, dtype_name
 from sparseserve.errors import ServingError
 from sparseserve.machine import Machine
 from sparseserve.serving.launch.served_model import ServedModel
@@ -37,17 +37,18 @@ _SPARE_BLOCKS = 4
 _WIDEST_NUMBER = 4
 
 
-def vllm_dtype(machine: Machine, wanted: torch.dtype | None = None) -> str:
+def vllm_dtype(machine: Machine, model: ServedModel, wanted: torch.dtype | None = None) -> str:
     """Return the dtype to compute in, as vLLM takes it.
 
     Args:
         machine: Where.
+        model: What.
         wanted: What the user asked for; None is the checkpoint's own where ``machine`` computes in
             it without emulation, else float32.
     """
     if wanted is not None:
         return dtype_name(wanted)
-    return "auto" if computes_natively(machine) else "float32"
+    return "auto" if computes_natively(machine, DTYPES.get(model.dtype)) else "float32"
 
 
 def runs_eagerly(machine: Machine) -> bool:

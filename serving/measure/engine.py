@@ -110,7 +110,7 @@ def engine_options(
     machine = this_machine()
     return EngineOptions(
         model=str(model.folder),
-        dtype=vllm_dtype(machine, dtype),
+        dtype=vllm_dtype(machine, model, dtype),
         quantization=quantization,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,

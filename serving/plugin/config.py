@@ -27,6 +27,7 @@ from sparseserve.errors import ArtifactError, ServingError
 from sparseserve.sparsity import TWO_FOUR
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.models.utils import WeightsMapper
@@ -176,7 +177,7 @@ class SparseServeConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is ch
             )
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if isinstance(layer, VocabParallelEmbedding):
-            return PanelEmbeddingMethod(prefix)
+            return PanelEmbeddingMethod(prefix) if _takes_panels(engine) else None
         if not isinstance(layer, LinearBase):
             return self._experts_method(layer, prefix) if isinstance(layer, RoutedExperts) else None
         modules = self.checkpoint_modules(prefix)
@@ -237,3 +238,16 @@ def _as_serving_error() -> Iterator[None]:
         yield
     except ArtifactError as error:
         raise ServingError(str(error)) from error
+
+
+def _takes_panels(engine: VllmConfig | None) -> bool:
+    """Whether the embedding and the head may be kept in panels.
+
+    Only processors have kernels for them. A head in another dtype than the model's
+    (``head_dtype``) is something that vLLM computes from an ordinary weight alone.
+    """
+    from vllm.platforms import current_platform
+
+    model = None if engine is None else engine.model_config
+    same = model is None or model.head_dtype == model.dtype
+    return bool(current_platform.is_cpu() and same)

@@ -179,8 +179,14 @@ class TwoFourExpertsMethod(UnquantizedFusedMoEMethod):  # type: ignore[misc]  # 
             *args: Any,
             **kwargs: Any,
         ) -> Any:
+            is_weight = param is layer.w13_weight or param is layer.w2_weight
+            if is_weight and self._packed is not None:
+                raise ServingError(
+                    f"{layer.layer_name}: packed experts cannot take other weights while the "
+                    "server runs: start it again with the new checkpoint"
+                )
             done = load(param, loaded_weight, weight_name, shard_id, expert_id, *args, **kwargs)
-            if param is not layer.w13_weight and param is not layer.w2_weight:
+            if not is_weight:
                 return done  # a bias
             # Some models hand over the weights of all experts at once.
             experts = range(len(param)) if loaded_weight.ndim > param.ndim - 1 else (expert_id,)

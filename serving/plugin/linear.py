@@ -229,13 +229,18 @@ class LoadedDense24LinearMethod(TwoFourLinearMethod):
         self._dense.create_weights(*args, **kwargs)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Give the weight to the kernels if it is 2:4 as a whole; else vLLM runs it."""
+        """Give the weight to the kernels if it is 2:4 as a whole; else vLLM runs it.
+
+        Raises:
+            ServingError: The files lack the weight, or a part of it.
+        """
         weight = layer.get_parameter("weight").data
+        # First: what was not loaded is not 2:4 either.
+        require_loaded(f"{self.prefix}.weight", weight)
         if TWO_FOUR.first_violation(weight) is not None:
             logger.info_once("%s runs dense: not all of it is %s", self.prefix, TWO_FOUR)
             self._dense.process_weights_after_loading(layer)
             return
-        require_loaded(f"{self.prefix}.weight", weight)
         rows, columns = weight.shape
         self._spec = LinearSpec(rows, columns, weight.dtype, weight.device, two_four=True)
         forget(layer)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sparseserve.budget.prices import UnitSensitivity, measure_sensitivities
 from sparseserve.checkpoint.output_place import not_empty
+from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.checkpoint.run_folder import RunFolder
 from sparseserve.checkpoint.sealed import read_sealed, write_sealed
 from sparseserve.devices import pruning_dtype
@@ -23,7 +24,8 @@ from sparseserve.layerwise.pipeline import prune_model
 from sparseserve.models.loading import load_model
 from sparseserve.pruners.sparsegpt import SparseGPT
 from sparseserve.recipe.settings import PruneRecipe
-from sparseserve.recipe.toml import UNTRAINED
+from sparseserve.recipe.steps import Reconstruction
+from sparseserve.retraining.settings import Retraining
 from sparseserve.text import TextFile, read_text, vocabulary_size
 from sparseserve.text.calibration import CalibrationSet
 from sparseserve.text.held_out import held_out_windows, spread_places
@@ -147,15 +149,7 @@ class SensitivityRun:
         return units
 
     def _prune_alone(self, store: LayerFolder) -> None:
-        recipe = replace(
-            UNTRAINED,
-            pattern=self.job.recipe.pattern,
-            pruner=SparseGPT(),
-            error_correction="none",
-            calibration=self.job.recipe.calibration,
-            ignore=self.job.recipe.ignore,
-            dtype=self.job.recipe.dtype,
-        )
+        recipe = pricing_recipe(self.job.recipe)
         every = max(len(self.calibration.windows) // _WINDOWS_ALONE, 1)
         windows = self.calibration.windows[::every][:_WINDOWS_ALONE]
         prune_model(
@@ -167,6 +161,19 @@ class SensitivityRun:
             device=self.job.runs_on,
             engine=self.job.engine,
         )
+
+
+def pricing_recipe(recipe: PruneRecipe) -> PruneRecipe:
+    """Return how operators are pruned alone to price them; the same ones as ``recipe`` prunes."""
+    return replace(
+        recipe,
+        pruner=SparseGPT(),
+        error_correction="none",
+        reconstruction=Reconstruction(epochs=0),
+        retraining=Retraining(epochs=0),
+        quantization=Quantization(),
+        rotate="none",  # a rotated operator fits no layer that is dense otherwise
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from sparseserve.budget.price_run import HeldOutSpec, SensitivityRun
 from sparseserve.budget.prices import UnitSensitivity
 from sparseserve.budget.ranking_plot import require_plotly, write_sensitivity_plot
 from sparseserve.checkpoint.tensors import write_json, writing
+from sparseserve.paths import last_name
 from sparseserve.workflow.job import Job
 
 
@@ -51,7 +52,7 @@ def _publish(run: SensitivityRun, units: Sequence[UnitSensitivity]) -> None:
         "units": [asdict(unit) for unit in units],
     }
     write_json(folder / "sensitivity.json", data)
-    name, pattern = Path(run.job.source).name, run.job.recipe.pattern
+    name, pattern = last_name(run.job.source), run.job.recipe.pattern
     title = f"{name}, {pattern}: what pruning each group of operators costs"
     write_sensitivity_plot(folder / "sensitivity.html", units, title)
     run.folder.publish(folder)

@@ -15,11 +15,13 @@ from sparseserve.budget.price_run import SensitivityRun
 from sparseserve.budget.prices import UnitSensitivity
 from sparseserve.budget.report import Round, TextIncrease
 from sparseserve.checkpoint.artifact import Artifact
+from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.sealed import read_sealed, write_sealed
 from sparseserve.checkpoint.verification import verify
 from sparseserve.errors import ArtifactError
 from sparseserve.evaluation.evaluate import load_for_evaluation
 from sparseserve.evaluation.perplexity import perplexity
+from sparseserve.exporters import EXPORTERS
 from sparseserve.layerwise.layer import PrunedLayer
 from sparseserve.layerwise.layer_folder import LayerFolder
 from sparseserve.models.model_folder import find_model_folder
@@ -83,19 +85,38 @@ class BudgetWork:
         """Return where the model with ``dense`` left as it is lies."""
         return self.run.folder.path / _key(dense)
 
+    @property
+    def stored_as(self) -> str:
+        """The format of the rounds: the result's, or where that is not read here, its source's."""
+        wanted = self.run.job.stored_as
+        return wanted if FORMATS[wanted].storage is not None else "dense"
+
+    def result(self, dense: Sequence[str]) -> Artifact:
+        """Return the model with ``dense`` left as it is in the format that was asked for."""
+        artifact, wanted = self.artifact(dense), self.run.job.stored_as
+        if artifact.manifest.format == wanted:
+            return artifact
+        self.run.job.progress.stage(f"packing as {wanted}")
+        return EXPORTERS[wanted](artifact, self.run.folder.fresh(wanted), None)
+
     def artifact(self, dense: Sequence[str]) -> Artifact:
         """Prune the model with ``dense`` left as it is, unless that was done before."""
         folder = self.folder(dense)
         if folder.exists():
             try:
-                return verify(folder)
+                found = verify(folder)
+                if found.manifest.format == self.stored_as:
+                    return found
+                # The command was given again with another --format.
+                reason = f"{folder}: is stored as {found.manifest.format}, not {self.stored_as}"
             except ArtifactError as error:
-                self.run.job.progress.stage(f"{error}: pruning that model again")
-                shutil.rmtree(folder)
+                reason = str(error)
+            self.run.job.progress.stage(f"{reason}: pruning that model again")
+            shutil.rmtree(folder)
         exact = tuple(f"^{re.escape(name)}$" for name in dense)
         recipe = replace(self.run.job.recipe, ignore=(*self.run.job.recipe.ignore, *exact))
         return prune_and_export(
-            replace(self.run.job, recipe=recipe),
+            replace(self.run.job, recipe=recipe, export_format=self.stored_as),
             folder,
             store=_RoundLayers(self.run, tuple(dense), not recipe.correction.chained),
         )

@@ -130,7 +130,7 @@ def _publish(
     work: BudgetWork, goal: Goal, chosen: Round, tried: tuple[Round, ...]
 ) -> tuple[Artifact, BudgetReport]:
     """Write what was found into manifest and card, and move the checkpoint to the output."""
-    artifact = work.artifact(chosen.dense_operators)
+    artifact = work.result(chosen.dense_operators)
     report = BudgetReport(
         goal=goal,
         chosen=chosen,

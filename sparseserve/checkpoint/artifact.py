@@ -21,7 +21,7 @@ from sparseserve.checkpoint.json_file import read_json
 from sparseserve.checkpoint.manifest_values import check_manifest_values
 from sparseserve.checkpoint.stacks import ExpertStack, stacks_from_json, stacks_to_json
 from sparseserve.checkpoint.storage import storage_of
-from sparseserve.checkpoint.tensors import Checkpoint, write_json
+from sparseserve.checkpoint.tensors import Checkpoint, partial_of, write_json, writing
 from sparseserve.checkpoint.weight_files import unlisted_files
 from sparseserve.errors import ArtifactError
 
@@ -229,7 +229,16 @@ class Artifact:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Artifact:
-    """Hash every file of ``folder`` but its card and write ``sparseserve.json`` beside them."""
+    """Hash every file of ``folder`` but its card and write ``sparseserve.json`` beside them.
+
+    A folder may be finished again, after a process died while it wrote its manifest or its card.
+
+    Raises:
+        ArtifactError: The disk is full or not writable.
+    """
+    for name in (MANIFEST_FILE, CARD_FILE):
+        with writing(folder / name):
+            partial_of(folder / name).unlink(missing_ok=True)
     names = sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")

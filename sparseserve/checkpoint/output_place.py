@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.json_file import read_json
 from sparseserve.errors import ArtifactError, first_line
 
@@ -36,8 +37,8 @@ class OutputPlace:
         """Find the place of ``out`` and check that a result can appear there; change nothing.
 
         Raises:
-            ArtifactError: It is a file, not empty, a link to nothing, or in a folder that cannot be
-                written; or an unfinished run is in the way.
+            ArtifactError: It is a file, not empty, a link to nothing, in a folder that cannot be
+                written, or in a checkpoint; or an unfinished run is in the way.
         """
         try:
             return cls._of(out)
@@ -54,6 +55,7 @@ class OutputPlace:
                 "or remove the link"
             )
         real = out.resolve()
+        refuse_inside_checkpoint(out)
         beside = cls(real, real.with_name(f"{real.name}.partial"), False) if real.name else None
         if not real.exists():
             assert beside is not None, "the root of a file system exists"
@@ -93,6 +95,7 @@ class OutputPlace:
 
     def _require_writable(self, named: Path) -> None:
         """Refuse a place whose nearest folder cannot be written, or is none."""
+        self.partial.exists()  # raises where the name of the run's folder is too long
         parents = self.partial.parents
         nearest = next(path for path in parents if path.exists() or path.is_symlink())
         if not nearest.is_dir():
@@ -114,6 +117,20 @@ def leftovers(out: Path) -> list[Path]:
         return [path for path in found if path.is_dir() and not path.is_symlink()]
     except (OSError, RuntimeError):
         return []  # not even a path: who asks for its place is told
+
+
+def refuse_inside_checkpoint(path: Path) -> None:
+    """Refuse a place inside a checkpoint of ours: it is damaged by files its manifest lacks.
+
+    Raises:
+        ArtifactError: Names the checkpoint.
+    """
+    for folder in path.resolve().parents:
+        if (folder / MANIFEST_FILE).exists():
+            raise ArtifactError(
+                f"{path}: lies in the checkpoint {folder}, which further files would make unusable "
+                "(its manifest does not list them): choose a place outside of it"
+            )
 
 
 def not_empty(out: Path) -> ArtifactError:

@@ -61,6 +61,7 @@ class RunFolder:
             ArtifactError: ``out`` cannot be filled, or another process is working on it.
         """
         place = _free(out)
+        _refuse_foreign(place)  # before a lock makes the folder look like one of ours
         missing = [path for path in place.partial.parents if not path.exists()]
         with locked(place.partial):
             try:
@@ -168,12 +169,7 @@ def refuse_other_run(place: OutputPlace, fingerprint: Fingerprint) -> None:
     """
     folder = place.partial
     if not place.begun:
-        foreign = sorted(path.name for path in folder.glob("*") if path.name not in _OURS)
-        if foreign:
-            raise ArtifactError(
-                f"{folder}: exists, but is no unfinished run (it holds {foreign[0]}): "
-                "remove it or choose another output folder"
-            )
+        _refuse_foreign(place)
         return
     other = fingerprint.differences(read_json(folder / STATE_FILE).get("fingerprint"))
     if other:
@@ -185,13 +181,40 @@ def refuse_other_run(place: OutputPlace, fingerprint: Fingerprint) -> None:
         )
 
 
+def _refuse_foreign(place: OutputPlace) -> None:
+    """Refuse a place where something lies that no run has left.
+
+    Raises:
+        ArtifactError: Names the first of it.
+    """
+    folder = place.partial
+    if not place.begun and (foreign := sorted(_names(folder) - _left_by_a_run(folder))):
+        raise ArtifactError(
+            f"{folder}: exists, but is no unfinished run (it holds {foreign[0]}): "
+            "remove it or choose another output folder"
+        )
+
+
+def _left_by_a_run(folder: Path) -> set[str]:
+    """Return the names in ``folder``, of no known state, that are ours to remove.
+
+    A run locks its folder before it makes anything there. Without a lock, a folder called dense is
+    somebody's own.
+    """
+    return _names(folder) & _OURS if (folder / LOCK_FILE).is_file() else set()
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*")}
+
+
 def _free(out: Path) -> OutputPlace:
     """Return the place of ``out``; where that is filled, remove what its finished run left."""
     try:
         return OutputPlace.of(out)
     except ArtifactError:
         for folder in leftovers(out) if out.exists() else []:
-            if {path.name for path in folder.iterdir()} <= _OURS:
+            if (left := _left_by_a_run(folder)) and left == _names(folder):
                 with locked(folder):
                     _abandon(OutputPlace(out, folder, False), [], clear=True)
         raise

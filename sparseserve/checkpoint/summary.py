@@ -19,6 +19,8 @@ from sparseserve.report import PruneReport, QuantizationReport
 
 #: Key of ``Manifest.report``: the name on the hub of the model that was pruned, if it has one.
 BASE_MODEL = "base_model"
+#: Likewise: the name of its folder, where ``Manifest.source`` (``.``, ``..``) does not end in it.
+BASE_FOLDER = "base_folder"
 _ASKED = "left dense as asked (ignore, or experts = dense, in the recipe)"
 _BUDGET = "pruning it costs most for its size, and a budget was set"
 _NOT_TWO_FOUR = "its weights were not in the pattern"
@@ -93,8 +95,9 @@ def summarise(manifest: Manifest) -> Summary:
     try:
         report = _checked_report(manifest) if "layers" in manifest.report else None
         hub_name = manifest.report.get(BASE_MODEL)
+        folder = manifest.report.get(BASE_FOLDER) or PurePath(manifest.source).name
         return Summary(
-            base=str(hub_name or PurePath(manifest.source).name or manifest.source),
+            base=str(hub_name or folder or manifest.source),
             hub_name=None if hub_name is None else str(hub_name),
             trained=bool(report and report.retraining and report.retraining.kept_epoch),
             steps=tuple(_steps(manifest, report)),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,11 @@ from sparseserve.checkpoint.weight_files import (
 )
 from sparseserve.errors import ArtifactError
 from sparseserve.machine import give_back_freed_memory
-from sparseserve.paths import existing_parent
+from sparseserve.paths import existing_parent, shown
 
 # A shard is in memory while it is put together.
 DEFAULT_SHARD_BYTES = 10**9
+_GO_ON = "make room or choose another output folder, then run the same command to go on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,8 @@ class Checkpoint:
                 if key in files:
                     raise ArtifactError(f"{folder}: both {files[key]} and {name} hold {key}")
                 files[key] = name
-        if found.weight_map not in (None, files):
-            raise ArtifactError(f"{folder / INDEX_FILE}: does not match the tensors in the shards")
+        if found.weight_map is not None and found.weight_map != files:
+            raise _wrong_index(folder / INDEX_FILE, found.weight_map, files)
         return cls(folder, files)
 
     @classmethod
@@ -163,31 +164,56 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         ArtifactError: The disk is full or not writable.
     """
-    partial = path.with_name(path.name + ".tmp")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with writing(path):
+    with writing_whole(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
         save_file(contiguous, partial, metadata={"format": "pt"})
         partial.chmod(mode)  # safetensors lets only the owner read, whatever the umask says
-        partial.replace(path)
 
 
-def write_json(path: Path, data: object) -> None:
+def write_json(path: Path, data: object, *, remedy: str = _GO_ON) -> None:
     """Write JSON, whole or not at all.
+
+    Args:
+        path: Where.
+        data: What.
+        remedy: What to do where it cannot be written.
 
     Raises:
         ArtifactError: The disk is full or not writable.
     """
-    partial = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with writing_whole(path, remedy=remedy) as partial:
         partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+
+
+def partial_of(path: Path) -> Path:
+    """Return the file in which ``path`` is written until it is whole."""
+    return path.with_name(path.name + ".tmp")
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the failures of a write to ``path`` into one line that says what to do.
+def writing_whole(path: Path, *, remedy: str = _GO_ON) -> Iterator[Path]:
+    """Give a file to write, which becomes ``path`` when the block ends; a failed one is removed.
+
+    Raises:
+        ArtifactError: The disk is full or not writable.
+    """
+    partial = partial_of(path)
+    with writing(path, remedy=remedy):
+        try:
+            yield partial
+            partial.replace(path)
+        except BaseException:
+            # What was begun is no file of the folder: its manifest must never count it.
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing(path: Path, *, remedy: str = _GO_ON) -> Iterator[None]:
+    """Turn the failures of a write to ``path`` into one line that ends in the ``remedy``.
 
     Raises:
         ArtifactError: The disk is full or not writable.
@@ -197,8 +223,7 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(existing_parent(path.parent)).free / 2**20
         raise ArtifactError(
-            f"{path}: cannot be written ({_reason(error)}; {free:,.0f} MiB free): "
-            "make room or choose another output folder, then run the same command to go on"
+            f"{path}: cannot be written ({_reason(error)}; {free:,.0f} MiB free): {remedy}"
         ) from error
 
 
@@ -218,6 +243,18 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 def _reason(error: Exception) -> str:
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+
+
+def _wrong_index(
+    index: Path, weight_map: Mapping[str, str], files: Mapping[str, str]
+) -> ArtifactError:
+    tensor, _ = min(weight_map.items() ^ files.items())
+    told = shown(weight_map[tensor]) if tensor in weight_map else "no file"
+    found = f"lies in {files[tensor]}" if tensor in files else "is in none"
+    return ArtifactError(
+        f"{index}: does not match the tensors in the shards: it names {told} for {shown(tensor)}, "
+        f"which {found}: download the model again, or correct the index"
+    )
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:

@@ -13,11 +13,13 @@ import click
 
 from sparseserve.cli.options import (
     LOCAL_PATH,
+    check_json_file,
     dtype_option,
-    give_json,
     json_file_option,
     json_option,
+    print_json,
     text_column_option,
+    write_json_file,
 )
 
 if TYPE_CHECKING:
@@ -104,6 +106,7 @@ def bench_command(
         repeats,
     )
     load_plan = _load_plan(plan, http, concurrency, request_rate, requests)
+    check_json_file(output)
     quiet_libraries()
     require_vllm("bench")
     warn_of_missing_kernels()
@@ -120,11 +123,12 @@ def bench_command(
             compiled=compiled,
             on_progress=on_progress,
         )
-    give_json(found.to_json(), as_json=as_json, output=output)
+    print_json(found.to_json(), as_json=as_json)
     console = Console(stderr=as_json, markup=False)
     console.print(comparison_table(found), highlight=False)
     if found.http:
         console.print(load_table(found.http), highlight=False)
+    write_json_file(found.to_json(), as_json=as_json, output=output)
 
 
 def _load_plan(

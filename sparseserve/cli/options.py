@@ -131,11 +131,49 @@ def required_output(output: Path | None) -> Path:
     return output
 
 
-def give_json(data: dict[str, object], *, as_json: bool, output: Path | None) -> None:
-    """Write ``data`` to ``output`` and print it, as ``--output`` and ``--json`` ask."""
-    from sparseserve.checkpoint.tensors import write_json
+def check_json_file(output: Path | None) -> None:
+    """Refuse an ``--output`` that cannot be written; what fills it may take hours to measure.
 
-    if output:
-        write_json(output, data)
+    Raises:
+        ArtifactError: Names it, and says why.
+    """
+    if output is None:
+        return
+    from sparseserve.checkpoint.output_place import refuse_inside_checkpoint
+    from sparseserve.checkpoint.tensors import partial_of, writing
+    from sparseserve.errors import ArtifactError
+
+    if not output.parent.is_dir():
+        raise ArtifactError(
+            f"-o {output}: there is no folder {output.parent}: make it or choose another file"
+        )
+    if output.exists() and not output.is_file():
+        raise ArtifactError(f"-o {output}: is a folder or no plain file: choose another file")
+    refuse_inside_checkpoint(output)
+    with writing(output, remedy="make room or choose another file"):
+        partial_of(output).touch()
+        partial_of(output).unlink()
+
+
+def print_json(data: dict[str, object], *, as_json: bool) -> None:
+    """Print ``data`` in one line, if ``--json`` asks for it."""
     if as_json:
         click.echo(json.dumps(data))
+
+
+def write_json_file(data: dict[str, object], *, as_json: bool, output: Path | None) -> None:
+    """Write ``data`` to ``--output``, last of all: what was measured is on the screen by then.
+
+    Raises:
+        ArtifactError: It cannot be written; standard output then has the JSON all the same.
+    """
+    if output is None:
+        return
+    from sparseserve.checkpoint.tensors import write_json
+    from sparseserve.errors import ArtifactError
+
+    try:
+        write_json(output, data, remedy="standard output has the same JSON: save it from there")
+    except ArtifactError:
+        print_json(data, as_json=not as_json)
+        raise

@@ -45,11 +45,12 @@ def sensitivity_command(
     from sparseserve.budget.ranking_plot import require_plotly
     from sparseserve.cli.console import pruning_progress, quiet_libraries
     from sparseserve.devices import torch_device
+    from sparseserve.paths import last_name
     from sparseserve.workflow.job import Job
 
     quiet_libraries()
     require_plotly()
-    folder = output or Path(f"{Path(model).name}-sensitivity")
+    folder = output or Path(f"{last_name(model)}-sensitivity")
     with pruning_progress() as progress:
         job = Job(model, recipe.chosen(), device=torch_device(device), progress=progress)
         units = measure_and_report(job, folder, held_out=HeldOutSpec(texts=validation))

@@ -9,10 +9,12 @@ import click
 
 from sparseserve.cli.options import (
     LOCAL_PATH,
+    check_json_file,
     dtype_option,
-    give_json,
     json_file_option,
     json_option,
+    print_json,
+    write_json_file,
 )
 
 if TYPE_CHECKING:
@@ -49,16 +51,18 @@ def tune_command(
     from sparseserve.serving.launch.requirements import require_vllm
     from sparseserve.serving.measure.tuner import tune
 
+    check_json_file(output)
     quiet_libraries()
     require_vllm("tune")
     warn_of_missing_kernels()
     with Console(stderr=True).status("timing kernels while the model is loaded"):
         found = tune(checkpoint, dtype=DTYPES.get(dtype), quantization=quantization, again=again)
-    give_json(found.to_json(), as_json=as_json, output=output)
+    print_json(found.to_json(), as_json=as_json)
     console = Console(stderr=True, width=200, markup=False) if as_json else output_console()
     console.print(_speedups(found), highlight=False)
     for layers in found.layers:
         console.print(f"{layers.layer}: {layers.plan}", highlight=False)
+    write_json_file(found.to_json(), as_json=as_json, output=output)
 
 
 def _speedups(found: TuningReport) -> Table:

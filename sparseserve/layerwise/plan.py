@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 
 from sparseserve.errors import RecipeError
@@ -14,7 +13,7 @@ from sparseserve.models.structure import (
     OperatorGroup,
 )
 from sparseserve.paths import shown
-from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.recipe.settings import PruneRecipe, matches
 
 #: Why the operators of some experts stay dense.
 UNSEEN = "no calibration token reached its expert"
@@ -61,7 +60,7 @@ def _require_matches(structure: ModelStructure, recipe: PruneRecipe) -> None:
         layer.full_name(operator) for layer in structure.layers for operator in layer.operators
     ]
     for expression in recipe.ignore:
-        if any(re.search(expression, name) for name in names):
+        if any(matches(expression, name) for name in names):
             continue
         remedy = f"only linears in decoder layers are pruned, such as {names[0]}"
         if expression.startswith("re:"):

@@ -10,10 +10,14 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from sparseserve.checkpoint.stacks import ExpertStack
 from sparseserve.errors import UnsupportedModelError, first_line
+from sparseserve.huggingface.experts import expert_stacks
 
 # Up to the number of a layer, or of a block of another part.
 _LAYER = re.compile(r"\D*?\.\d+(?=\.)")
+# Of an expert. Conversions drop dimensions of 1.
+_KEPT_INPUTS = 2
 
 
 def stored_tensors(
@@ -26,7 +30,8 @@ def stored_tensors(
 
     Args:
         model: With its weights.
-        first_rows: Whether to take only the first row of every matrix: names without bulk.
+        first_rows: Whether to take only the first row of every matrix, and of a stack of experts
+            the first inputs of the first expert: names without bulk.
 
     Raises:
         UnsupportedModelError: transformers cannot save the model.
@@ -35,9 +40,10 @@ def stored_tensors(
         state = model.state_dict()
         for name in model._keys_to_ignore_on_save or ():
             state.pop(name, None)
+        stacks = _stacks(model) if first_rows else {}
         for part in _parts(remove_tied_weights_from_state_dict(state, model)):
             chosen = {
-                name: tensor[:1] if first_rows and tensor.ndim > 1 else tensor
+                name: _first_row(tensor, stacks.get(name)) if first_rows else tensor
                 for name, tensor in part.items()
             }
             yield from sorted(revert_weight_conversion(model, chosen).items())
@@ -46,6 +52,26 @@ def stored_tensors(
             f"{model.config.name_or_path or model.config.model_type}: transformers cannot save "
             f"this model ({first_line(error)}): prune one that it can load and save"
         ) from error
+
+
+def _stacks(model: PreTrainedModel) -> dict[str, ExpertStack]:
+    """Return the layouts of the tensors of ``model`` that hold experts, by name."""
+    return {
+        stack.tensor: stack
+        for name, module in model.named_modules()
+        for stack in expert_stacks(name, module)
+    }
+
+
+def _first_row(tensor: Tensor, stack: ExpertStack | None) -> Tensor:
+    """Return the first row of a matrix, or little of a stack of experts.
+
+    All outputs of the first expert stay, as conversions part those of merged projections.
+    """
+    if stack is not None:
+        one = tensor[:1]
+        return one[:, :_KEPT_INPUTS] if stack.transposed else one[..., :_KEPT_INPUTS]
+    return tensor[:1] if tensor.ndim > 1 else tensor
 
 
 def _parts(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

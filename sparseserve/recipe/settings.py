@@ -27,6 +27,23 @@ EXPERTS = ("prune", "dense")
 ROTATIONS = ("none", "heads")
 
 
+def matches(expression: str, module: str) -> bool:
+    """Whether an ``expression`` of ``ignore`` is found in the full name of a module.
+
+    All searches go through here: another engine reads other expressions, and has no limit of time.
+
+    Raises:
+        RecipeError: It would be searched for ever.
+    """
+    try:
+        return regex.search(expression, module, timeout=_SEARCH_SECONDS) is not None
+    except TimeoutError as error:
+        raise RecipeError(
+            f"ignore {shown(expression)} was searched in {module} for more than "
+            f"{_SEARCH_SECONDS} s: write it without repeats inside repeats"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneRecipe:
     """What to do to a model; without arguments, the recipe ``default``.
@@ -130,16 +147,7 @@ class PruneRecipe:
         Raises:
             RecipeError: An expression would be searched for ever.
         """
-        for expression in self.ignore:
-            try:
-                if regex.search(expression, module, timeout=_SEARCH_SECONDS):
-                    return True
-            except TimeoutError as error:
-                raise RecipeError(
-                    f"ignore {shown(expression)} was searched in {module} for more than "
-                    f"{_SEARCH_SECONDS} s: write it without repeats inside repeats"
-                ) from error
-        return False
+        return any(matches(expression, module) for expression in self.ignore)
 
     def to_json(self) -> dict[str, object]:
         """Return JSON data that ``recipe_from_mapping`` reads back to an equal recipe."""

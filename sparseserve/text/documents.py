@@ -34,8 +34,9 @@ class Conversation:
     messages: tuple[Mapping[str, object], ...]
 
     def __str__(self) -> str:
-        """Return the messages as JSON."""
-        return json.dumps([dict(message) for message in self.messages], sort_keys=True)
+        """Return the messages as JSON; what it lacks, such as dates, as Python writes it."""
+        messages = [dict(message) for message in self.messages]
+        return json.dumps(messages, sort_keys=True, default=str)
 
     def rendered(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return the text that the model of ``tokenizer`` reads for this chat.

@@ -16,7 +16,6 @@ from sparseserve.checkpoint.artifact import MANIFEST_FILE, Artifact, Manifest
 from sparseserve.checkpoint.formats import FORMATS, require_fit
 from sparseserve.checkpoint.run_folder import Fingerprint, RunFolder
 from sparseserve.checkpoint.stacks import ExpertStack
-from sparseserve.checkpoint.summary import BASE_MODEL
 from sparseserve.checkpoint.tensors import (
     DEFAULT_SHARD_BYTES,
     require_space,
@@ -34,8 +33,9 @@ from sparseserve.huggingface.asked_size import sketch_of
 from sparseserve.huggingface.experts import routers_in, unstacked_experts
 from sparseserve.huggingface.names import stored_modules
 from sparseserve.huggingface.opening import open_config
-from sparseserve.models.model_folder import find_model_folder, hub_name
+from sparseserve.models.model_folder import find_model_folder
 from sparseserve.sparsity import TWO_FOUR
+from sparseserve.workflow.model_files import base_of
 from sparseserve.workflow.run import finished
 
 # A dense weight has next to no group with two zeros; a pruned one that has nearly all was damaged.
@@ -139,7 +139,6 @@ def _write_dense(
         config.pop(key, None)
     write_json(folder / "config.json", config)
     converted = {"formats": list(foreign.formats), "dense_linears": seen.dense}
-    name = hub_name(source, foreign.folder)
     manifest = Manifest(
         format="dense",
         pattern=str(TWO_FOUR),
@@ -148,7 +147,7 @@ def _write_dense(
         source=source,
         recipe={},
         calibration={},
-        report={"converted": converted, **({BASE_MODEL: name} if name else {})},
+        report={"converted": converted, **base_of(source, foreign.folder)},
         files={},
         stacks=tuple(
             stack

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path, PurePath
 
 import torch
 from torch import Tensor
 
 from sparseserve.checkpoint.artifact import Manifest
-from sparseserve.checkpoint.summary import BASE_MODEL
+from sparseserve.checkpoint.summary import BASE_FOLDER, BASE_MODEL
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.exporters.side_files import model_config
 from sparseserve.exporters.stored import DenseSource
@@ -41,7 +42,6 @@ def pruned_source(
     """
     places = stored_modules(loaded.model, [operator.name for operator in report.operators])
     stacks = {place.stack.tensor: place.stack for place in places.values() if place.stack}
-    name = hub_name(loaded.source, loaded.folder)
     manifest = Manifest(
         format="dense",
         pattern=str(recipe.pattern),
@@ -52,7 +52,7 @@ def pruned_source(
         source=str(loaded.source),
         recipe=recipe.to_json(),
         calibration=asdict(calibration.record),
-        report={**report.to_json(), **({BASE_MODEL: name} if name else {})},
+        report={**report.to_json(), **base_of(loaded.source, loaded.folder)},
         files={},
     )
     return DenseSource(
@@ -64,6 +64,18 @@ def pruned_source(
         quantization=recipe.quantization,
         scales={places[name].name: scale for name, scale in scales.items()},
     )
+
+
+def base_of(source: str, folder: Path) -> dict[str, str]:
+    """Return what a manifest's report says of where the model ``source``, in ``folder``, is from.
+
+    ``source`` is told as it was given; what is relative to a folder of then names nothing later.
+    """
+    if name := hub_name(source, folder):
+        return {BASE_MODEL: name}
+    own_name = folder.resolve().name
+    named = PurePath(source).name not in ("", "..")
+    return {BASE_FOLDER: own_name} if own_name and not named else {}
 
 
 def model_settings(loaded: LoadedModel, recipe: PruneRecipe) -> dict[str, object]:
@@ -82,11 +94,19 @@ def left_out(loaded: LoadedModel) -> tuple[str, ...]:
     return loaded.unread if quantised else ()
 
 
+def copied_from(loaded: LoadedModel) -> Checkpoint | None:
+    """Open the files of a source whose unread tensors are copied; None where there are none.
+
+    Raises:
+        ArtifactError: The index and the files of the source disagree, which its class overlooks.
+    """
+    return Checkpoint.open(loaded.folder) if loaded.unread and not left_out(loaded) else None
+
+
 def _all_tensors(loaded: LoadedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the model, then as they are those that its class has no place for."""
     yield from stored_tensors(loaded.model)
-    if loaded.unread and not left_out(loaded):
-        source = Checkpoint.open(loaded.folder)
+    if source := copied_from(loaded):
         for name in loaded.unread:
             yield name, source.tensor(name)
 

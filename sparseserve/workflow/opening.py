@@ -14,8 +14,9 @@ from sparseserve.checkpoint.artifact import file_sha256
 from sparseserve.checkpoint.formats import require_fit
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.run_folder import Fingerprint
+from sparseserve.checkpoint.weight_files import CONFIG_FILE, INDEX_FILE, weight_files
 from sparseserve.devices import arithmetic_of
-from sparseserve.exporters.side_files import side_files
+from sparseserve.exporters.side_files import side_files, source_card
 from sparseserve.models.loading import LoadedModel, load_model
 from sparseserve.models.structure import ModelStructure
 from sparseserve.paths import existing_parent
@@ -110,6 +111,12 @@ def _fingerprint(
 
 
 def _model_files(loaded: LoadedModel) -> set[str]:
-    """Return the files of the model's folder, and those below it that come along."""
-    top = {path.name for path in loaded.folder.iterdir() if path.is_file()}
-    return top | set(side_files(loaded.folder))
+    """Return the files in the model's folder that decide the result: what is read or copied.
+
+    Whatever else lies there, such as a log of this very run, may change while a run is interrupted.
+    """
+    weights, card = weight_files(loaded.folder), source_card(loaded.folder)
+    found = {CONFIG_FILE, *weights.names, *side_files(loaded.folder)}
+    if weights.weight_map is not None:
+        found.add(INDEX_FILE)
+    return found if card is None else found | {card.name}

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,7 +21,8 @@ from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.checkpoint.output_place import OutputPlace
 from sparseserve.checkpoint.storage import storage_of
 from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_checkpoint
-from sparseserve.errors import ArtifactError, SparseServeError, UnsupportedModelError
+from sparseserve.errors import ArtifactError, SparseServeError, UnsupportedModelError, first_line
+from sparseserve.exporters.onnx.graph import require_keys_and_values
 from sparseserve.exporters.side_files import copy_side_files, write_config
 from sparseserve.huggingface.experts import ExpertLinears, unstacked_experts
 from sparseserve.huggingface.names import StoredModule, stored_modules
@@ -32,7 +36,7 @@ from sparseserve.paths import local_path
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.text.calibration import CalibrationSet
 from sparseserve.workflow.job import Job
-from sparseserve.workflow.model_files import model_settings
+from sparseserve.workflow.model_files import copied_from, model_settings
 from sparseserve.workflow.needs import Needs, needs_of, require_memory
 
 
@@ -68,8 +72,8 @@ def rehearse(
     if place is not None:
         there = sum(path.stat().st_size for path in place.partial.rglob("*") if path.is_file())
         require_space(place.partial, needs.disk_bytes - there)
-    with tempfile.TemporaryDirectory(prefix="sparseserve-") as scratch:
-        _rehearse_writing(loaded, structure, recipe, Path(scratch) / "model")
+    with _temporary_folder() as scratch:
+        _rehearse_writing(loaded, structure, recipe, scratch / "model")
     with unstacked_experts(model):
         try_layers(model, structure, recipe, calibration, recipe.autocast_to(job.runs_on))
     return structure, needs
@@ -80,6 +84,7 @@ def _rehearse_storing(
 ) -> None:
     """Put a row of each width and dtype that is to be pruned into the form it is stored in."""
     if FORMATS[export_format].storage is None:
+        _rehearse_graph(model, structure, recipe, export_format)
         return
     storage = storage_of(export_format)
     seen = set()
@@ -99,11 +104,61 @@ def _rehearse_storing(
                 ) from error
 
 
+def _rehearse_graph(
+    model: PreTrainedModel, structure: ModelStructure, recipe: PruneRecipe, export_format: str
+) -> None:
+    """Refuse what a graph cannot hold, as far as that is seen without exporting one."""
+    require_keys_and_values(model)
+    for layer in structure.layers:
+        for operator in planned_operators(layer, recipe):
+            name = layer.full_name(operator)
+            if _owner_of_experts(model, name) is not None:
+                raise ArtifactError(
+                    f"{name}: {export_format} has all experts of a layer in one product, where "
+                    "none can be told to be pruned: use --experts dense or --format dense"
+                )
+
+
+def _owner_of_experts(model: nn.Module, module: str) -> ExpertLinears | None:
+    """Return the experts, unstacked, that ``module`` is a linear of; None if of none."""
+    owner = model.get_submodule(module.rpartition(".")[0].rpartition(".")[0])
+    return owner if isinstance(owner, ExpertLinears) else None
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Give a folder for the time of the block.
+
+    It lies where temporary files do: one beside the output would be in the way of the next run,
+    were this one killed.
+
+    Raises:
+        ArtifactError: It cannot be made or filled, where another output folder would not help.
+    """
+    remedy = "make room there, or name another folder for temporary files with TMPDIR"
+    try:
+        made = tempfile.TemporaryDirectory(prefix="sparseserve-")
+    except OSError as error:
+        raise ArtifactError(f"no temporary folder: {first_line(error)}: {remedy}") from error
+    with made as scratch:
+        try:
+            yield Path(scratch)
+        except (ArtifactError, OSError) as error:
+            cause = error.__cause__ if isinstance(error, ArtifactError) else error
+            failed = isinstance(cause, OSError | SafetensorError)
+            if cause is None or not failed or scratch not in str(error):
+                raise
+            raise ArtifactError(
+                f"{scratch}: the rehearsal cannot write there ({first_line(cause)}): {remedy}"
+            ) from error
+
+
 def _rehearse_writing(
     loaded: LoadedModel, structure: ModelStructure, recipe: PruneRecipe, folder: Path
 ) -> None:
     """Write the model with one row of each matrix, and open what was written."""
     _refuse_outside_tokenizer(loaded)
+    copied_from(loaded)
     write_checkpoint(folder, stored_tensors(loaded.model, first_rows=True))
     copy_side_files(loaded.folder, folder)
     write_config(loaded.folder, folder, model_settings(loaded, recipe))
@@ -131,14 +186,14 @@ def _is_written(model: nn.Module, module: str, stored: Checkpoint, place: Stored
     if place.stack is not None:
         # Whether a stack is turned when it is saved may depend on its whole shape.
         return place.stack.tensor in stored
-    owner, _, expert = module.rpartition(".")[0].rpartition(".")
-    if isinstance(model.get_submodule(owner), ExpertLinears) and expert != "0":
+    if _owner_of_experts(model, module) is not None and module.split(".")[-2] != "0":
         return True  # a model of first rows has no other experts
     name = f"{place.name}.weight"
     if name not in stored:
         return False
-    found = stored.tensor(name)
-    return torch.equal(found, model.get_parameter(f"{module}.weight")[: len(found)])
+    found, weight = stored.tensor(name), model.get_parameter(f"{module}.weight")
+    # Of an expert, only the first inputs are there.
+    return found.ndim == 2 and torch.equal(found, weight[: len(found), : found.shape[1]])
 
 
 def _refuse_outside_tokenizer(loaded: LoadedModel) -> None:

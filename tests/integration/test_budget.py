@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,17 +21,19 @@ from sparseserve.budget.report import (
     MaxPerplexityIncrease,
 )
 from sparseserve.budget.within_budget import prune_within_budget
-from sparseserve.checkpoint.artifact import Artifact
+from sparseserve.checkpoint.artifact import CARD_FILE, Artifact
 from sparseserve.checkpoint.verification import verify
 from sparseserve.errors import ArtifactError, CalibrationError, RecipeError
 from sparseserve.evaluation.evaluate import EvaluationSpec, evaluate
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import OperatorReport
+from sparseserve.testing import save_tiny_model
 from sparseserve.workflow.job import Job
 
 FEW = HeldOutSpec(sensitivity_windows=2, validation_windows=4)
 ALL = 14  # linears of the two layers of a tiny Llama
+AT_THE_END = "writing the checkpoint"
 
 Within = Callable[..., tuple[Artifact, BudgetReport]]
 
@@ -43,8 +48,9 @@ def within(llama: Path, tmp_path: Path, quick: PruneRecipe) -> Within:
         progress: PruneProgress | None = None,
         held_out: HeldOutSpec = FEW,
         rounds: int = 4,
+        export_format: str | None = None,
     ) -> tuple[Artifact, BudgetReport]:
-        job = Job(str(llama), recipe, progress=progress or PruneProgress())
+        job = Job(str(llama), recipe, export_format, progress=progress or PruneProgress())
         return prune_within_budget(job, tmp_path / name, goal, held_out=held_out, rounds=rounds)
 
     return run
@@ -123,15 +129,15 @@ class Killed(Exception):
 
 
 class Watch(PruneProgress):
-    """Notes every pruned operator; dies after so many, or before the checkpoint is written."""
+    """Notes every pruned operator; dies after so many, or at a stage that begins so."""
 
-    def __init__(self, dies_after: int | None = None, *, dies_at_the_end: bool = False) -> None:
+    def __init__(self, dies_after: int | None = None, *, dies_at: str | None = None) -> None:
         self.names: list[str] = []
         self.dies_after = dies_after
-        self.dies_at_the_end = dies_at_the_end
+        self.dies_at = dies_at
 
     def stage(self, text: str) -> None:
-        if self.dies_at_the_end and text == "writing the checkpoint":
+        if self.dies_at is not None and text.startswith(self.dies_at):
             raise Killed
 
     def operator_pruned(self, report: OperatorReport) -> None:
@@ -144,8 +150,8 @@ def test_layers_that_stay_the_same_are_not_pruned_again(within: Within, quick: P
     recipe = replace(quick, error_correction="intra")
     _, before = within(KeepDenseFraction(0.06), "before", recipe=recipe)
     with pytest.raises(Killed):
-        within(KeepDenseFraction(0.06), recipe=recipe, progress=Watch(dies_at_the_end=True))
-    again, other = Watch(dies_at_the_end=True), Watch()
+        within(KeepDenseFraction(0.06), recipe=recipe, progress=Watch(dies_at=AT_THE_END))
+    again, other = Watch(dies_at=AT_THE_END), Watch()
     with pytest.raises(Killed):
         within(KeepDenseFraction(0.06), recipe=recipe, progress=again)
     assert again.names == []
@@ -170,6 +176,50 @@ def test_a_killed_run_goes_on_and_ends_alike(
     assert report == expected
     files = [(item, entry.sha256) for item, entry in undisturbed.manifest.files.items()]
     assert files == [(item, entry.sha256) for item, entry in artifact.manifest.files.items()]
+
+
+def test_a_disk_that_fills_up_at_the_card_leaves_a_run_that_goes_on_and_ends_whole(
+    within: Within, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text = Path.write_text
+    cards = count(1)
+
+    def full_at_the_second_card(path: Path, data: str, **how: Any) -> int:
+        if path.name == f"{CARD_FILE}.tmp" and next(cards) == 2:
+            write_text(path, data[:100], **how)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, data, **how)
+
+    monkeypatch.setattr(Path, "write_text", full_at_the_second_card)
+    with pytest.raises(ArtifactError, match=r"README\.md: cannot be written \(No space left"):
+        within(KeepDenseFraction(0.4))
+    assert not list(tmp_path.rglob("*.tmp"))
+    artifact, _ = within(KeepDenseFraction(0.4))
+    assert verify(tmp_path / "out").manifest == artifact.manifest
+    assert not [name for name in artifact.manifest.files if name.endswith(".tmp")]
+
+
+def test_a_format_for_other_programs_is_made_of_the_model_that_was_chosen(
+    within: Within, tmp_path: Path
+) -> None:
+    artifact, report = within(KeepDenseFraction(0.4), export_format="onnx")
+    manifest = verify(tmp_path / "out").manifest
+    assert manifest.format == "onnx"
+    assert manifest.report["budget"]["chosen"]["sparse_share"] == report.chosen.sparse_share
+    assert len(manifest.pruned) + len(report.chosen.dense_operators) == ALL
+    assert report.weight_bytes == artifact.weight_bytes
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def test_a_run_that_goes_on_with_another_format_ends_in_that(
+    within: Within, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        within(KeepDenseFraction(0.4), progress=Watch(dies_at="measured "))
+    watch = Watch()
+    artifact, _ = within(KeepDenseFraction(0.4), export_format="dense", progress=watch)
+    assert verify(tmp_path / "out").manifest.format == artifact.manifest.format == "dense"
+    assert watch.names == []  # its layers are those that were pruned before
 
 
 def test_an_unfinished_run_of_another_recipe_is_not_mixed_in(
@@ -204,6 +254,16 @@ def test_two_texts_are_both_kept_within_the_budget(within: Within, tmp_path: Pat
     assert [item.text for item in report.chosen.measured] == ["3.txt", "5.txt"]
     assert report.chosen.bound == max(item.bound for item in report.chosen.measured)
     assert {len(unit.divergences) for unit in report.sensitivities} == {4}
+
+
+def test_experts_that_stay_dense_are_not_pruned_to_be_priced(
+    tmp_path: Path, quick: PruneRecipe
+) -> None:
+    model, watch = save_tiny_model("olmoe", tmp_path / "olmoe"), Watch()
+    job = Job(str(model), replace(quick, experts="dense"), progress=watch)
+    units = measure_and_report(job, tmp_path / "ranking", held_out=FEW)
+    assert set(watch.names) == {name for unit in units for name in unit.operators}
+    assert not [name for name in watch.names if ".experts." in name]
 
 
 def test_the_ranking_alone_is_written_as_json_and_as_a_page_that_needs_no_network(

@@ -7,10 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sparseserve.machine import this_machine
 from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.serving.launch import requirements
+from sparseserve.serving.measure.tuner import TuningReport
 from sparseserve.text.calibration import DEFAULT_SEQUENCE_LENGTH
 from tests.integration.command_line import Cli, prune_arguments
 
@@ -164,6 +168,30 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("json_option", [["--json"], []])
+def test_figures_are_shown_though_their_file_cannot_be_written(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, json_option: list[str]
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+
+    def removes_the_folder(checkpoint: Path, **how: Any) -> TuningReport:
+        folder.rmdir()
+        return TuningReport(checkpoint, (), this_machine(), {}, "today")
+
+    monkeypatch.setattr("sparseserve.serving.measure.tuner.tune", removes_the_folder)
+    monkeypatch.setattr(requirements, "require_vllm", lambda purpose: None)
+    done = cli("tune", "out", "-o", folder / "found.json", *json_option)
+    assert done.returncode == 1
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert json.loads(line)["date"] == "today"
+    assert "together" in done.stdout + done.stderr
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert "found.json: cannot be written (No such file or directory" in error
+    assert "standard output has the same JSON" in error
+    assert "go on" not in error
 
 
 @pytest.mark.parametrize("command", [[], ["prune-and-export"], ["serve"], ["bench"], ["evaluate"]])

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sparseserve.budget.price_run import HeldOutSpec
+from sparseserve.budget.prices import UnitSensitivity
+from sparseserve.workflow.job import Job
 from tests.integration.command_line import Cli, prune_arguments, refusal
 
 
@@ -32,6 +35,22 @@ def test_the_ranking_alone_is_printed_plotted_and_written(
     assert json.loads(again.stdout) == json.loads(
         Path("llama-sensitivity/sensitivity.json").read_text()
     )
+
+
+def test_the_ranking_of_the_current_folder_has_its_name(
+    cli: Cli, llama: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(llama)
+    folders = []
+
+    def note(job: Job, folder: Path, *, held_out: HeldOutSpec) -> tuple[UnitSensitivity, ...]:
+        folders.append(folder)
+        return ()
+
+    monkeypatch.setattr("sparseserve.budget.ranking.measure_and_report", note)
+    done = cli("sensitivity", *prune_arguments(Path(), text)[1:])
+    assert done.returncode == 0, done.stderr
+    assert folders == [Path("llama-sensitivity")]
 
 
 @pytest.mark.parametrize(

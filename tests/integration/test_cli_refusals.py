@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
+from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.testing import tiny_model, tiny_tokenizer
 from tests.integration.command_line import Cli, prune_arguments, refusal
+from tests.integration.conftest import Prune
 
 
 class TestBadInputIsOneLineAndExitCodeOne:
@@ -64,6 +66,40 @@ class TestBadInputIsOneLineAndExitCodeOne:
     ) -> None:
         line = refusal(cli(*prune_arguments(llama, text, "-o", tmp_path)))
         assert "not empty" in line
+
+    @pytest.mark.parametrize("command", ["export", "prune-and-export"])
+    def test_an_output_folder_inside_the_checkpoint_it_is_made_of(
+        self, cli: Cli, prune: Prune, text: Path, command: str
+    ) -> None:
+        checkpoint = prune("llama", export_format="dense").path
+        given: dict[str, list[object]] = {
+            "export": ["export", checkpoint, "--format", "packed24"],
+            "prune-and-export": prune_arguments(checkpoint, text),
+        }
+        line = refusal(cli(*given[command], "-o", checkpoint / "packed"))
+        assert f"lies in the checkpoint {checkpoint}" in line
+        assert "choose a place outside of it" in line
+        assert cli("verify", checkpoint).returncode == 0
+
+    @pytest.mark.parametrize("command", ["bench CHECKPOINT --baseline DENSE", "tune CHECKPOINT"])
+    @pytest.mark.parametrize(
+        ("name", "part"),
+        [
+            ("absent/found.json", "there is no folder absent: make it"),
+            ("folder", "is a folder or no plain file"),
+            ("checkpoint/found.json", "lies in the checkpoint"),
+            ("f" * 252, "File name too long"),
+        ],
+    )
+    def test_a_file_for_figures_that_could_not_be_written_after_they_are_measured(
+        self, cli: Cli, tmp_path: Path, command: str, name: str, part: str
+    ) -> None:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "checkpoint").mkdir()
+        (tmp_path / "checkpoint" / MANIFEST_FILE).write_text("{}")
+        line = refusal(cli(*command.split(), "-o", name))
+        assert name in line
+        assert part in line
 
     def test_a_full_disk(self, cli: Cli, tmp_path: Path, llama: Path, text: Path) -> None:
         """Files may grow to 100 KB only, as on a disk that fills up."""

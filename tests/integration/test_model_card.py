@@ -231,3 +231,15 @@ def test_the_manifest_is_the_only_other_file_without_a_hash(prune: Any) -> None:
     names = {path.name for path in artifact.path.iterdir()}
     assert names - set(artifact.manifest.files) == {CARD_FILE, MANIFEST_FILE}
     assert not re.search(r"\d{4}-\d\d-\d\d", (artifact.path / CARD_FILE).read_text())
+
+
+@pytest.mark.parametrize(("source", "below"), [(".", ""), ("..", "inside")])
+def test_a_folder_that_is_named_by_dots_has_its_own_name_in_the_card(
+    prune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, below: str
+) -> None:
+    model = save_tiny_model("llama", tmp_path / "a-model")
+    (model / "inside").mkdir()
+    monkeypatch.chdir(model / below)
+    artifact = prune(Path(source))
+    assert "# a-model, pruned to 2:4" in card_of(artifact.path).text
+    assert artifact.manifest.source == source

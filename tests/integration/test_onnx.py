@@ -22,7 +22,11 @@ from sparseserve.exporters import export_onnx
 from sparseserve.exporters.onnx.agreement import teacher_forced
 from sparseserve.exporters.onnx.graph import DATA_FILE, GRAPH_FILE
 from sparseserve.exporters.onnx.weights import linear_weights
-from sparseserve.testing import TINY_FAMILIES
+from sparseserve.layerwise.progress import PruneProgress
+from sparseserve.recipe.settings import PruneRecipe
+from sparseserve.testing import TINY_FAMILIES, save_tiny_model
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.run import plan, prune_and_export
 from tests.integration.command_line import Cli
 from tests.integration.conftest import Prune
 
@@ -254,3 +258,55 @@ def test_without_its_packages_the_command_that_brings_them_is_named(
     done = cli("export", packed("llama").path, "-o", tmp_path / "out", "--format", "onnx")
     assert "pip install 'sparseserve[onnx]'" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def refusal(source: Path, recipe: PruneRecipe, export_format: str) -> str:
+    """Return what refuses both the rehearsal and the run, which prunes nothing before it."""
+
+    class Unheard(PruneProgress):
+        def layer_started(self, name: str, number: int, total: int) -> None:
+            raise AssertionError(name)
+
+    job = Job(str(source), recipe, export_format, progress=Unheard())
+    with pytest.raises(ArtifactError) as planned:
+        plan(job)
+    with pytest.raises(ArtifactError) as run:
+        prune_and_export(job, source.with_name("out"))
+    assert str(planned.value) == str(run.value)
+    return str(run.value)
+
+
+@pytest.mark.parametrize("export_format", ["onnx", "tensorrt"])
+def test_experts_that_a_graph_cannot_tell_are_refused_before_they_are_pruned(
+    tmp_path: Path, quick: PruneRecipe, export_format: str
+) -> None:
+    source = save_tiny_model("olmoe", tmp_path / "model")
+    message = refusal(source, quick, export_format)
+    assert message.startswith(f"model.layers.0.mlp.experts.0.gate_proj: {export_format} ")
+    assert message.endswith("use --experts dense or --format dense")
+
+
+def test_with_dense_experts_the_rest_of_the_model_is_exported(
+    prune: Prune, quick: PruneRecipe
+) -> None:
+    made = prune("olmoe", recipe=replace(quick, experts="dense"), export_format="onnx")
+    verify(made.path)
+    assert made.manifest.pruned
+    assert not any("experts" in name for name in made.manifest.pruned)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:transformers.*")
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [
+        ("granitemoehybrid", "more than keys and values"),
+        ("falcon_h1", "more than keys and values"),
+        ("gemma4_text", "heads of different numbers or sizes"),
+    ],
+)
+def test_layers_that_a_graph_cannot_hold_are_refused_before_they_are_pruned(
+    tmp_path: Path, quick: PruneRecipe, family: str, told: str
+) -> None:
+    message = refusal(save_tiny_model(family, tmp_path / "model"), quick, "onnx")
+    assert told in message
+    assert message.endswith("use --format dense")

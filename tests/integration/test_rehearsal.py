@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,6 +53,26 @@ def refused(cli: Cli, text: Path, tmp_path: Path) -> Callable[..., str]:
 
 def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("place", ["full", "gone"])
+def test_where_temporary_files_find_no_room_another_folder_for_them_is_the_remedy(
+    model: Path, quick: PruneRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    scratch = tmp_path / "scratch"
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    if place == "full":
+        scratch.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(ArtifactError) as caught:
+            plan(Job(str(model), quick), tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(scratch) in str(caught.value)
+    assert str(caught.value).endswith("name another folder for temporary files with TMPDIR")
+    assert not scratch.exists() or not list(scratch.iterdir())
 
 
 def test_a_plan_lists_what_would_be_pruned(tmp_path: Path, quick: PruneRecipe) -> None:
@@ -231,11 +252,18 @@ def interrupted(prune: Prune, model: Path, recipe: PruneRecipe) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"]
+    "name",
+    [
+        *("config.json", "tokenizer.json", "generation_config.json", "model.safetensors"),
+        *("README.md", "LICENSE", "modeling_own.py"),
+    ],
 )
 def test_a_model_that_changed_since_the_interruption_is_not_mixed_in(
     prune: Prune, model: Path, quick: PruneRecipe, name: str
 ) -> None:
+    for added in ("README.md", "LICENSE", "modeling_own.py"):
+        (model / added).write_text("# text")
+    edit(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
     interrupted(prune, model, quick)
     stat = (model / name).stat()
     change = b"\x00\x00\x80?" if name.endswith(".safetensors") else b"\n"
@@ -244,6 +272,19 @@ def test_a_model_that_changed_since_the_interruption_is_not_mixed_in(
     os.utime(model / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(ArtifactError, match=f"different: model file {name}"):
         prune(model, recipe=quick)
+
+
+def test_files_that_decide_nothing_may_change_while_a_run_is_interrupted(
+    prune: Prune, model: Path, quick: PruneRecipe, tmp_path: Path
+) -> None:
+    names = ("run.log", "old.safetensors.bak", "own.py")
+    for name in names:
+        (model / name).write_text("before")
+    interrupted(prune, model, quick)
+    for name in names:
+        (model / name).write_text("after")
+    (model / "new.log").write_text("new")
+    assert prune(model, recipe=quick).path == tmp_path / "out"
 
 
 def whole(prune: Prune, model: Path, recipe: PruneRecipe) -> Artifact:

@@ -15,9 +15,12 @@ from transformers import AutoModelForCausalLM
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.tensors import Checkpoint
 from sparseserve.checkpoint.verification import verify
+from sparseserve.errors import ArtifactError
 from sparseserve.layerwise.progress import PruneProgress
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.testing import save_tiny_model
+from sparseserve.workflow.job import Job
+from sparseserve.workflow.run import plan
 from tests.integration.quantised_folders import save_fp8, save_mxfp4
 from tests.selection import representatives
 
@@ -82,6 +85,29 @@ def test_tensors_that_the_class_does_not_load_are_copied(
         assert found.checkpoint.files.keys() == {*own.files, *extra}
     verify(found.path)
     AutoModelForCausalLM.from_pretrained(found.path)
+
+
+def test_an_index_that_does_not_name_them_is_refused_before_anything_is_pruned(
+    prune: Prune, tmp_path: Path, quick: PruneRecipe
+) -> None:
+    source = save_tiny_model("deepseek_v3", tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    (source / "model.safetensors").unlink()
+    model.save_pretrained(source, max_shard_size="100KB")
+    index = (source / "model.safetensors.index.json").read_text()
+    name = "model.layers.61.eh_proj.weight"
+    with_extra(source, {name: torch.ones(64, 128)})
+    (source / "model.safetensors.index.json").write_text(index)
+
+    class Unheard(PruneProgress):
+        def layer_started(self, name: str, number: int, total: int) -> None:
+            raise AssertionError(name)
+
+    told = f"names no file for '{name}', which lies in model-00001-of-.*: download"
+    with pytest.raises(ArtifactError, match=told):
+        plan(Job(str(source), quick))
+    with pytest.raises(ArtifactError, match=told):
+        prune(source, progress=Unheard())
 
 
 def test_of_a_quantised_source_they_are_left_out_and_that_is_said(

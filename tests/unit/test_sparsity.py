@@ -91,9 +91,25 @@ def test_rows_that_obey_alone_obey_together() -> None:
     assert pattern.first_violation(pattern.per_row.project(weight)) is None
 
 
-@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8", "50%", "62.5%"])
+@pytest.mark.parametrize(
+    "text",
+    ["2:4", "1:4", "4:8", "50%", "62.5%", "70%", "5%", "66.6666667%", "99.99999%", "0.00001%"],
+)
 def test_a_pattern_reads_back_what_it_writes(text: str) -> None:
     assert str(SparsityPattern.parse(text)) == text
+
+
+@given(st.floats(1e-80, 1, exclude_max=True))
+def test_every_share_of_zeros_is_written_to_the_last_bit(share: float) -> None:
+    pattern = UnstructuredPattern(share)
+    assert SparsityPattern.parse(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize("text", ["66.6666667%", "33.33333333333333333%", "12.3456789%"])
+def test_a_weight_obeys_the_pattern_that_is_written_beside_it(text: str) -> None:
+    pattern = SparsityPattern.parse(text)
+    weight = pattern.project(torch.rand(96, 96) + 0.1)
+    assert SparsityPattern.parse(str(pattern)).first_violation(weight) is None
 
 
 @pytest.mark.parametrize("text", ["4:4", "0:4", "5:4", "0%", "100%", "half", "2:", "-1:4"])

@@ -109,6 +109,8 @@ def layer_kernels(
     able = {name: kernel for name, kernel in kernels.items() if name not in refusals}
     stored = spec.quantized or dtype_name(weight.storage_dtype())
     layer = f"{spec.rows} x {spec.columns} {dtype_name(spec.dtype)} in {stored}"
+    if not spec.two_four:  # other kernels run it: the two must not take each other's times
+        layer += ", not all of it 2:4"
     if not able:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
         raise ServingError(f"{layer}: no kernel runs it: {reasons}")

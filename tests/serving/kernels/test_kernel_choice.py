@@ -104,6 +104,15 @@ def test_recorded_times_decide_without_a_measurement() -> None:
     assert told == []
 
 
+def test_layers_of_one_shape_that_are_two_four_in_part_have_times_of_their_own() -> None:
+    for two in (True, False):
+        choose(two=two)
+    for two in (True, False):
+        told: list[str] = []
+        choose(told, two=two)
+        assert told == []
+
+
 def test_where_dense_is_fastest_the_layer_is_left_to_the_engine() -> None:
     record(times("unpacking", "packed24", 2.0), times("dense", "dense", 1.0))
     chosen = choose()

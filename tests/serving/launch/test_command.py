@@ -64,6 +64,38 @@ def test_an_emulated_bfloat16_is_not_used() -> None:
     assert "--dtype" not in options(replace(CPU, native_bfloat16=True))
 
 
+def test_an_emulated_float16_is_not_used_where_only_bfloat16_is_native() -> None:
+    half = replace(MODEL, dtype="float16")
+    bfloat16 = replace(CPU, native_bfloat16=True)
+    assert options(bfloat16, model=half)["--dtype"] == "float32"
+    assert "--dtype" not in options(replace(bfloat16, native_float16=True), model=half)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--optimization-level", "3"),
+        ("--optimization_level=3",),
+        ("--compilation-config.mode", "3"),
+        ("--compilation-config.mode=3",),
+        ("-cc.mode=3",),
+        ("-O3",),
+    ],
+)
+def test_whoever_asks_for_compilation_gets_it(given: tuple[str, ...]) -> None:
+    assert "--enforce-eager" in options(CPU)
+    assert "--enforce-eager" not in options(CPU, *given)
+
+
+def test_a_share_of_memory_that_the_user_gave_sizes_the_cache() -> None:
+    assert "--kv-cache-memory-bytes" not in options(CPU, "--gpu-memory-utilization", "0.3")
+
+
+def test_float_is_another_name_of_float32() -> None:
+    assert options(CPU, "--dtype", "float") == options(CPU, "--dtype", "float32")
+    assert options(CPU, "--dtype=float") != options(CPU, "--dtype", "half")
+
+
 def test_the_cache_and_the_weights_fit_into_the_free_memory() -> None:
     found = options(CPU)
     cache = int(found["--kv-cache-memory-bytes"])

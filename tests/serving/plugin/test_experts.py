@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseserve.errors import ServingError
 from sparseserve.serving.kernels.cpu.experts import pack_experts
 from sparseserve.serving.kernels.cpu.library import missing_library
 from sparseserve.sparsity import TWO_FOUR
@@ -239,6 +240,19 @@ def test_experts_may_be_loaded_all_at_once() -> None:
     down.weight_loader(down, two_four(HIDDEN, WIDTH), "weight", "w2", 0)
     assert not up.numel()
     assert method._packed.down.rows == HIDDEN
+
+
+@pytest.mark.usefixtures("kernels_without_timing")
+def test_packed_experts_refuse_other_weights_while_they_serve() -> None:
+    layer, method = new_layer()
+    up, down = layer.w13_weight, layer.w2_weight
+    up.weight_loader(up, two_four(WIDTH, HIDDEN), "weight", "w1", 0)
+    up.weight_loader(up, two_four(WIDTH, HIDDEN), "weight", "w3", 0)
+    down.weight_loader(down, two_four(HIDDEN, WIDTH), "weight", "w2", 0)
+    before = method._packed
+    with pytest.raises(ServingError, match="cannot take other weights while the server runs"):
+        up.weight_loader(up, two_four(WIDTH, HIDDEN), "weight", "w1", 0)
+    assert method._packed is before
 
 
 def test_gates_with_a_limit_are_left_to_vllm() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseserve.errors import ServingError
 from tests.serving.parallel_ranks import (
     MERGED,
     PARENT,
@@ -209,3 +210,17 @@ def test_what_the_model_loads_in_its_own_way_is_packed_if_it_is_two_four(
         load_dense(layer, weight)
         assert torch.equal(finish(layer), weight.flip(0))
         assert (layer.quant_method.kernels is not None) == two_four
+
+
+def test_a_weight_that_the_model_should_load_and_the_files_lack_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+    for _ in Ranks(monkeypatch, 1):
+        layer = ColumnParallelLinear(
+            32, 24, quant_config=packed_method_config("up_proj"), prefix=f"{PARENT}.up_proj"
+        )
+        layer.quant_method.let_the_model_load(layer)
+        with pytest.raises(ServingError, match=rf"{PARENT}\.up_proj\.weight"):
+            finish(layer)

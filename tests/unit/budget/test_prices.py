@@ -2,23 +2,28 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparseserve.budget.price_run import pricing_recipe
 from sparseserve.budget.prices import UnitSensitivity, measure_sensitivities
+from sparseserve.checkpoint.quantization import Quantization
 from sparseserve.evaluation.perplexity import perplexity
 from sparseserve.layerwise.layer import PrunedLayer
 from sparseserve.models.structure import trace_structure
 from sparseserve.recipe.settings import PruneRecipe
 from sparseserve.report import LayerReport
+from sparseserve.retraining.settings import Retraining
 from sparseserve.sparsity import TWO_FOUR
 from sparseserve.testing import TINY_VOCABULARY, tiny_model
 
 FAMILIES = ("llama", "gpt2", "gemma2", "gpt_neox")
+# What a recipe says of more than one operator, or of weights after they are pruned.
+ALONE = {"pruner", "error_correction", "reconstruction", "retraining", "quantization", "rotate"}
 
 
 @dataclass
@@ -143,3 +148,24 @@ def test_agreement_between_halves_is_a_rank_correlation_of_means() -> None:
         for price in (0.1, 0.5, 0.3, 0.2)
     ]
     assert split_half_agreement(units) == pytest.approx({"loss increase": 1, "divergence": -1})
+
+
+def test_operators_are_priced_as_the_recipe_would_prune_them_but_alone_and_untrained() -> None:
+    recipe = replace(
+        PruneRecipe(),
+        ignore=("q_proj",),
+        experts="dense",
+        dtype="float16",
+        compute_dtype="float32",
+        rotate="heads",
+        quantization=Quantization(to="int4"),
+        retraining=Retraining(epochs=2),
+    )
+    priced = pricing_recipe(recipe)
+    same = {item.name for item in fields(recipe) if item.name not in ALONE}
+    assert all(getattr(priced, name) == getattr(recipe, name) for name in same)
+    assert not priced.reconstruction.epochs
+    assert not priced.retraining.epochs
+    assert not priced.quantization
+    assert not priced.correction.chained
+    assert priced.rotate == "none"

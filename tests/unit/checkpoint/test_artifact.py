@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sparseserve.checkpoint.artifact import Artifact, Manifest, write_manifest
+from sparseserve.checkpoint.artifact import (
+    CARD_FILE,
+    MANIFEST_FILE,
+    Artifact,
+    Manifest,
+    write_manifest,
+)
 from sparseserve.checkpoint.tensors import write_checkpoint
 from sparseserve.checkpoint.verification import check_before_reading, verify
 from sparseserve.errors import ArtifactError
@@ -49,6 +55,16 @@ def test_what_was_written_passes(folder: Path) -> None:
     check_before_reading(folder, verified=False)
     verify(folder)
     assert set(Artifact.open(folder).manifest.tensors) == set(tiny_model("llama").state_dict())
+
+
+def test_a_folder_is_finished_again_after_a_death_while_its_manifest_or_card_was_written(
+    folder: Path,
+) -> None:
+    for name in (MANIFEST_FILE, CARD_FILE):
+        (folder / f"{name}.tmp").write_text("half of it")
+    manifest = write_manifest(folder, Artifact.open(folder).manifest).manifest
+    assert not list(folder.glob("*.tmp"))
+    assert not [name for name in manifest.files if name.endswith(".tmp")]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sparseserve.checkpoint.artifact import MANIFEST_FILE
 from sparseserve.checkpoint.folder_lock import LOCK_FILE, locked, refuse_locked
 from sparseserve.checkpoint.output_place import STATE_FILE
 from sparseserve.checkpoint.run_folder import Fingerprint, RunFolder, check_output
@@ -109,6 +110,38 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("filled", [True, False])
+@pytest.mark.parametrize("name", ["dense", "onnx", "layers", "hidden"])
+def test_a_folder_of_somebody_else_is_left_alone_whatever_it_is_called(
+    tmp_path: Path, name: str, *, filled: bool
+) -> None:
+    """Twice: the first refusal must leave nothing that makes the folder look like one of ours."""
+    precious = tmp_path / "out.partial" / name / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("precious")
+    if filled:
+        begin(tmp_path / "elsewhere", result="weights")
+        (tmp_path / "elsewhere").rename(tmp_path / "out")
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match="not empty" if filled else rf"holds {name}\)"):
+            begin(tmp_path / "out")
+        assert precious.read_text() == "precious"
+        assert [path.name for path in (tmp_path / "out.partial").iterdir()] == [name]
+
+
+def test_a_place_inside_a_checkpoint_is_refused_also_through_a_link(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "empty").mkdir(parents=True)
+    (checkpoint / MANIFEST_FILE).write_text("{}")
+    (tmp_path / "link").symlink_to(checkpoint)
+    before = sorted(checkpoint.rglob("*"))
+    for out in (checkpoint / "out", checkpoint / "empty", tmp_path / "link" / "a" / "b"):
+        for ask in (begin, check_output):
+            with pytest.raises(ArtifactError, match=f"lies in the checkpoint {checkpoint},"):
+                ask(out)
+    assert sorted(checkpoint.rglob("*")) == before
+
+
 def test_an_empty_folder_such_as_a_mount_point_is_filled_and_stays_itself(tmp_path: Path) -> None:
     out = tmp_path / "volume"
     out.mkdir()
@@ -164,6 +197,7 @@ def test_what_a_finished_run_left_goes_when_the_command_is_given_again(tmp_path:
     begin(tmp_path / "out", result="weights")
     left = tmp_path / "out.partial"
     (left / "layers").mkdir(parents=True)
+    (left / LOCK_FILE).touch()
     with pytest.raises(ArtifactError, match="out: exists and is not empty"):
         begin(tmp_path / "out")
     assert not left.exists()

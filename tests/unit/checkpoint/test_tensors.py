@@ -14,7 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from sparseserve.checkpoint.tensors import Checkpoint, require_space, write_checkpoint, write_json
+from sparseserve.checkpoint.tensors import (
+    Checkpoint,
+    require_space,
+    save_tensors,
+    write_checkpoint,
+    write_json,
+)
 from sparseserve.errors import ArtifactError
 
 TENSORS = {
@@ -120,6 +126,16 @@ def test_a_full_disk_is_one_error_and_leaves_no_checkpoint(tmp_path: Path) -> No
     assert "cannot be written" in str(caught.value)
     assert "make room" in str(caught.value)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_file_that_cannot_be_written_whole_is_not_there_in_part(tmp_path: Path) -> None:
+    write_json(tmp_path / "file.json", "before")
+    with full_disk(10_000), pytest.raises(ArtifactError, match="cannot be written"):
+        write_json(tmp_path / "file.json", "x" * 100_000)
+    with full_disk(10_000), pytest.raises(ArtifactError, match="cannot be written"):
+        save_tensors(tmp_path / "file.safetensors", {"big": torch.zeros(100_000)})
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+    assert json.loads((tmp_path / "file.json").read_text()) == "before"
 
 
 def test_too_little_space_is_refused_before_any_work(tmp_path: Path) -> None:

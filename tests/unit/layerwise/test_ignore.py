@@ -78,6 +78,17 @@ def test_the_remedy_is_named(expression: str, remedy: str) -> None:
         check_plan(STRUCTURES["llama"], replace(QUICK, ignore=(expression,)))
 
 
+def test_it_is_searched_by_the_engine_that_has_accepted_it() -> None:
+    recipe = replace(QUICK, ignore=(r"\.\p{L}_proj$",))
+    check_plan(STRUCTURES["llama"], recipe)
+    assert "model.layers.0.self_attn.q_proj" in ignored_modules(STRUCTURES["llama"], recipe)
+
+
+def test_one_that_would_be_searched_for_ever_is_refused_and_not_searched() -> None:
+    # An engine without a limit of time needs more than an hour for it.
+    assert "more than 1 s" in refusal("llama", r"^(a|.|..)+\d$")
+
+
 def test_a_run_and_its_rehearsal_refuse_it_alike(tmp_path: Path) -> None:
     source = str(save_tiny_model("llama", tmp_path / "model"))
     job = Job(source, replace(QUICK, ignore=("dwon_proj",)))

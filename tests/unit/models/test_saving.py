@@ -15,6 +15,7 @@ from sparseserve.testing import (
     MORE_TINY_FAMILIES,
     TINY_FAMILIES,
     save_tiny_model,
+    tiny_model,
 )
 
 FAMILIES = (
@@ -48,3 +49,17 @@ def test_first_rows_have_the_same_names(family: str, tmp_path: Path) -> None:
     assert all(
         len(row) == 1 for name, row in rows.items() if row.ndim == 2 and "expert" not in name
     )
+
+
+@pytest.mark.parametrize("family", EXPERT_TINY_FAMILIES)
+def test_of_an_expert_first_rows_hold_no_more_than_the_first_inputs(family: str) -> None:
+    model = tiny_model(family)
+    whole = dict(stored_tensors(model))
+    rows = {
+        name: row
+        for name, row in stored_tensors(model, first_rows=True)
+        if ".experts." in name and row.shape != whole[name].shape and "bias" not in name
+    }
+    inputs = min(model.config.hidden_size, model.config.intermediate_size)
+    assert rows
+    assert all(row.numel() <= whole[name].numel() * 2 // inputs for name, row in rows.items())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,19 @@ def test_a_chat_is_rendered_with_the_models_template(tmp_path: Path, ending: str
     assert source.text(tiny_tokenizer()) == RENDERED * 2
     window = evaluation_windows(tiny_tokenizer(), source, sequence_length=len(RENDERED))[0]
     assert tiny_tokenizer().decode(window) == RENDERED
+
+
+@pytest.mark.parametrize(
+    "extra", [date(2026, 1, 2), datetime(2026, 1, 2, 3), b"\xff\x00", Decimal("1.5"), [b"a"]]
+)
+def test_a_chat_may_hold_what_json_has_no_form_for(tmp_path: Path, extra: object) -> None:
+    rows: list[dict[str, object]] = [
+        {"messages": [{**message, "extra": extra} for message in CHAT]}
+    ]
+    WRITERS["parquet"](tmp_path / "a.parquet", rows)
+    source = read_text(tmp_path / "a.parquet")
+    assert "Hello?" in str(source.documents[0])
+    assert source.text(tiny_tokenizer()) == RENDERED
 
 
 def test_prose_and_chats_of_one_folder_are_parted_by_blank_lines(tmp_path: Path) -> None:
