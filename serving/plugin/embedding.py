@@ -83,7 +83,7 @@ class PanelEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is
         self._plan = str(KernelPlan((PlanStep(able[0], first=0, stop=1, largest_batch=0),)))
         (panels,) = allowed[able[0]].pack(weight, spec)
         # Some models ask for its dtype, such as Gemma in vLLM's Transformers backend, and a draft
-        # model shares it only if it has the draft's width. It has a shape, and memory for one value.
+        # model shares it only if it has the draft's width. It has a shape, and one value in memory.
         shaped = torch.zeros(1, dtype=dense.dtype, device=dense.device).expand(rows, columns)
         layer.register_parameter("weight", Parameter(shaped, requires_grad=False))
         layer.register_parameter("panels", Parameter(panels, requires_grad=False))
