@@ -18,7 +18,7 @@ from typing import NoReturn
 from sparseserve.machine import Machine, installed_versions, this_machine
 from sparseserve.serving.launch import watcher
 from sparseserve.serving.launch.child import SAFE_PATH, python_module
-from sparseserve.serving.launch.policy import runs_eagerly, server_cache, vllm_dtype
+from sparseserve.serving.launch.policy import Ranks, runs_eagerly, server_cache, vllm_dtype
 from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.launch.served_model import ServedModel
 
@@ -133,7 +133,11 @@ def _server_program() -> tuple[str, ...]:
 def _cache_options(
     model: ServedModel, machine: Machine, options: Sequence[str], width: int
 ) -> list[str]:
-    cache = server_cache(model, machine, width)
+    ranks = Ranks(
+        _count(options, "--tensor-parallel-size", "-tp"),
+        _count(options, "--data-parallel-size", "-dp"),
+    )
+    cache = server_cache(model, machine, width, ranks)
     sized = ["--kv-cache-memory-bytes", str(cache.size)]
     too_long = model.max_positions is not None and model.max_positions > cache.longest
     if too_long and not _given(options, "--max-model-len"):
@@ -143,6 +147,12 @@ def _cache_options(
 
 def _bytes_per_number(options: Sequence[str], defaults: Sequence[str]) -> int:
     return 4 if _value([*defaults, *options], "--dtype") in {"float32", "float"} else 2
+
+
+def _count(options: Sequence[str], *flags: str) -> int:
+    """Return the number that the user gave for one of ``flags``; 1 if none, or none that is one."""
+    given = (_value(options, flag) for flag in flags)
+    return max(1, *(int(value) if value and value.isdecimal() else 1 for value in given))
 
 
 def _value(options: Sequence[str], flag: str) -> str | None:

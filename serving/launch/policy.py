@@ -70,11 +70,29 @@ def cache_bytes_for(model: ServedModel, sequences: int, batch_tokens: int, longe
 
 
 @dataclass(frozen=True, slots=True)
+class Ranks:
+    """The processes that a server runs a model in.
+
+    Attributes:
+        tensor: How many share its weights, and the heads of its cache.
+        data: How many copies of it there are.
+    """
+
+    tensor: int = 1
+    data: int = 1
+
+    @property
+    def all(self) -> int:
+        """All processes."""
+        return self.tensor * self.data
+
+
+@dataclass(frozen=True, slots=True)
 class ServerCache:
     """The cache of a server on a CPU.
 
     Attributes:
-        size: In bytes.
+        size: In bytes, of each rank.
         longest: The longest sequence, in tokens, of which two fit.
     """
 
@@ -82,20 +100,25 @@ class ServerCache:
     longest: int
 
 
-def server_cache(model: ServedModel, machine: Machine, width: int) -> ServerCache:
+def server_cache(
+    model: ServedModel, machine: Machine, width: int, ranks: Ranks | None = None
+) -> ServerCache:
     """Size the cache of a server to the memory that is free.
 
     Args:
         model: The checkpoint.
         machine: Where it is served.
         width: Bytes of a number.
+        ranks: The processes that it runs in; None is one.
 
     Raises:
         ServingError: The weights alone need more memory than is free.
     """
-    weights = int(model.dense_parameters * width * _LOADING_FACTOR)
-    rest = machine.free_bytes - weights - _PROCESS_BYTES
-    block = model.cache_numbers_per_token * width * BLOCK_TOKENS
+    ranks = ranks or Ranks()
+    weights = int(model.dense_parameters * width * _LOADING_FACTOR) * ranks.data
+    processes = _PROCESS_BYTES * ranks.all
+    rest = (machine.free_bytes - weights - processes) / ranks.all
+    block = -(-model.cache_numbers_per_token // ranks.tensor) * width * BLOCK_TOKENS
     # Of a small model, more than a full house of its longest sequences would lie idle.
     useful = _LARGEST_CACHE
     if model.max_positions is not None:
@@ -103,7 +126,7 @@ def server_cache(model: ServedModel, machine: Machine, width: int) -> ServerCach
     cache = int(min(_LARGEST_CACHE, useful, rest * _CACHE_FRACTION)) // block * block
     if cache < _CONCURRENT_LONGEST * block:
         raise ServingError(
-            f"{model.folder}: needs {(weights + _PROCESS_BYTES) / GIB:.1f} GiB and a cache in "
+            f"{model.folder}: needs {(weights + processes) / GIB:.1f} GiB and a cache in "
             f"memory, {machine.free_bytes / GIB:.1f} GiB are free: free some, or give --dtype "
             "bfloat16 or --kv-cache-memory-bytes after --"
         )

@@ -91,6 +91,33 @@ def test_a_share_of_memory_that_the_user_gave_sizes_the_cache() -> None:
     assert "--kv-cache-memory-bytes" not in options(CPU, "--gpu-memory-utilization", "0.3")
 
 
+@pytest.mark.parametrize(
+    ("given", "ranks", "copies"),
+    [
+        (("-tp", "2"), 2, 1),
+        (("--tensor-parallel-size=2",), 2, 1),
+        (("--data-parallel-size", "2"), 2, 2),
+        (("-tp", "2", "-dp", "2"), 4, 2),
+    ],
+)
+def test_all_ranks_together_fit_into_the_free_memory(
+    given: tuple[str, ...], ranks: int, copies: int
+) -> None:
+    model = replace(MODEL, max_positions=None)  # its cache is limited by memory alone
+    machine = replace(CPU, free_bytes=24 * GIB)
+    cache = int(options(machine, *given, model=model)["--kv-cache-memory-bytes"])
+    assert 0 < ranks * cache < machine.free_bytes - copies * 4 * MODEL.dense_parameters
+
+
+def test_two_ranks_that_share_the_heads_hold_sequences_as_long_as_one_would() -> None:
+    machine = replace(CPU, free_bytes=12 * GIB)
+    long, half = replace(MODEL, max_positions=10**9), ("--dtype", "bfloat16")
+    two = options(machine, *half, "-tp", "2", model=long)["--max-model-len"]
+    # Half of the memory for each, and half of every token: what is left beside a second process.
+    alone = replace(machine, free_bytes=machine.free_bytes - 2 * GIB)
+    assert two == options(alone, *half, model=long)["--max-model-len"]
+
+
 def test_float_is_another_name_of_float32() -> None:
     assert options(CPU, "--dtype", "float") == options(CPU, "--dtype", "float32")
     assert options(CPU, "--dtype=float") != options(CPU, "--dtype", "half")
