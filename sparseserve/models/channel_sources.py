@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sparseserve.models.layer_behaviour import LayerBehaviour
-from sparseserve.models.layers import capture_layer_calls, entering_states, layer_weight
+from sparseserve.models.layer_behaviour import LayerBehaviour, layer_behaviours
+from sparseserve.models.layers import layer_weight
 from sparseserve.models.structure import LayerStructure, ModelStructure, Operator, OperatorGroup
 
 
@@ -97,12 +97,11 @@ def find_channel_sources(
         structure: Its layers.
         window: Token ids ``[T]``; a few show it.
     """
-    calls = capture_layer_calls(model, structure, [window])
-    [hidden] = entering_states(model, structure, [window])
     modules = [model.get_submodule(layer.name) for layer in structure.layers]
     owners = Counter(id(vector) for module in modules for vector in module.parameters())
     found = []
-    for layer, module, call in zip(structure.layers, modules, calls, strict=True):
+    behaviours = layer_behaviours(model, structure, window)
+    for layer, module, behaviour in zip(structure.layers, modules, behaviours, strict=True):
         # What several layers share would be scaled for all of them.
         shared = {name for name, vector in module.named_parameters() if owners[id(vector)] > 1}
         candidates = [
@@ -110,7 +109,7 @@ def find_channel_sources(
             for source in _candidates(layer, module)
             if not any(name.rpartition(".")[0] in source.modules for name in shared)
         ]
-        found.append(tuple(_found(LayerBehaviour(module, hidden, call), candidates)))
+        found.append(tuple(_found(behaviour, candidates)))
     return tuple(found)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from sparseserve.models.hooks import hidden_output
 from sparseserve.models.layer_call import LayerCall
-from sparseserve.models.layers import copy_layer
+from sparseserve.models.layers import capture_layer_calls, copy_layer, entering_states
+from sparseserve.models.structure import ModelStructure
 
 # Of what the layer's output moves by when only half of a change is made. Rounding leaves 1e-6.
 _TOLERANCE = 1e-3
@@ -66,3 +67,19 @@ class LayerBehaviour:
         output = hidden_output(returned)
         assert output is not None, "the layers of a structure return hidden states"
         return [output, *handed]
+
+
+def layer_behaviours(
+    model: nn.Module, structure: ModelStructure, window: Tensor
+) -> Iterator[LayerBehaviour]:
+    """Yield every decoder layer, each on what enters the first one.
+
+    Args:
+        model: A causal language model in evaluation mode, on the CPU; not changed.
+        structure: Its layers.
+        window: Token ids ``[T]``; a few show what a layer computes.
+    """
+    calls = capture_layer_calls(model, structure, [window])
+    [hidden] = entering_states(model, structure, [window])
+    for layer, call in zip(structure.layers, calls, strict=True):
+        yield LayerBehaviour(model.get_submodule(layer.name), hidden, call)

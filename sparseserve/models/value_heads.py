@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparseserve.models.layer_behaviour import LayerBehaviour
-from sparseserve.models.layers import capture_layer_calls, entering_states, layer_weight
+from sparseserve.models.layer_behaviour import LayerBehaviour, layer_behaviours
+from sparseserve.models.layers import layer_weight
 from sparseserve.models.structure import LayerStructure, ModelStructure, Operator
 
 # Head widths that models have, the largest first: a part of a head could be rotated, too.
@@ -98,12 +98,11 @@ def find_value_heads(
         structure: Its layers.
         window: Token ids ``[T]``; a few show it.
     """
-    calls = capture_layer_calls(model, structure, [window])
-    [hidden] = entering_states(model, structure, [window])
+    behaviours = layer_behaviours(model, structure, window)
     # Each layer is tried: two of one class may treat their values in different ways.
     return tuple(
-        tuple(_found(LayerBehaviour(model.get_submodule(layer.name), hidden, call), layer))
-        for layer, call in zip(structure.layers, calls, strict=True)
+        tuple(_found(behaviour, layer))
+        for behaviour, layer in zip(behaviours, structure.layers, strict=True)
     )
 
 

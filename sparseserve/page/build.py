@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparseserve.checkpoint.artifact import Artifact
 from sparseserve.checkpoint.summary import DenseGroup, Summary, summarise
-from sparseserve.checkpoint.tensors import Checkpoint, writing
+from sparseserve.checkpoint.tensors import Checkpoint, writing_whole
 from sparseserve.checkpoint.uses import uses_of
 from sparseserve.errors import ArtifactError, RecipeError
 from sparseserve.page.benches import Bench, read_bench
@@ -73,11 +73,9 @@ def write_page(path: Path, sources: PageSources) -> int:
     if path.suffix.lower() not in _SUFFIXES:
         raise RecipeError(f"-o {path}: must end in .html, so that no other file is written over")
     data = page(read_facts(sources)).encode()
-    partial = path.with_name(f"{path.name}.tmp")
-    with writing(path):
+    with writing_whole(path) as partial:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
-        partial.replace(path)
     return len(data)
 
 

@@ -234,24 +234,33 @@ def test_dense_experts_are_freed_when_the_last_of_them_was_loaded_and_not_before
 def test_experts_may_be_loaded_all_at_once() -> None:
     layer, method = new_layer()
     up, down = layer.w13_weight, layer.w2_weight
-    up.weight_loader(up, two_four(WIDTH, HIDDEN), "weight", "w1", 0)
-    up.weight_loader(up, two_four(WIDTH, HIDDEN), "weight", "w3", 0)
+    load_ups(up)
     assert up.numel()
-    down.weight_loader(down, two_four(HIDDEN, WIDTH), "weight", "w2", 0)
+    load_downs(down)
     assert not up.numel()
     assert method._packed.down.rows == HIDDEN
+
+
+def load_ups(up: Any) -> None:
+    """Load the gates and the linears beside them, of all experts at once."""
+    for shard in ("w1", "w3"):
+        up.weight_loader(up, two_four(WIDTH, HIDDEN), "weight", shard, 0)
+
+
+def load_downs(down: Any) -> None:
+    """Load the last linears of all experts at once."""
+    down.weight_loader(down, two_four(HIDDEN, WIDTH), "weight", "w2", 0)
 
 
 @pytest.mark.usefixtures("kernels_without_timing")
 def test_packed_experts_refuse_other_weights_while_they_serve() -> None:
     layer, method = new_layer()
-    up, down = layer.w13_weight, layer.w2_weight
-    up.weight_loader(up, two_four(WIDTH, HIDDEN), "weight", "w1", 0)
-    up.weight_loader(up, two_four(WIDTH, HIDDEN), "weight", "w3", 0)
-    down.weight_loader(down, two_four(HIDDEN, WIDTH), "weight", "w2", 0)
+    up = layer.w13_weight
+    load_ups(up)
+    load_downs(layer.w2_weight)
     before = method._packed
     with pytest.raises(ServingError, match="cannot take other weights while the server runs"):
-        up.weight_loader(up, two_four(WIDTH, HIDDEN), "weight", "w1", 0)
+        load_ups(up)
     assert method._packed is before
 
 
