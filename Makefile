@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 VENV := .venv
-RUN_TESTS := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Without --max-worker-restart 0, xdist waits for ever when a process died in the middle of a file.
+RUN_TESTS := -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	--max-worker-restart 0
 PYTEST := $(VENV)/bin/python $(RUN_TESTS)
 INSTALLED := $(VENV)/.installed
 NEWEST := .venv-newest

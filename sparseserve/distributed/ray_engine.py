@@ -12,8 +12,6 @@ in the driver's object store, or on a disk that all nodes share.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -104,24 +102,26 @@ class RayEngine:
         """Run the dense model up to the last missing layer, and hand the missing ones out."""
         missing = finished.missing()
         streams = replace(work.streams, keep_inputs=False)
-        with _tasks(finished, self._gpus(work.device), work.device) as tasks:
-            for number, (layer, call) in enumerate(
-                zip(work.structure.layers, work.calls, strict=True), start=1
-            ):
-                if number > work.scrambled_layers:
-                    streams = streams.without_scrambled()
-                entering = streams.required_dense
-                if layer.name in missing:
-                    task = layer_task(work, number, streams, shared_disk=self.shared_disk)
-                    tasks.start(task, entering.path)
-                if layer.name == missing[-1]:
-                    break
-                module = work.model.get_submodule(layer.name)
-                context = streams.enter(module, layer, call, work.device)
-                streams = replace(streams, dense=context.required_dense.leaving)
-                if layer.name not in missing:
-                    entering.path.unlink()
-            tasks.finish()
+        # A task has as many threads as the driver, or its sums would be rounded otherwise.
+        cpus = torch.get_num_threads() if work.device.type == "cpu" else 1
+        tasks = _Tasks(finished, cpus, self._gpus(work.device))
+        for number, (layer, call) in enumerate(
+            zip(work.structure.layers, work.calls, strict=True), start=1
+        ):
+            if number > work.scrambled_layers:
+                streams = streams.without_scrambled()
+            entering = streams.required_dense
+            if layer.name in missing:
+                task = layer_task(work, number, streams, shared_disk=self.shared_disk)
+                tasks.start(task, entering.path)
+            if layer.name == missing[-1]:
+                break
+            module = work.model.get_submodule(layer.name)
+            context = streams.enter(module, layer, call, work.device)
+            streams = replace(streams, dense=context.required_dense.leaving)
+            if layer.name not in missing:
+                entering.path.unlink()
+        tasks.finish()
 
     def _gpus(self, device: torch.device) -> float:
         if self.gpus_per_layer is not None:
@@ -165,19 +165,13 @@ class _Finished:
         progress.layer_finished(report)
 
 
-@contextmanager
-def _tasks(finished: _Finished, gpus: float, device: torch.device) -> Iterator[_Tasks]:
-    """Hand out tasks in the block; those that are still running after an error are stopped."""
-    # A task has as many threads as the driver, or its sums would be rounded otherwise.
-    tasks = _Tasks(finished, torch.get_num_threads() if device.type == "cpu" else 1, gpus)
-    try:
-        yield tasks
-    finally:
-        tasks.stop()
-
-
 class _Tasks:
-    """The layers that a cluster is at work on."""
+    """The layers that a cluster is at work on.
+
+    After an error they end with the connection. They are not cancelled: Ray 2.60 ends the driver's
+    process when a task comes back that it has just cancelled ("Tried to complete task that was not
+    pending"). So a driver that stays connected lets the nodes finish the layers they have.
+    """
 
     def __init__(self, finished: _Finished, cpus: int, gpus: float) -> None:
         """Look for a node that can run a task of ``cpus`` cores and ``gpus`` GPUs.
@@ -207,13 +201,6 @@ class _Tasks:
         """Wait for all tasks."""
         while self._running:
             self._collect(wait=True)
-
-    def stop(self) -> None:
-        """Stop those that are running; their processes may serve others."""
-        import ray
-
-        for reference in self._running:
-            ray.cancel(reference)
 
     def _collect(self, *, wait: bool) -> None:
         """Store what is done; if asked to, wait some time until something is."""

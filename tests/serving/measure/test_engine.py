@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparseserve.errors import ServingError
 from sparseserve.serving.launch.served_model import ServedModel
 from sparseserve.serving.measure.engine import Engine, engine_options
 from sparseserve.serving.measure.perplexity import engine_perplexity
+from sparseserve.testing import save_tiny_model
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -61,6 +62,36 @@ def test_the_ends_of_sequences_are_as_likely_as_transformers_says(pair: tuple[Pa
             every = model(sequence[None]).logits[0, :-1].double().log_softmax(-1)
         own = every.gather(1, sequence[1:, None])[-count:].sum()
         assert likelihood == pytest.approx(float(own), rel=1e-4)
+
+
+@pytest.fixture
+def large_states(tmp_path: Path) -> ServedModel:
+    """A model whose Mamba mixers keep more of a sequence than attention does."""
+    folder = save_tiny_model("granitemoehybrid", tmp_path / "model")
+    config = AutoConfig.from_pretrained(folder)
+    config.mamba_d_state = 4096
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return ServedModel.open(folder)
+
+
+def test_the_cache_of_a_batch_holds_the_states_of_mamba_mixers(large_states: ServedModel) -> None:
+    options = engine_options(
+        large_states, max_model_len=32, max_num_seqs=4, dtype=torch.float32, prompt_tokens=64
+    )
+    with Engine(options) as engine:
+        found = engine.generate([[number] * 16 for number in range(4)], 8)
+    assert len(found.step_seconds) == 7
+    state_bytes = 4 * 2 * 32 * 4096
+    assert engine.memory.cache_bytes > options.kv_cache_memory_bytes + 4 * state_bytes
+
+
+def test_a_batch_that_does_not_run_at_once_is_not_timed(pair: tuple[Path, Path]) -> None:
+    options = engine_options(ServedModel.open(pair[0]), max_model_len=16, dtype=torch.float32)
+    with (
+        Engine(options) as engine,
+        pytest.raises(ServingError, match="2 prompts did not run at once: give --batch-sizes"),
+    ):
+        engine.generate([[1, 2], [3, 4]], 4)
 
 
 @pytest.mark.further
