@@ -10,15 +10,24 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from sparseserve.machine import Machine, installed_versions, this_machine
+from sparseserve.serving.kernels.choice.choose import KERNELS_VARIABLE, packed_kernels
 from sparseserve.serving.launch import watcher
 from sparseserve.serving.launch.child import SAFE_PATH, python_module
-from sparseserve.serving.launch.policy import Ranks, runs_eagerly, server_cache, vllm_dtype
+from sparseserve.serving.launch.policy import (
+    Ranks,
+    ServerCache,
+    runs_eagerly,
+    server_cache,
+    vllm_dtype,
+)
 from sparseserve.serving.launch.requirements import require_vllm
 from sparseserve.serving.launch.served_model import ServedModel
 
@@ -53,9 +62,10 @@ def server_command(folder: Path, options: Sequence[str], *, verify: bool = False
     model = ServedModel.open(folder, verified=verify)
     defaults = default_options(model, this_machine(), options, os.environ)
     return ServerCommand(
-        arguments=(*_server_program(), str(folder), *address(options), *defaults, *options),
+        arguments=(*_server_program(), str(folder), *address(options), *defaults.options, *options),
         environment={
             "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+            **defaults.environment,
             **SAFE_PATH,
         },
         warning=open_to_all(options, os.environ),
@@ -91,10 +101,18 @@ def become(command: ServerCommand) -> NoReturn:
     os.execve(command.arguments[0], command.arguments, environment)
 
 
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What vLLM is told that its user did not say."""
+
+    options: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
 def default_options(
     model: ServedModel, machine: Machine, options: Sequence[str], environment: Mapping[str, str]
-) -> list[str]:
-    """Return the options to put before the user's.
+) -> Defaults:
+    """Return the options to put before the user's, and what goes with them.
 
     On a GPU, or with a configuration file (``--config``), there are none.
 
@@ -102,7 +120,7 @@ def default_options(
         ServingError: The weights alone need more memory than is free.
     """
     if machine.gpu or _given(options, "--config"):
-        return []
+        return Defaults()
     defaults: list[str] = []
     if not _given(options, "--dtype") and (dtype := vllm_dtype(machine, model)) != "auto":
         defaults += ["--dtype", dtype]
@@ -116,9 +134,24 @@ def default_options(
     cache_is_given = any(_given(options, flag) for flag in sizes) or environment.get(
         "VLLM_CPU_KVCACHE_SPACE"
     )
-    if not cache_is_given:
-        defaults += _cache_options(model, machine, options, _bytes_per_number(options, defaults))
-    return defaults
+    if cache_is_given:
+        return Defaults(tuple(defaults))
+    kernels = packed_kernels(_computes_in(model, options, defaults))
+    cache = server_cache(
+        model,
+        machine,
+        _computes_in(model, options, defaults).itemsize,
+        Ranks(
+            _count(options, "--tensor-parallel-size", "-tp"),
+            _count(options, "--data-parallel-size", "-dp"),
+        ),
+        can_stay_packed=bool(kernels),
+    )
+    stay_packed = cache.only_packed and KERNELS_VARIABLE not in environment
+    return Defaults(
+        (*defaults, *_cache_options(model, cache, options)),
+        {KERNELS_VARIABLE: ",".join(kernels)} if stay_packed else {},
+    )
 
 
 def _server_program() -> tuple[str, ...]:
@@ -130,14 +163,7 @@ def _server_program() -> tuple[str, ...]:
     return (*python_module("vllm.entrypoints.launchers.api_server.entry"), "--model")
 
 
-def _cache_options(
-    model: ServedModel, machine: Machine, options: Sequence[str], width: int
-) -> list[str]:
-    ranks = Ranks(
-        _count(options, "--tensor-parallel-size", "-tp"),
-        _count(options, "--data-parallel-size", "-dp"),
-    )
-    cache = server_cache(model, machine, width, ranks)
+def _cache_options(model: ServedModel, cache: ServerCache, options: Sequence[str]) -> list[str]:
     sized = ["--kv-cache-memory-bytes", str(cache.size)]
     too_long = model.max_positions is not None and model.max_positions > cache.longest
     if too_long and not _given(options, "--max-model-len"):
@@ -145,8 +171,15 @@ def _cache_options(
     return sized
 
 
-def _bytes_per_number(options: Sequence[str], defaults: Sequence[str]) -> int:
-    return 4 if _value([*defaults, *options], "--dtype") in {"float32", "float"} else 2
+def _computes_in(
+    model: ServedModel, options: Sequence[str], defaults: Sequence[str]
+) -> torch.dtype:
+    """Return the dtype that vLLM will compute in on a CPU."""
+    said = _value([*defaults, *options], "--dtype")
+    if said in {"float32", "float"}:
+        return torch.float32
+    stored = said in {None, "auto"} and model.dtype == "float16"
+    return torch.float16 if stored or said in {"float16", "half"} else torch.bfloat16
 
 
 def _count(options: Sequence[str], *flags: str) -> int:

@@ -28,6 +28,8 @@ _PROCESS_BYTES = 2 * GIB
 _LOADING_FACTOR = 1.25
 _LARGEST_CACHE = 4 * GIB
 _CACHE_FRACTION = 0.5
+# Half of the values, and an eighth of 16 bits for the place of each.
+_PACKED_FRACTION = 9 / 16
 # A request of the longest kind must leave room for others.
 _CONCURRENT_LONGEST = 2
 _FULL_HOUSE = 64
@@ -94,14 +96,22 @@ class ServerCache:
     Attributes:
         size: In bytes, of each rank.
         longest: The longest sequence, in tokens, of which two fit.
+        only_packed: Whether the weights fit beside it only while those that are stored packed
+            stay packed.
     """
 
     size: int
     longest: int
+    only_packed: bool
 
 
 def server_cache(
-    model: ServedModel, machine: Machine, width: int, ranks: Ranks | None = None
+    model: ServedModel,
+    machine: Machine,
+    width: int,
+    ranks: Ranks | None = None,
+    *,
+    can_stay_packed: bool = False,
 ) -> ServerCache:
     """Size the cache of a server to the memory that is free.
 
@@ -110,27 +120,38 @@ def server_cache(
         machine: Where it is served.
         width: Bytes of a number.
         ranks: The processes that it runs in; None is one.
+        can_stay_packed: Whether a kernel multiplies by packed weights here. Where a dense form is
+            faster it is taken, so room is kept for it while there is any.
 
     Raises:
         ServingError: The weights alone need more memory than is free.
     """
     ranks = ranks or Ranks()
-    weights = int(model.dense_parameters * width * _LOADING_FACTOR) * ranks.data
-    processes = _PROCESS_BYTES * ranks.all
-    rest = (machine.free_bytes - weights - processes) / ranks.all
+    dense = model.dense_parameters * width
+    packed = dense - int(model.packed_parameters * width * (1 - _PACKED_FRACTION))
+    can_stay_packed &= model.packed_parameters > 0
+    for weights in (dense, packed) if can_stay_packed else (dense,):
+        needed = int(weights * _LOADING_FACTOR) * ranks.data + _PROCESS_BYTES * ranks.all
+        rest = (machine.free_bytes - needed) / ranks.all
+        size, block = _cache_size(model, width, ranks, rest)
+        if size >= _CONCURRENT_LONGEST * block:
+            longest = size // block // _CONCURRENT_LONGEST * BLOCK_TOKENS
+            return ServerCache(size, longest, only_packed=weights < dense)
+    raise ServingError(
+        f"{model.folder}: needs {needed / GIB:.1f} GiB and a cache in memory, "
+        f"{machine.free_bytes / GIB:.1f} GiB are free: free some, or give --dtype bfloat16 or "
+        "--kv-cache-memory-bytes after --"
+    )
+
+
+def _cache_size(model: ServedModel, width: int, ranks: Ranks, rest: float) -> tuple[int, int]:
+    """Return what a rank's cache may take of ``rest`` bytes, and the size of its blocks."""
     block = -(-model.cache_numbers_per_token // ranks.tensor) * width * BLOCK_TOKENS
     # Of a small model, more than a full house of its longest sequences would lie idle.
     useful = _LARGEST_CACHE
     if model.max_positions is not None:
         useful = block * _blocks(model.max_positions) * _FULL_HOUSE
-    cache = int(min(_LARGEST_CACHE, useful, rest * _CACHE_FRACTION)) // block * block
-    if cache < _CONCURRENT_LONGEST * block:
-        raise ServingError(
-            f"{model.folder}: needs {(weights + processes) / GIB:.1f} GiB and a cache in "
-            f"memory, {machine.free_bytes / GIB:.1f} GiB are free: free some, or give --dtype "
-            "bfloat16 or --kv-cache-memory-bytes after --"
-        )
-    return ServerCache(cache, cache // block // _CONCURRENT_LONGEST * BLOCK_TOKENS)
+    return int(min(_LARGEST_CACHE, useful, rest * _CACHE_FRACTION)) // block * block, block
 
 
 def _blocks(tokens: int) -> int:

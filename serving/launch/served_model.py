@@ -32,21 +32,21 @@ class ServedModel:
         folder: Where it is.
         weight_bytes: Size of its shards on disk.
         dense_parameters: Weights after unpacking.
+        packed_parameters: Those of them that are stored packed, zeros included.
         cache_numbers_per_token: Keys and values kept for each token, all layers together.
         max_positions: The longest sequence the model takes, if it says.
         vocabulary: Number of tokens.
         dtype: Of the weights, as config.json says.
-        packed: Whether any of them is stored as packed24.
     """
 
     folder: Path
     weight_bytes: int
     dense_parameters: int
+    packed_parameters: int
     cache_numbers_per_token: int
     max_positions: int | None
     vocabulary: int
     dtype: str
-    packed: bool
 
     @classmethod
     def open(cls, folder: Path, *, verified: bool = False) -> ServedModel:
@@ -70,15 +70,20 @@ class ServedModel:
         except ArtifactError as error:
             raise ServingError(str(error)) from error
         config = _text_config(folder, checkpoint)
+        parameters = _dense_parameters(checkpoint)
         return cls(
             folder=folder,
             weight_bytes=checkpoint.weight_bytes,
-            dense_parameters=_dense_parameters(checkpoint),
+            dense_parameters=sum(parameters.values()),
+            packed_parameters=sum(
+                count
+                for name, count in parameters.items()
+                if f"{name.rpartition('.')[0]}.{packed24.INDICES}" in checkpoint.files
+            ),
             cache_numbers_per_token=_cache_numbers_per_token(folder, config),
             max_positions=position_limit(config),
             vocabulary=_size(folder, config, "vocab_size"),
             dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
-            packed=packed24.is_packed(checkpoint),
         )
 
 
@@ -110,16 +115,17 @@ def _text_config(folder: Path, checkpoint: Checkpoint) -> PretrainedConfig:
     return config.get_text_config()
 
 
-def _dense_parameters(checkpoint: Checkpoint) -> int:
-    total = 0
+def _dense_parameters(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return how many weights each stored tensor has after unpacking, zeros included."""
+    counts: dict[str, int] = {}
     for file in sorted(set(checkpoint.files.values())):
         with safe_open(checkpoint.folder / file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118  # a shard is not iterable
                 found = shard.get_slice(name)
                 shape, dtype = found.get_shape(), found.get_dtype()
                 dense = packed24.dense_shape(name, shape, dtype, checkpoint.files)
-                total += torch.Size(dense).numel()
-    return total
+                counts[name] = torch.Size(dense).numel()
+    return counts
 
 
 def _cache_numbers_per_token(folder: Path, config: PretrainedConfig) -> int:

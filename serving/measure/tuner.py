@@ -108,7 +108,7 @@ def tune(
         MissingExtraError: vLLM is not installed.
     """
     model = ServedModel.open(folder)
-    if not model.packed and quantization is None:
+    if not model.packed_parameters and quantization is None:
         raise ServingError(
             f"{folder}: no layer is served as 2:4, so there is nothing to tune: prune it first, or "
             "give --quantization sparseserve if its weights are 2:4"

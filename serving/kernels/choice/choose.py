@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -170,6 +170,26 @@ def allowed_kernels(
         if name not in {**KERNELS, **kernels}:
             raise ServingError(f"{KERNELS_VARIABLE}: {unknown_name('kernel', name, kernels)}")
     return {name: kernels[name] for name in named if name in kernels} if named else kernels
+
+
+def packed_kernels(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the kernels that keep a layer's weights as they are stored, on this processor.
+
+    Those that run layers of which only a part is 2:4 are among them. Where none runs a layer that
+    is 2:4 as a whole there are none.
+    """
+    whole = LinearSpec(1024, 1024, dtype, torch.device("cpu"), two_four=True)
+    parts = (replace(whole, two_four=False), replace(whole, quantized="int8"))
+
+    def able(spec: LinearSpec) -> list[str]:
+        return [
+            name
+            for name, kernel in KERNELS.items()
+            if name != DENSE and kernel.unsupported(spec) is None
+        ]
+
+    found = able(whole)
+    return (*found, *(name for part in parts for name in able(part))) if found else ()
 
 
 def _times(

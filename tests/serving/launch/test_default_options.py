@@ -9,6 +9,7 @@ import pytest
 
 from sparseserve.errors import ServingError
 from sparseserve.machine import Machine
+from sparseserve.serving.kernels import DENSE, KERNELS
 from sparseserve.serving.launch.command import default_options
 from sparseserve.serving.launch.policy import GIB
 from sparseserve.serving.launch.served_model import ServedModel
@@ -19,11 +20,11 @@ MODEL = ServedModel(
     folder=Path("model"),
     weight_bytes=2 * GIB,
     dense_parameters=GIB,
+    packed_parameters=0,
     cache_numbers_per_token=32 * 2**10,
     max_positions=2**17,
     vocabulary=32000,
     dtype="bfloat16",
-    packed=False,
 )
 
 
@@ -33,7 +34,7 @@ def options(
     model: ServedModel = MODEL,
     environment: dict[str, str] | None = None,
 ) -> dict[str, str]:
-    flags = default_options(model, machine, given, environment or {})
+    flags = default_options(model, machine, given, environment or {}).options
     values = [*flags, ""][1:]
     return {
         flag: "" if value.startswith("-") else value
@@ -136,6 +137,21 @@ def test_two_byte_weights_leave_more_room_than_four_byte_ones() -> None:
 def test_weights_that_do_not_fit_are_refused_with_both_figures() -> None:
     with pytest.raises(ServingError, match=r"needs 7\.0 GiB .* 6\.0 GiB are free"):
         options(replace(CPU, free_bytes=6 * GIB))
+
+
+def test_a_model_that_fits_only_while_it_is_packed_stays_so() -> None:
+    model = replace(MODEL, packed_parameters=GIB * 9 // 10)
+    float32, small = ("--dtype", "float32"), replace(CPU, free_bytes=6 * GIB)
+    packed = default_options(model, small, float32, {})
+    assert set(packed.environment) == {"SPARSESERVE_KERNELS"}
+    names = packed.environment["SPARSESERVE_KERNELS"].split(",")
+    assert {"cpu_direct", "cpu_dense"} <= set(names) <= set(KERNELS) - {DENSE}
+    assert int(packed.options[packed.options.index("--kv-cache-memory-bytes") + 1]) < GIB
+    assert not default_options(model, CPU, float32, {}).environment
+    own = {"SPARSESERVE_KERNELS": "cpu_direct"}
+    assert not default_options(model, small, float32, own).environment
+    with pytest.raises(ServingError, match=r"needs 5\.0 GiB .* 4\.0 GiB are free"):
+        default_options(model, replace(small, free_bytes=4 * GIB), float32, {})
 
 
 @pytest.mark.parametrize(
