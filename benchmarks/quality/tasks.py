@@ -32,7 +32,8 @@ import click
 
 from benchmarks.demo.task_data import make_task_data
 from benchmarks.harness.machine import Machine
-from benchmarks.harness.results import RESULTS, stored, write_result
+from benchmarks.harness.markdown import head, line, processor_and_software
+from benchmarks.harness.results import RESULTS, Result, stored, write_result
 from sparseserve.cli.console import quiet_libraries
 from sparseserve.errors import SparseServeError
 from sparseserve.evaluation.evaluate import Backend
@@ -152,6 +153,32 @@ def stored_score(score: TaskScore) -> dict[str, Any]:
     if not set(values) <= {0.0, 1.0}:
         raise ValueError(f"{score.task}: {score.metric} is not right or wrong")
     return {**plain, "answers": "".join(str(int(value)) for value in values)}
+
+
+def tasks_table(result: Result) -> str:
+    """What each model answers right, and by how much that differs from the dense model."""
+    setting, runs = result["setting"], result["runs"]
+    differences = {
+        (each["model"], each["task"], each["metric"]): each for each in result["differences"]
+    }
+    metrics = [(score["task"], score["metric"]) for score in runs[0]["scores"]]
+    lines = [head("model", *(f"{task}, {metric}" for task, metric in metrics))]
+    for run in runs:
+        cells = []
+        for score in run["scores"]:
+            cell = f"{score['value']:.1%} ± {score['standard_error']:.1%}"
+            if found := differences.get((run["model"], score["task"], score["metric"])):
+                cell += f" ({found['difference']:+.1%} ± {found['standard_error']:.1%})"
+            cells.append(cell)
+        lines.append(line(run["model"], *cells))
+    items = {score["task"]: score["items"] for score in runs[0]["scores"]}
+    asked = ", ".join(f"{count:,} items of {task}" for task, count in items.items())
+    lines.append(
+        f"\n{asked}, no examples; {setting['harness']}. After ± stands the standard error; in "
+        "brackets the difference from the dense model, its error item by item. "
+        f"{processor_and_software(result['machine'])}"
+    )
+    return "\n".join(lines)
 
 
 def _named(values: Sequence[str]) -> dict[str, str]:

@@ -111,3 +111,31 @@ def test_answers_are_stored_as_they_were_given() -> None:
     )
     assert run.scores[0]["answers"] == "1001"
     assert run.task_scores() == [score]
+
+
+def test_the_table_of_tasks_has_scores_errors_and_what_differs_from_dense() -> None:
+    score = {"task": "piqa", "metric": "acc", "standard_error": 0.01, "items": 1500}
+    result = {
+        "setting": {"harness": "lm-eval 1.2"},
+        "machine": {"cpu": "CPU", "torch": "2", "commit": "abc", "date": "2026-01-01"},
+        "runs": [
+            {"model": "dense", "scores": [{**score, "value": 0.7}]},
+            {"model": "ours", "scores": [{**score, "value": 0.65}]},
+        ],
+        "differences": [
+            {
+                "model": "ours",
+                "task": "piqa",
+                "metric": "acc",
+                "difference": -0.05,
+                "standard_error": 0.008,
+            }
+        ],
+    }
+    assert tasks.tasks_table(result).splitlines()[:4] == [
+        "| model | piqa, acc |",
+        "|---|---|",
+        "| dense | 70.0% ± 1.0% |",
+        "| ours | 65.0% ± 1.0% (-5.0% ± 0.8%) |",
+    ]
+    assert "1,500 items of piqa, no examples; lm-eval 1.2." in tasks.tasks_table(result)
