@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.demo.readme_commands import RESULT, shown_commands
+from benchmarks.harness.results import read_result
 from benchmarks.harness.tables import PAGES, TABLES, render, result_file
 from sparseserve.checkpoint.formats import FORMATS
 from sparseserve.cli.main import cli
@@ -34,6 +36,18 @@ def test_the_page_of_formats_has_a_line_for_each_that_is_written_or_read() -> No
     first = re.findall(r"^\| `([\w-]+)` \|", written, re.MULTILINE)
     assert first[: len(FORMATS)] == list(FORMATS)
     assert re.findall(r"^\| `([\w-]+)` \|", read, re.MULTILINE) == [row.name for row in FOREIGN]
+
+
+def test_the_readme_shows_what_its_commands_printed() -> None:
+    shown = shown_commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    printed = read_result(RESULT)["commands"]
+    assert [each.command for each in shown] == [each["command"] for each in printed]
+    for each, found in zip(shown, printed, strict=True):
+        rest = " ".join(" ".join(found["output"]).split())
+        for part in " ... ".join(each.output).split("..."):
+            words = " ".join(part.split())
+            assert words in rest, f"{each.command}: {words}"
+            rest = rest.partition(words)[2] if words else rest
 
 
 def test_every_option_in_the_readme_exists() -> None:
