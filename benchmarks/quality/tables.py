@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.harness.markdown import head, line
 from benchmarks.harness.results import RESULTS, Result, read_result
 from benchmarks.quality.compare import default_variant
+from benchmarks.quality.tasks import tasks_table
 from sparseserve.sparsity import SparsityPattern
 
 DENSE = "dense"
@@ -192,6 +193,7 @@ QUALITY_TABLES: dict[str, Callable[[Result], str]] = {
     "quality-smollm2-steps": quality_table,
     "rotation-smollm2": quality_table,
     "compute-smollm2": quality_table,
+    "tasks-smollm2": tasks_table,
     "quality-smollm2-50percent-mixed": patterns_table,
     "quality-smollm2-corrections-50percent": patterns_table,
     "quality-smollm2-samples-8": sizes_table,
