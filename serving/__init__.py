@@ -1,1 +1,1 @@
-"""Serving 2:4 checkpoints with vLLM, and measuring what is served (docs/serving.md, docs/speed.md)."""
+"""Serving 2:4 checkpoints with vLLM, and measuring it (docs/serving.md, docs/speed.md)."""
