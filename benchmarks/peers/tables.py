@@ -138,6 +138,7 @@ PEER_TABLES: dict[str, Callable[[Result], str]] = {
     "peers-gemma3-256": peers_table,
     "peers-qwen-1.5b-mixed": peers_table,
     "peers-serving-smollm2": peers_serving_table,
+    "peers-serving-qwen-1.5b": peers_serving_table,
     "time-smollm2": timing_table,
     "time-smollm2-solvers": timing_table,
 }
