@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,13 +22,12 @@ from pathlib import Path
 import click
 
 from benchmarks.demo.assets import smollm2
+from benchmarks.demo.server import running
 from benchmarks.demo.verdict import Findings, verdict
 from benchmarks.harness.results import read_result
-from sparseserve.serving.launch.child import Child, python_module
+from sparseserve.serving.launch.child import python_module
 
 PROMPT = "The three largest oceans on Earth are"
-START_SECONDS = 300
-STOP_SECONDS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,29 +92,9 @@ def server(model: Path, port: int) -> Iterator[str]:
     options = ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512"]
     command = ["sparseserve", "serve", str(model), "--", *options]
     click.secho(f"\n$ {' '.join(command)}", bold=True)
-    log = model.parent / "serve.log"
     program = (*python_module(command[0]), *command[1:])
-    process = Child(program, log=log, orphaned=signal.SIGTERM)
-    try:
-        wait_until_ready(f"http://127.0.0.1:{port}/health", process, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.stop(STOP_SECONDS)
-
-
-def wait_until_ready(url: str, process: Child, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    click.echo(f"waiting for vLLM (its output goes to {log})", err=True)
-    while time.monotonic() < deadline:
-        if process.exit_code is not None:
-            sys.exit(f"vLLM ended with exit code {process.exit_code}: see {log}")
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-        else:
-            return
-    sys.exit(f"vLLM was not ready after {START_SECONDS} s: see {log}")
+    with running(program, port, model.parent / "serve.log") as url:
+        yield url
 
 
 def complete(url: str, model: str) -> str:

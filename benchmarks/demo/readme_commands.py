@@ -11,26 +11,23 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from benchmarks.demo.server import running
 from benchmarks.harness.results import RESULTS, write_result
 from sparseserve.errors import SparseServeError
 
 ROOT = Path(__file__).parents[2]
 RESULT = RESULTS / "readme-commands.json"
-START_SECONDS = 300
-STOP_SECONDS = 60
+BASH = "/bin/bash"
 
 
 class ReadmeError(SparseServeError, click.ClickException):
@@ -38,22 +35,14 @@ class ReadmeError(SparseServeError, click.ClickException):
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """A command after a ``$``, continued lines joined, and the lines shown below it."""
+class ShownCommand:
+    """A command, continued lines joined, and the lines it prints; none of a server."""
 
     command: str
     output: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Printed:
-    """A command and the lines it printed; none of a server, which is left to run."""
-
-    command: str
-    output: tuple[str, ...]
-
-
-def shown_commands(page: str) -> list[Shown]:
+def shown_commands(page: str) -> list[ShownCommand]:
     """Return the commands that ``page`` shows with what they print."""
     found: list[tuple[str, list[str]]] = []
     for line in re.sub(r" \\\n\s*", " ", page).splitlines():
@@ -63,7 +52,7 @@ def shown_commands(page: str) -> list[Shown]:
             found[-1][1].append(line.strip())
         elif line and found:
             break
-    return [Shown(command, tuple(output)) for command, output in found]
+    return [ShownCommand(command, tuple(output)) for command, output in found]
 
 
 @click.command()
@@ -81,15 +70,15 @@ def main(model: Path, smoke: bool) -> None:
     write_result(RESULT, {"model": model.name}, commands=printed)
 
 
-def _run(command: str, folder: Path, servers: ExitStack) -> Printed:
+def _run(command: str, folder: Path, servers: ExitStack) -> ShownCommand:
     click.echo(f"$ {command}", err=True)
     if command.startswith("sparseserve serve "):
         servers.enter_context(_server(command, folder))
-        return Printed(command, ())
+        return ShownCommand(command, ())
     done = subprocess.run(
-        ["bash", "-c", command],
+        [BASH, "-c", command],
         cwd=folder,
-        env=_environment(),
+        env={**os.environ, **_environment()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -98,42 +87,19 @@ def _run(command: str, folder: Path, servers: ExitStack) -> Printed:
     if done.returncode:
         raise ReadmeError(f"{command}: exit code {done.returncode}: {done.stdout[-2000:]}")
     lines = (line.strip() for line in re.split(r"[\r\n]+", done.stdout))
-    return Printed(command, tuple(line for line in lines if line))
+    return ShownCommand(command, tuple(line for line in lines if line))
 
 
-@contextmanager
-def _server(command: str, folder: Path) -> Iterator[None]:
+def _server(command: str, folder: Path) -> AbstractContextManager[str]:
     found = re.search(r"--port (\d+)", command)
     if found is None:
         raise ReadmeError(f"{command}: names no --port")
-    arguments = ["bash", "-c", f"exec {command}"]
-    with subprocess.Popen(
-        arguments, cwd=folder, env=_environment(), stdout=subprocess.DEVNULL
-    ) as server:
-        try:
-            _wait_for(int(found[1]), server)
-            yield
-        finally:
-            server.terminate()
-            server.wait(STOP_SECONDS)
-
-
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-        except (urllib.error.URLError, OSError):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise ReadmeError(f"the server on port {port} did not come up") from None
-            time.sleep(1)
-        else:
-            return
+    program = (BASH, "-c", f"cd {shlex.quote(str(folder))} && exec {command}")
+    return running(program, int(found[1]), folder / "serve.log", _environment())
 
 
 def _environment() -> dict[str, str]:
-    programs = Path(sys.executable).parent
-    return {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    return {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 if __name__ == "__main__":

@@ -136,11 +136,12 @@ def default_options(
     )
     if cache_is_given:
         return Defaults(tuple(defaults))
-    kernels = packed_kernels(_computes_in(model, options, defaults))
+    computed_in = _computes_in(model, options, defaults)
+    kernels = packed_kernels(computed_in)
     cache = server_cache(
         model,
         machine,
-        _computes_in(model, options, defaults).itemsize,
+        computed_in.itemsize,
         Ranks(
             _count(options, "--tensor-parallel-size", "-tp"),
             _count(options, "--data-parallel-size", "-dp"),

@@ -28,7 +28,7 @@ _PROCESS_BYTES = 2 * GIB
 _LOADING_FACTOR = 1.25
 _LARGEST_CACHE = 4 * GIB
 _CACHE_FRACTION = 0.5
-# Half of the values, and an eighth of 16 bits for the place of each.
+# Of 16 bits a weight: half of the weights, and two bits for the place of each of these.
 _PACKED_FRACTION = 9 / 16
 # A request of the longest kind must leave room for others.
 _CONCURRENT_LONGEST = 2

@@ -70,7 +70,7 @@ class ServedModel:
         except ArtifactError as error:
             raise ServingError(str(error)) from error
         config = _text_config(folder, checkpoint)
-        parameters = _dense_parameters(checkpoint)
+        parameters = _parameters_by_tensor(checkpoint)
         return cls(
             folder=folder,
             weight_bytes=checkpoint.weight_bytes,
@@ -115,7 +115,7 @@ def _text_config(folder: Path, checkpoint: Checkpoint) -> PretrainedConfig:
     return config.get_text_config()
 
 
-def _dense_parameters(checkpoint: Checkpoint) -> dict[str, int]:
+def _parameters_by_tensor(checkpoint: Checkpoint) -> dict[str, int]:
     """Return how many weights each stored tensor has after unpacking, zeros included."""
     counts: dict[str, int] = {}
     for file in sorted(set(checkpoint.files.values())):

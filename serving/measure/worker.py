@@ -143,7 +143,7 @@ def generate(engine: LLM, request: dict[str, object]) -> dict[str, object]:
                 tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
             if output.finished and len(tokens) < len(prompts):
                 raise RuntimeError(
-                    f"{len(prompts)} prompts did not run at once: give --batch-sizes smaller ones"
+                    f"{len(prompts)} prompts did not run at once: give smaller --batch-sizes"
                 )
         # A step may only start work, and give nothing yet.
         if outputs and len(tokens) == len(prompts):

@@ -38,6 +38,9 @@ _SECONDS = 10
 class RayEngine:
     """Prunes independent decoder layers on a Ray cluster; an engine of the pipeline.
 
+    After an error, layers that nodes are at work on end with the connection to the cluster. Where
+    this process was connected before, the nodes finish them, and what they find is dropped.
+
     Attributes:
         address: ``HOST:PORT`` of the cluster's head, or ``auto`` for the one that this machine is
             part of. None is the one this process is connected to, or else that of RAY_ADDRESS, or
@@ -168,9 +171,8 @@ class _Finished:
 class _Tasks:
     """The layers that a cluster is at work on.
 
-    After an error they end with the connection. They are not cancelled: Ray 2.60 ends the driver's
-    process when a task comes back that it has just cancelled ("Tried to complete task that was not
-    pending"). So a driver that stays connected lets the nodes finish the layers they have.
+    None is cancelled after an error: Ray 2.60 ends the driver's process when a task comes back that
+    was cancelled while it was handed to a worker ("Tried to complete task that was not pending").
     """
 
     def __init__(self, finished: _Finished, cpus: int, gpus: float) -> None:

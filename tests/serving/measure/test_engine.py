@@ -89,7 +89,7 @@ def test_a_batch_that_does_not_run_at_once_is_not_timed(pair: tuple[Path, Path])
     options = engine_options(ServedModel.open(pair[0]), max_model_len=16, dtype=torch.float32)
     with (
         Engine(options) as engine,
-        pytest.raises(ServingError, match="2 prompts did not run at once: give --batch-sizes"),
+        pytest.raises(ServingError, match="2 prompts did not run at once: give smaller --batch"),
     ):
         engine.generate([[1, 2], [3, 4]], 4)
 
